@@ -1,0 +1,389 @@
+//! The operations of a LoRA transformer, as a backend must offer them.
+//!
+//! Axes: `T` rows (tokens of all samples, end to end), `H` hidden width, `I` / `O` a linear's input / output width,
+//! `R` the summed ranks of a group's adapters, `L` labelled rows, `V` vocabulary, `D` head width, `Q` / `K` query /
+//! key-value heads, `F` width of the gated activation. All matrices are row-major.
+//!
+//! The operations are as coarse as the fusions need, so that a backend may fuse inside one and the model never
+//! changes for it. Each has a forward and a backward; there is no autograd tape.
+
+pub mod cpu;
+
+use crate::batch::Batch;
+use crate::error::Result;
+use crate::tensor::WeightTensor;
+
+/// Root-mean-square norm: `y = x · rstd · w`, `rstd = 1/√(mean(x²) + ε)` over each row (Zhang & Sennrich 2019).
+#[derive(Clone, Copy)]
+pub struct RmsNorm<'a, B: Backend + ?Sized> {
+    /// `[width]` frozen weight.
+    pub weight: &'a B::Vector,
+    /// ε inside the root.
+    pub epsilon: f32,
+    /// Row length.
+    pub width: usize,
+}
+
+/// One adapter inside the flat parameter buffer: `A [rank, I]` at `a_offset`, `B [O, rank]` at `b_offset`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LoraSlot {
+    /// Inner width of the adapter.
+    pub rank: usize,
+    /// α/r, or α/√r with rsLoRA (Hu et al. 2021, §4.1; Kalajdzievski 2023).
+    pub scale: f32,
+    /// First element of `A` in the flat buffer.
+    pub a_offset: usize,
+    /// First element of `B` in the flat buffer.
+    pub b_offset: usize,
+}
+
+/// One projection of a [`LinearGroup`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Projection {
+    /// Width of its slice of the group's output.
+    pub out_features: usize,
+    /// Its adapter, if it is a target.
+    pub lora: Option<LoraSlot>,
+}
+
+/// Linears that share their input and run as one: `q|k|v`, `gate|up`, or a single one.
+///
+/// The `A` matrices of a group's adapters stand one after the other in the flat parameter buffer, in the order of
+/// `projections`, so that `[R, I]` is one matrix.
+pub struct LinearGroup<B: Backend + ?Sized> {
+    /// Numbers the group's input within the model: keys the dropout mask.
+    pub input_index: u32,
+    /// `[O, I]` frozen weight, the projections' rows in turn.
+    pub weight: B::Matrix,
+    /// `[O]` frozen bias.
+    pub bias: Option<B::Vector>,
+    /// `I`.
+    pub in_features: usize,
+    /// The projections in the order of their output columns.
+    pub projections: Vec<Projection>,
+}
+
+impl<B: Backend + ?Sized> LinearGroup<B> {
+    /// `O`, the summed output widths.
+    pub fn out_features(&self) -> usize {
+        self.projections.iter().map(|projection| projection.out_features).sum()
+    }
+
+    /// `R`, the summed ranks of the adapters.
+    pub fn total_rank(&self) -> usize {
+        self.adapters().map(|adapter| adapter.slot.rank).sum()
+    }
+
+    /// The adapters with the columns of `y` and of `s` that belong to each.
+    pub fn adapters(&self) -> impl Iterator<Item = PlacedAdapter> + '_ {
+        let (mut out_column, mut rank_column) = (0, 0);
+        self.projections.iter().filter_map(move |projection| {
+            let placed = projection.lora.map(|slot| PlacedAdapter {
+                slot,
+                out_column,
+                out_features: projection.out_features,
+                rank_column,
+            });
+            out_column += projection.out_features;
+            rank_column += projection.lora.map_or(0, |slot| slot.rank);
+            placed
+        })
+    }
+}
+
+/// An adapter and the columns that it owns within its group.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PlacedAdapter {
+    /// Rank, scale and place in the flat buffer.
+    pub slot: LoraSlot,
+    /// Its projection's first column of `y [T, O]`.
+    pub out_column: usize,
+    /// Its projection's width.
+    pub out_features: usize,
+    /// Its first column of `s [T, R]`.
+    pub rank_column: usize,
+}
+
+/// Dropout on an adapter's input: the mask depends on (seed, epoch, sample, position, input, feature) alone, so it
+/// is the same on every backend and however the batch is cut.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Dropout {
+    /// Chance of a zero; the rest is scaled by `1/(1-p)`.
+    pub probability: f32,
+    /// The run's seed.
+    pub seed: u64,
+    /// The pass over the data, from 0.
+    pub epoch: u32,
+}
+
+/// What a linear group reads besides its weights.
+pub struct LinearInput<'a, B: Backend + ?Sized> {
+    /// `[T, I]`.
+    pub x: &'a B::Buffer,
+    /// `T`.
+    pub rows: usize,
+    /// The rows' samples and positions, which key the dropout mask.
+    pub batch: &'a B::Batch,
+    /// Dropout on the adapters' input; none in evaluation.
+    pub dropout: Option<Dropout>,
+}
+
+/// Causal attention with grouped heads over `qkv [T, (Q + 2K)·D]` (queries, keys, values side by side).
+///
+/// Queries and keys are first normalised head by head where norms are given (Qwen3), then rotated: with
+/// `half = D/2`, pairs are `(i, i + half)`.
+pub struct Attention<'a, B: Backend + ?Sized> {
+    /// `Q`.
+    pub query_heads: usize,
+    /// `K`; `Q` is a multiple of it.
+    pub key_value_heads: usize,
+    /// `D`.
+    pub head_dim: usize,
+    /// Factor on `q·k` before the softmax.
+    pub softmax_scale: f32,
+    /// A query at position `p` sees keys at positions `> p - window`.
+    pub window: Option<usize>,
+    /// `[D]` norm over each query head.
+    pub query_norm: Option<RmsNorm<'a, B>>,
+    /// `[D]` norm over each key head.
+    pub key_norm: Option<RmsNorm<'a, B>>,
+    /// `[positions, 2, D/2]`: cosines, then sines, of each position's angles.
+    pub rope: &'a B::Floats,
+}
+
+/// Keys (rotated) and values of earlier positions of one layer: each `[capacity, K·D]`.
+pub struct KvCache<B: Backend + ?Sized> {
+    /// Rotated keys.
+    pub keys: B::Buffer,
+    /// Values.
+    pub values: B::Buffer,
+    /// Positions that fit.
+    pub capacity: usize,
+}
+
+/// Output head `[V, H]` and the labelled rows' targets.
+pub struct Head<'a, B: Backend + ?Sized> {
+    /// `[V, H]` frozen weight; the embedding where the two are tied.
+    pub weight: &'a B::Matrix,
+    /// `V`.
+    pub vocabulary: usize,
+    /// `H`.
+    pub width: usize,
+}
+
+/// One AdamW step with decoupled decay and bias correction (Loshchilov & Hutter 2019; as in PyTorch).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamWStep {
+    /// This step's rate.
+    pub learning_rate: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub epsilon: f64,
+    /// Decoupled decay, times the rate.
+    pub weight_decay: f64,
+    /// This update's number, from 1.
+    pub step: u64,
+    /// Gradients are scaled down to this global norm; infinite: never.
+    pub max_grad_norm: f64,
+}
+
+/// The flat f32 buffers of the optimizer, all of one length.
+pub struct OptimizerState<'a, B: Backend + ?Sized> {
+    /// Adapter parameters, updated.
+    pub parameters: &'a mut B::Floats,
+    /// Their summed gradients; the update reads them clipped.
+    pub gradients: &'a B::Floats,
+    /// Running mean of the gradients.
+    pub first_moment: &'a mut B::Floats,
+    /// Running mean of their squares.
+    pub second_moment: &'a mut B::Floats,
+}
+
+/// A compute device with the operations of a LoRA transformer.
+///
+/// Buffers may be longer than an operation needs: it reads and writes the first `rows × width` elements. Outputs are
+/// overwritten unless the operation says that it adds. An operation allocates nothing after its first call at the
+/// largest shape.
+pub trait Backend {
+    /// A frozen matrix in the form that the products want.
+    type Matrix;
+    /// A frozen vector.
+    type Vector;
+    /// Activations in the compute type.
+    type Buffer;
+    /// f32 values: adapters, gradients, moments, losses, tables.
+    type Floats;
+    /// A [`Batch`] on the device.
+    type Batch;
+
+    /// What computes, for the log: "cpu, 2 threads, avx512".
+    fn description(&self) -> String;
+
+    /// A frozen matrix: the rows of `parts` (each `[rows, columns]`, equal columns) in turn.
+    fn matrix(&self, parts: &[WeightTensor]) -> Result<Self::Matrix>;
+    /// A frozen vector: the elements of `parts` in turn.
+    fn vector(&self, parts: &[WeightTensor]) -> Result<Self::Vector>;
+    /// Activations of `elements`, contents undefined.
+    fn buffer(&self, elements: usize) -> Result<Self::Buffer>;
+    /// A copy of `values`.
+    fn floats(&self, values: &[f32]) -> Result<Self::Floats>;
+    /// Replaces the first `values.len()` elements.
+    fn write_floats(&self, floats: &mut Self::Floats, values: &[f32]) -> Result<()>;
+    /// Reads the first `into.len()` elements.
+    fn read_floats(&self, floats: &Self::Floats, into: &mut [f32]) -> Result<()>;
+    /// Sets every element to zero.
+    fn zero_floats(&self, floats: &mut Self::Floats) -> Result<()>;
+    /// Replaces the first `values.len()` elements (tests, and values made on the host).
+    fn write_buffer(&self, buffer: &mut Self::Buffer, values: &[f32]) -> Result<()>;
+    /// Reads the first `into.len()` elements as f32.
+    fn read_buffer(&self, buffer: &Self::Buffer, into: &mut [f32]) -> Result<()>;
+    /// An empty resident batch.
+    fn new_batch(&self) -> Result<Self::Batch>;
+    /// Replaces the resident batch.
+    fn load_batch(&self, resident: &mut Self::Batch, batch: &Batch) -> Result<()>;
+
+    /// `x[t] = table[token_ids[t]]`: `x [T, H]` from `table [V, H]`.
+    fn embedding(
+        &self,
+        batch: &Self::Batch,
+        table: &Self::Matrix,
+        width: usize,
+        x: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// `y = norm(x)`, both `[rows, width]`.
+    fn rms_norm(
+        &self,
+        norm: RmsNorm<'_, Self>,
+        rows: usize,
+        x: &Self::Buffer,
+        y: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// Adds to `dx` the gradient through the norm of `x`, given `dy`; all `[rows, width]`.
+    fn rms_norm_backward(
+        &self,
+        norm: RmsNorm<'_, Self>,
+        rows: usize,
+        x: &Self::Buffer,
+        dy: &Self::Buffer,
+        dx: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// `s = dropout(x)·Aᵀ [T, R]` and `y = residual + bias + x·Wᵀ + scale·s·Bᵀ [T, O]`.
+    fn linear(
+        &self,
+        group: &LinearGroup<Self>,
+        adapters: &Self::Floats,
+        input: LinearInput<'_, Self>,
+        residual: Option<&Self::Buffer>,
+        s: &mut Self::Buffer,
+        y: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// Given `dy [T, O]` and the forward's `x` and `s`: adds the gradients of every `A` and `B` to `gradients`
+    /// (same offsets as `adapters`), and writes `dx = dy·W + dropout'(scale·dy·B·A) [T, I]` where it is wanted.
+    #[allow(clippy::too_many_arguments)]
+    fn linear_backward(
+        &self,
+        group: &LinearGroup<Self>,
+        adapters: &Self::Floats,
+        input: LinearInput<'_, Self>,
+        s: &Self::Buffer,
+        dy: &Self::Buffer,
+        gradients: &mut Self::Floats,
+        dx: Option<&mut Self::Buffer>,
+    ) -> Result<()>;
+
+    /// Attention inside each sample of `batch`: `out [T, Q·D]` from the projections `qkv`; keeps the logarithm of
+    /// each softmax's sum in `log_sum [T, Q]` for the backward.
+    fn attention(
+        &self,
+        attention: &Attention<'_, Self>,
+        batch: &Self::Batch,
+        qkv: &Self::Buffer,
+        log_sum: &mut Self::Floats,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// `dqkv [T, (Q + 2K)·D]` from `dout` and what the forward read and wrote.
+    #[allow(clippy::too_many_arguments)]
+    fn attention_backward(
+        &self,
+        attention: &Attention<'_, Self>,
+        batch: &Self::Batch,
+        qkv: &Self::Buffer,
+        log_sum: &Self::Floats,
+        out: &Self::Buffer,
+        dout: &Self::Buffer,
+        dqkv: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// Attention of `rows` new positions, the first at `position`, over the cache, which gains their keys and values.
+    fn attention_cached(
+        &self,
+        attention: &Attention<'_, Self>,
+        rows: usize,
+        position: usize,
+        qkv: &Self::Buffer,
+        cache: &mut KvCache<Self>,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// `act = silu(gate)·up [rows, F]` from the gate|up group's output (Shazeer 2020).
+    fn gated_silu(
+        &self,
+        rows: usize,
+        width: usize,
+        gate_up: &Self::Buffer,
+        act: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// Replaces `gate_up` by its gradient, given `dact`.
+    fn gated_silu_backward(
+        &self,
+        rows: usize,
+        width: usize,
+        dact: &Self::Buffer,
+        gate_up: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// The labelled rows of `x [T, width]`, packed: `[L, width]`.
+    fn gather_labelled(
+        &self,
+        batch: &Self::Batch,
+        width: usize,
+        x: &Self::Buffer,
+        packed: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// The opposite for gradients: `dx [T, width]`, zero in rows without a label.
+    fn scatter_labelled(
+        &self,
+        batch: &Self::Batch,
+        width: usize,
+        packed: &Self::Buffer,
+        dx: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// Cross-entropy of the labelled rows `x [L, H]`: `losses [2, L]` gets each row's loss in nats, then 1 where the
+    /// target has the highest logit and else 0 (as rows of length `L`). With `dx`, writes
+    /// `gradient_scale · d(Σ loss)/dx`. The `[L, V]` logits never exist as a whole.
+    fn head_loss(
+        &self,
+        head: Head<'_, Self>,
+        batch: &Self::Batch,
+        x: &Self::Buffer,
+        gradient_scale: f32,
+        losses: &mut Self::Floats,
+        dx: Option<&mut Self::Buffer>,
+    ) -> Result<()>;
+    /// Logits of one row: `logits [V]` from row `row` of `x [_, H]`, on the host.
+    fn head_logits(
+        &self,
+        head: Head<'_, Self>,
+        x: &Self::Buffer,
+        row: usize,
+        logits: &mut [f32],
+    ) -> Result<()>;
+
+    /// Clips by the global norm, updates, and returns the norm before clipping. A norm that is not finite changes
+    /// nothing.
+    fn adamw(&self, state: OptimizerState<'_, Self>, step: AdamWStep) -> Result<f64>;
+}

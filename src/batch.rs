@@ -1,0 +1,83 @@
+//! What the tokens hand to the model: samples laid end to end, with the rows that carry loss.
+
+/// Samples of one micro-batch, end to end without padding; attention stays inside each.
+///
+/// Row `t` of every activation is token `t` of `token_ids`. With `S` samples and `T` tokens,
+/// `sample_starts` has `S + 1` entries from 0 to `T`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// `[T]` token ids.
+    pub token_ids: Vec<u32>,
+    /// `[S + 1]` first row of each sample, then `T`.
+    pub sample_starts: Vec<usize>,
+    /// `[S]` each sample's index in its data set: keys the dropout masks and the figures by hash.
+    pub sample_ids: Vec<usize>,
+    /// Rows whose next token carries loss, ascending.
+    pub labelled_rows: Vec<u32>,
+    /// The next token of each of `labelled_rows`.
+    pub targets: Vec<u32>,
+}
+
+impl Batch {
+    /// Number of tokens, `T`.
+    pub fn token_count(&self) -> usize {
+        self.token_ids.len()
+    }
+
+    /// Number of samples, `S`.
+    pub fn sample_count(&self) -> usize {
+        self.sample_ids.len()
+    }
+
+    /// Number of rows that carry loss.
+    pub fn labelled_count(&self) -> usize {
+        self.labelled_rows.len()
+    }
+
+    /// Appends one sample. Label `t` says what token `t` should have been (`-100`: no loss), so the row that
+    /// learns it is `t - 1`; the label of a sample's first token is never used.
+    ///
+    /// # Panics
+    /// When `labels` and `token_ids` differ in length.
+    pub fn push(&mut self, sample_id: usize, token_ids: &[u32], labels: &[i32]) {
+        assert_eq!(token_ids.len(), labels.len(), "one label a token");
+        if self.sample_starts.is_empty() {
+            self.sample_starts.push(0);
+        }
+        let start = self.token_ids.len();
+        for (offset, &label) in labels.iter().enumerate().skip(1) {
+            if let Ok(target) = u32::try_from(label) {
+                self.labelled_rows.push((start + offset - 1) as u32);
+                self.targets.push(target);
+            }
+        }
+        self.token_ids.extend_from_slice(token_ids);
+        self.sample_starts.push(self.token_ids.len());
+        self.sample_ids.push(sample_id);
+    }
+
+    /// Empties the batch and keeps its memory.
+    pub fn clear(&mut self) {
+        self.token_ids.clear();
+        self.sample_starts.clear();
+        self.sample_ids.clear();
+        self.labelled_rows.clear();
+        self.targets.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_shift_by_one_inside_each_sample() {
+        let mut batch = Batch::default();
+        batch.push(7, &[10, 11, 12], &[-100, -100, 12]);
+        batch.push(9, &[20, 21], &[20, 21]);
+        assert_eq!(batch.sample_starts, [0, 3, 5]);
+        assert_eq!(batch.labelled_rows, [1, 3]);
+        assert_eq!(batch.targets, [12, 21]);
+        assert_eq!(batch.sample_ids, [7, 9]);
+    }
+}

@@ -1,0 +1,53 @@
+//! The verbs of the command line, one file each.
+
+mod evaluate;
+mod generate;
+mod import;
+mod train;
+
+use clap::{Parser, Subcommand};
+
+use crate::error::Result;
+
+/// Fine-tune language models with LoRA, fast, from one binary.
+#[derive(Debug, Parser)]
+#[command(name = "fastlora", version, propagate_version = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// Only errors and results.
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub quiet: bool,
+    /// More of what happens; twice for everything.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+    /// Results and errors as JSON on standard output.
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Train an adapter.
+    Train(train::TrainArgs),
+    /// Generate text, with or without an adapter.
+    Generate(generate::GenerateArgs),
+    /// Measure loss, perplexity and token accuracy on data.
+    Evaluate(evaluate::EvaluateArgs),
+    /// Turn a GGUF file into a Hugging Face model folder.
+    Import(import::ImportArgs),
+}
+
+impl Cli {
+    /// Runs the verb.
+    pub fn run(&self) -> Result<()> {
+        match &self.command {
+            Command::Train(args) => train::run(args, self),
+            Command::Generate(args) => generate::run(args, self),
+            Command::Evaluate(args) => evaluate::run(args, self),
+            Command::Import(args) => import::run(args, self),
+        }
+    }
+}

@@ -1,0 +1,24 @@
+//! Fast, trustworthy LoRA fine-tuning of language models.
+//!
+//! The modules stand in the order in which data flows: [`config`] → [`data`] → [`tokens`] → [`batch`] → [`model`] →
+//! [`optim`] → [`checkpoint`]; [`training`] joins them, and [`inference`] uses what came out. Each is usable alone.
+#![warn(missing_docs)]
+
+pub mod dtype;
+pub mod error;
+pub mod tensor;
+
+pub mod config;
+pub mod data;
+pub mod tokens;
+
+pub mod batch;
+
+pub mod backend;
+pub mod checkpoint;
+pub mod model;
+pub mod optim;
+
+pub mod cli;
+pub mod inference;
+pub mod training;
