@@ -1,1 +1,5 @@
-//! (being built)
+//! Configuration: as typed → checked and resolved.
+
+mod choices;
+
+pub use choices::{LossOn, LrScheduler, OnBadRecord, Overlong};
