@@ -1,1 +1,3 @@
 //! The CPU backend: f32 on all cores.
+
+pub mod simd;
