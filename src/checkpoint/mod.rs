@@ -1,1 +1,4 @@
-//! (being built)
+//! Files of models: base weights, adapters, and how they reach the disk whole.
+
+pub mod adapter;
+pub mod atomic;

@@ -1,0 +1,409 @@
+//! `adapter_config.json`: what PEFT says about a LoRA adapter, read strictly and written so that PEFT loads it
+//! without a warning.
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::error::{Error, Result};
+
+/// Which linear layers carry an adapter, as PEFT's `target_modules` says it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum TargetModules {
+    /// A module is a target when its full name equals an entry or ends with `.entry`.
+    Names(Vec<String>),
+    /// A regular expression that must match the module's full name; `all-linear` is every linear but the head.
+    Pattern(String),
+}
+
+impl TargetModules {
+    /// PEFT's word for every linear layer but the head.
+    pub const ALL_LINEAR: &str = "all-linear";
+
+    /// For each of `modules` (full names of the linear layers but the head, `model.layers.0.self_attn.q_proj`),
+    /// whether it is a target.
+    ///
+    /// # Errors
+    /// An entry or expression that matches nothing, with the modules there are; a broken expression.
+    ///
+    /// ```
+    /// use fastlora::checkpoint::adapter::TargetModules;
+    ///
+    /// let modules = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"];
+    /// let targets = TargetModules::Names(vec!["q_proj".into()]);
+    /// assert_eq!(targets.select(&modules)?, [true, false]);
+    /// let targets = TargetModules::Pattern(r".*\.(q|up)_proj".into());
+    /// assert_eq!(targets.select(&modules)?, [true, true]);
+    /// # Ok::<(), fastlora::error::Error>(())
+    /// ```
+    pub fn select<Name: AsRef<str>>(&self, modules: &[Name]) -> Result<Vec<bool>> {
+        let is_target: Vec<bool> = match self {
+            Self::Names(entries) => {
+                for entry in entries {
+                    if !modules.iter().any(|module| names_module(entry, module.as_ref())) {
+                        return Err(no_match(&format!("entry `{entry}`"), modules));
+                    }
+                }
+                let named = |module: &Name| entries.iter().any(|entry| names_module(entry, module.as_ref()));
+                modules.iter().map(named).collect()
+            }
+            Self::Pattern(pattern) if pattern == Self::ALL_LINEAR => vec![true; modules.len()],
+            Self::Pattern(pattern) => {
+                let broken = |source| {
+                    Error::config(format!("`target_modules`: `{pattern}` is not a usable regular expression"))
+                        .caused_by(source)
+                };
+                let expression = fancy_regex::Regex::new(&format!(r"\A(?:{pattern})\z")).map_err(broken)?;
+                modules
+                    .iter()
+                    .map(|module| expression.is_match(module.as_ref()).map_err(broken))
+                    .collect::<Result<_>>()?
+            }
+        };
+        if !is_target.contains(&true) {
+            return Err(no_match(&self.to_string(), modules));
+        }
+        Ok(is_target)
+    }
+}
+
+impl std::fmt::Display for TargetModules {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Names(entries) => write!(formatter, "{entries:?}"),
+            Self::Pattern(pattern) => write!(formatter, "`{pattern}`"),
+        }
+    }
+}
+
+fn names_module(entry: &str, module: &str) -> bool {
+    match module.strip_suffix(entry) {
+        Some(prefix) => !entry.is_empty() && (prefix.is_empty() || prefix.ends_with('.')),
+        None => false,
+    }
+}
+
+fn no_match<Name: AsRef<str>>(what: &str, modules: &[Name]) -> Error {
+    let kinds: BTreeSet<&str> =
+        modules.iter().map(|module| module.as_ref().rsplit('.').next().unwrap_or_default()).collect();
+    let kinds: Vec<&str> = kinds.into_iter().collect();
+    Error::config(format!("`target_modules`: {what} matches no linear layer; there are {}", kinds.join(", ")))
+        .hint("name some of these, give a regular expression for the whole name, or \"all-linear\"")
+}
+
+/// The hyper-parameters of a LoRA adapter (Hu et al. 2021), as `adapter_config.json` holds them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdapterConfig {
+    /// `r`: inner width.
+    pub rank: usize,
+    /// `lora_alpha`.
+    pub alpha: f64,
+    /// `lora_dropout`: chance of a zero in an adapter's input while training.
+    pub dropout: f64,
+    /// `target_modules`.
+    pub target_modules: TargetModules,
+    /// `use_rslora`: scale by α/√r instead of α/r.
+    pub use_rslora: bool,
+    /// `base_model_name_or_path`: the model it belongs to.
+    pub base_model: Option<String>,
+    /// `revision` of the base model on the hub.
+    pub revision: Option<String>,
+}
+
+/// Keys that a reader may pass over: they tell who wrote the file, or how training began.
+const WITHOUT_EFFECT: &[&str] = &[
+    "auto_mapping",
+    "corda_config",
+    "eva_config",
+    "inference_mode",
+    "layers_pattern",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "runtime_config",
+];
+
+/// Values of `init_lora_weights` that leave the base weights as they are.
+const INITIALISATIONS: &[&str] = &["gaussian", "eva", "orthogonal"];
+
+impl AdapterConfig {
+    /// The factor on `x·Aᵀ·Bᵀ`: α/r, with rsLoRA α/√r (Kalajdzievski 2023).
+    pub fn scale(&self) -> f64 {
+        let rank = self.rank as f64;
+        self.alpha / if self.use_rslora { rank.sqrt() } else { rank }
+    }
+
+    /// Reads the text of an `adapter_config.json` as PEFT 0.20 and 0.21 write it.
+    ///
+    /// # Errors
+    /// Broken JSON, absurd values, and whatever changes the adapter's meaning in a way that is not supported, by
+    /// name. Keys of a later PEFT are accepted where their value is null, false or empty.
+    pub fn from_json(text: &str) -> Result<Self> {
+        let mut keys: Map<String, Value> = serde_json::from_str(text)
+            .map_err(|source| Error::model("not a JSON object").caused_by(source))?;
+        let mut take = |key: &str| keys.shift_remove(key).unwrap_or(Value::Null);
+
+        match take("peft_type") {
+            Value::String(kind) if kind == "LORA" => {}
+            other => return Err(refused("peft_type", &other, "\"LORA\"")),
+        }
+        match take("task_type") {
+            Value::Null => {}
+            Value::String(task) if task == "CAUSAL_LM" => {}
+            other => return Err(refused("task_type", &other, "\"CAUSAL_LM\"")),
+        }
+        match take("bias") {
+            Value::Null => {}
+            Value::String(bias) if bias == "none" => {}
+            other => return Err(refused("bias", &other, "\"none\"")),
+        }
+        match take("init_lora_weights") {
+            Value::Null | Value::Bool(_) => {}
+            Value::String(name) if INITIALISATIONS.contains(&name.as_str()) => {}
+            other => {
+                return Err(refused("init_lora_weights", &other, "one that leaves the base weights as they are")
+                    .hint("convert it to a plain LoRA adapter: in PEFT, save_pretrained(…, path_initial_model_for_weight_conversion=…)"));
+            }
+        }
+        let rank = match take("r") {
+            Value::Number(rank) if rank.as_u64().is_some_and(|rank| (1..=65_536).contains(&rank)) => {
+                rank.as_u64().unwrap_or(1) as usize
+            }
+            other => return Err(refused("r", &other, "a whole number from 1 to 65536")),
+        };
+        let alpha = match take("lora_alpha") {
+            Value::Null => 8.0,
+            other => match other.as_f64() {
+                Some(alpha) if alpha.is_finite() => alpha,
+                _ => return Err(refused("lora_alpha", &other, "a finite number")),
+            },
+        };
+        let dropout = match take("lora_dropout") {
+            Value::Null => 0.0,
+            other => match other.as_f64() {
+                Some(dropout) if (0.0..1.0).contains(&dropout) => dropout,
+                _ => return Err(refused("lora_dropout", &other, "a number from 0 to below 1")),
+            },
+        };
+        let target_modules = take("target_modules");
+        let target_modules = TargetModules::deserialize(&target_modules).map_err(|_| {
+            refused("target_modules", &target_modules, "a list of names or a regular expression")
+        })?;
+        let use_rslora = match take("use_rslora") {
+            Value::Null => false,
+            Value::Bool(flag) => flag,
+            other => return Err(refused("use_rslora", &other, "true or false")),
+        };
+        let mut take_text = |key: &str| match take(key) {
+            Value::Null => Ok(None),
+            Value::String(text) => Ok(Some(text)),
+            other => Err(refused(key, &other, "a text or null")),
+        };
+        let base_model = take_text("base_model_name_or_path")?;
+        let revision = take_text("revision")?;
+
+        for key in WITHOUT_EFFECT {
+            keys.shift_remove(*key);
+        }
+        // Everything else changes what the adapter computes (use_dora, modules_to_save, rank_pattern,
+        // layers_to_transform, trainable_token_indices …) or is unknown.
+        for (key, value) in &keys {
+            if !is_off(value) {
+                return Err(Error::model(format!("`{key}`: {} is not supported", shortened(value)))
+                    .hint("only plain LoRA adapters are read; retrain without it, or remove the key if nothing depends on it"));
+            }
+        }
+        Ok(Self { rank, alpha, dropout, target_modules, use_rslora, base_model, revision })
+    }
+
+    /// The object that PEFT (0.11 and later) loads without a warning.
+    pub fn to_json(&self) -> Value {
+        // PEFT's type for `lora_alpha` is a whole number: keep one where it is one.
+        let alpha = if self.alpha.fract() == 0.0 && self.alpha.abs() < 1e15 {
+            json!(self.alpha as i64)
+        } else {
+            json!(self.alpha)
+        };
+        json!({
+            "alpha_pattern": {},
+            "base_model_name_or_path": self.base_model,
+            "bias": "none",
+            "fan_in_fan_out": false,
+            "inference_mode": true,
+            "init_lora_weights": true,
+            "lora_alpha": alpha,
+            "lora_dropout": self.dropout,
+            "modules_to_save": null,
+            "peft_type": "LORA",
+            "r": self.rank,
+            "rank_pattern": {},
+            "revision": self.revision,
+            "target_modules": self.target_modules,
+            "task_type": "CAUSAL_LM",
+            "use_dora": false,
+            "use_rslora": self.use_rslora,
+        })
+    }
+}
+
+/// Null, false and empty values switch a feature of PEFT off.
+fn is_off(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Array(items) => items.is_empty(),
+        Value::Object(entries) => entries.is_empty(),
+        _ => false,
+    }
+}
+
+fn refused(key: &str, found: &Value, expected: &str) -> Error {
+    Error::model(format!("`{key}` is {}, expected {expected}", shortened(found)))
+}
+
+/// A value's JSON, cut to a length fit for a message.
+fn shortened(value: &Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(80) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+
+    /// What PEFT 0.21.2 writes for a plain adapter.
+    fn written_by_peft() -> Value {
+        json!({
+            "alora_invocation_tokens": null, "alpha_pattern": {}, "arrow_config": null, "auto_mapping": null,
+            "base_model_name_or_path": "tiny_qwen2", "bias": "none", "corda_config": null,
+            "ensure_weight_tying": false, "eva_config": null, "exclude_modules": null, "fan_in_fan_out": false,
+            "inference_mode": true, "init_lora_weights": true, "kasa_config": null, "layer_replication": null,
+            "layers_pattern": null, "layers_to_transform": null, "loftq_config": {}, "lora_alpha": 8,
+            "lora_bias": false, "lora_dropout": 0.1, "lora_ga_config": null, "megatron_config": null,
+            "megatron_core": "megatron.core", "modules_to_save": null, "monteclora_config": null,
+            "peft_type": "LORA", "peft_version": "0.21.2", "qalora_group_size": 16, "r": 4, "rank_pattern": {},
+            "revision": null, "target_modules": ["q_proj", "v_proj"], "target_parameters": null,
+            "task_type": "CAUSAL_LM", "trainable_token_indices": null, "use_bdlora": null, "use_dora": false,
+            "use_qalora": false, "use_rslora": false, "velora_config": null
+        })
+    }
+
+    #[test]
+    fn reads_what_peft_writes() {
+        let config = AdapterConfig::from_json(&written_by_peft().to_string()).unwrap();
+        let expected = AdapterConfig {
+            rank: 4,
+            alpha: 8.0,
+            dropout: 0.1,
+            target_modules: TargetModules::Names(vec!["q_proj".into(), "v_proj".into()]),
+            use_rslora: false,
+            base_model: Some("tiny_qwen2".into()),
+            revision: None,
+        };
+        assert_eq!(config, expected);
+        assert_eq!(config.scale(), 2.0);
+        assert_eq!(AdapterConfig { use_rslora: true, ..config }.scale(), 4.0);
+    }
+
+    #[test]
+    fn what_is_written_reads_back() {
+        for (alpha, target_modules) in [
+            (16.0, TargetModules::Names(vec!["gate_proj".into()])),
+            (0.5, TargetModules::Pattern(TargetModules::ALL_LINEAR.into())),
+        ] {
+            let config = AdapterConfig {
+                rank: 3,
+                alpha,
+                dropout: 0.05,
+                target_modules,
+                use_rslora: true,
+                base_model: None,
+                revision: Some("main".into()),
+            };
+            assert_eq!(AdapterConfig::from_json(&config.to_json().to_string()).unwrap(), config);
+        }
+    }
+
+    #[test]
+    fn whatever_changes_the_meaning_is_refused_by_name() {
+        for (key, value) in [
+            ("peft_type", json!("IA3")),
+            ("task_type", json!("SEQ_CLS")),
+            ("bias", json!("all")),
+            ("use_dora", json!(true)),
+            ("modules_to_save", json!(["lm_head"])),
+            ("rank_pattern", json!({"q_proj": 8})),
+            ("alpha_pattern", json!({"q_proj": 8})),
+            ("fan_in_fan_out", json!(true)),
+            ("layers_to_transform", json!([0, 1])),
+            ("trainable_token_indices", json!([7])),
+            ("target_parameters", json!(["experts.weight"])),
+            ("lora_bias", json!(true)),
+            ("use_qalora", json!(true)),
+            ("exclude_modules", json!("k_proj")),
+            ("init_lora_weights", json!("pissa_niter_4")),
+            ("r", json!(0)),
+            ("r", json!(-3)),
+            ("r", json!(1e9)),
+            ("lora_alpha", json!("8")),
+            ("lora_dropout", json!(1.0)),
+            ("target_modules", json!(null)),
+            ("target_modules", json!([1])),
+            ("a_key_of_the_future", json!(3)),
+        ] {
+            let mut config = written_by_peft();
+            config[key] = value;
+            let error = AdapterConfig::from_json(&config.to_string()).expect_err(key);
+            assert_eq!(error.kind(), ErrorKind::Model, "{key}");
+            assert!(error.message().contains(&format!("`{key}`")), "{error}");
+        }
+        assert!(AdapterConfig::from_json("[1]").is_err());
+        assert!(AdapterConfig::from_json("{\"r\": 4").is_err());
+    }
+
+    #[test]
+    fn fault_45_a_target_that_matches_nothing_lists_the_modules() {
+        let modules = [
+            "model.layers.0.self_attn.q_proj",
+            "model.layers.1.self_attn.q_proj",
+            "model.layers.0.mlp.up_proj",
+        ];
+        for targets in [
+            TargetModules::Names(vec!["up_proj".into(), "q_prj".into()]),
+            TargetModules::Names(vec!["proj".into()]),
+            TargetModules::Names(vec!["".into()]),
+            TargetModules::Names(vec![]),
+            TargetModules::Pattern("q_proj".into()),
+        ] {
+            let error = targets.select(&modules).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Config);
+            assert!(error.message().contains("there are q_proj, up_proj"), "{error}");
+        }
+        let broken = TargetModules::Pattern("(".into()).select(&modules).unwrap_err();
+        assert!(broken.message().contains("regular expression"), "{broken}");
+    }
+
+    #[test]
+    fn targets_are_chosen_as_peft_chooses_them() {
+        let modules = [
+            "model.layers.0.self_attn.q_proj",
+            "model.layers.1.self_attn.q_proj",
+            "model.layers.0.mlp.up_proj",
+        ];
+        for (targets, expected) in [
+            (TargetModules::Names(vec!["self_attn.q_proj".into()]), [true, true, false]),
+            (TargetModules::Names(vec![modules[1].into()]), [false, true, false]),
+            (TargetModules::Pattern(r".*layers\.1\..*|.*up_proj".into()), [false, true, true]),
+            (TargetModules::Pattern("all-linear".into()), [true, true, true]),
+        ] {
+            assert_eq!(targets.select(&modules).unwrap(), expected, "{targets}");
+        }
+    }
+}
