@@ -240,6 +240,8 @@ pub trait Backend {
     fn write_buffer(&self, buffer: &mut Self::Buffer, values: &[f32]) -> Result<()>;
     /// Reads the first `into.len()` elements as f32.
     fn read_buffer(&self, buffer: &Self::Buffer, into: &mut [f32]) -> Result<()>;
+    /// Sets the first `elements` to zero.
+    fn zero_buffer(&self, buffer: &mut Self::Buffer, elements: usize) -> Result<()>;
     /// An empty resident batch.
     fn new_batch(&self) -> Result<Self::Batch>;
     /// Replaces the resident batch.

@@ -1,0 +1,281 @@
+//! Which linears get an adapter, where its parameters stand in the flat buffer, and how they start.
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+
+use crate::backend::LoraSlot;
+use crate::error::{Error, Result};
+use crate::tensor::NamedTensor;
+
+/// Modules to adapt, as PEFT's `target_modules`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(untagged)]
+pub enum TargetModules {
+    /// `"all-linear"`, or a regular expression that matches a module's full name.
+    Pattern(String),
+    /// Names; each matches a module whose full name equals it or ends with `.name`.
+    Names(Vec<String>),
+}
+
+impl TargetModules {
+    /// Tells for each of `modules` (full names) whether it is a target.
+    ///
+    /// # Errors
+    /// A list entry or an expression that matches nothing, or an expression that does not compile.
+    pub fn select(&self, modules: &[String]) -> Result<Vec<bool>> {
+        let selected: Vec<bool> = match self {
+            TargetModules::Pattern(pattern) if pattern == "all-linear" => vec![true; modules.len()],
+            TargetModules::Pattern(pattern) => {
+                let expression = fancy_regex::Regex::new(&format!("^(?:{pattern})$")).map_err(|error| {
+                    bad_targets(format!("`{pattern}` is no regular expression: {error}"), modules)
+                })?;
+                let matches = |module: &String| {
+                    expression
+                        .is_match(module)
+                        .map_err(|error| bad_targets(format!("`{pattern}`: {error}"), modules))
+                };
+                modules.iter().map(matches).collect::<Result<_>>()?
+            }
+            TargetModules::Names(names) => {
+                if let Some(name) =
+                    names.iter().find(|name| !modules.iter().any(|module| names_module(name, module)))
+                {
+                    return Err(bad_targets(format!("entry `{name}` matches no module"), modules));
+                }
+                modules.iter().map(|module| names.iter().any(|name| names_module(name, module))).collect()
+            }
+        };
+        if !selected.contains(&true) {
+            return Err(bad_targets(format!("{self:?} matches no module"), modules));
+        }
+        Ok(selected)
+    }
+}
+
+fn names_module(name: &str, module: &str) -> bool {
+    module.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+}
+
+fn bad_targets(message: String, modules: &[String]) -> Error {
+    let mut endings: Vec<&str> = Vec::new();
+    for module in modules {
+        let ending = module.rsplit('.').next().unwrap_or(module);
+        if !endings.contains(&ending) {
+            endings.push(ending);
+        }
+    }
+    let example = modules.first().map_or(String::new(), |module| format!("; a full name is `{module}`"));
+    Error::config(message)
+        .at("lora_target_modules")
+        .hint(format!("there are {}{example}", endings.join(", ")))
+}
+
+/// Shape and start of the adapters.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoraConfig {
+    /// Inner width r.
+    pub rank: usize,
+    /// α; the adapter's output is scaled by α/r.
+    pub alpha: f64,
+    /// Scale by α/√r instead (Kalajdzievski 2023).
+    pub use_rslora: bool,
+    /// Which linears.
+    pub target_modules: TargetModules,
+}
+
+impl LoraConfig {
+    /// The factor on every adapter's output.
+    pub fn scale(&self) -> f32 {
+        let rank = self.rank as f64;
+        (self.alpha / if self.use_rslora { rank.sqrt() } else { rank }) as f32
+    }
+}
+
+/// One adapter matrix inside the flat parameter buffer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdapterTensor {
+    /// Name as PEFT saves it.
+    pub name: String,
+    /// `[rank, in]` for A, `[out, rank]` for B.
+    pub shape: [usize; 2],
+    /// First element in the flat buffer.
+    pub offset: usize,
+    /// Whether it is an A, which starts random, or a B, which starts at zero.
+    pub is_a: bool,
+}
+
+impl AdapterTensor {
+    /// The elements' place in the flat buffer.
+    pub fn range(&self) -> std::ops::Range<usize> {
+        self.offset..self.offset + self.shape[0] * self.shape[1]
+    }
+}
+
+/// Places of all adapter matrices in one flat buffer.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AdapterLayout {
+    tensors: Vec<AdapterTensor>,
+    parameter_count: usize,
+}
+
+impl AdapterLayout {
+    /// Appends the adapters of linears that share their input: every A, then every B, as
+    /// [`LinearGroup`](crate::backend::LinearGroup) wants them. `modules` are (full name, output width, is a target).
+    pub fn push_group(
+        &mut self,
+        config: &LoraConfig,
+        in_features: usize,
+        modules: &[(&str, usize, bool)],
+    ) -> Vec<Option<LoraSlot>> {
+        let rank = config.rank;
+        let targets = modules.iter().filter(|(_, _, is_target)| *is_target);
+        let a_offsets: Vec<usize> =
+            targets.clone().map(|(name, _, _)| self.push(name, [rank, in_features], true)).collect();
+        let b_offsets: Vec<usize> =
+            targets.map(|(name, out, _)| self.push(name, [*out, rank], false)).collect();
+        let mut offsets = a_offsets.into_iter().zip(b_offsets);
+        let slot = |(a_offset, b_offset)| LoraSlot { rank, scale: config.scale(), a_offset, b_offset };
+        modules
+            .iter()
+            .map(|(_, _, is_target)| is_target.then(|| offsets.next().map(slot)).flatten())
+            .collect()
+    }
+
+    fn push(&mut self, module: &str, shape: [usize; 2], is_a: bool) -> usize {
+        let offset = self.parameter_count;
+        let letter = if is_a { 'A' } else { 'B' };
+        let name = format!("base_model.model.{module}.lora_{letter}.weight");
+        self.tensors.push(AdapterTensor { name, shape, offset, is_a });
+        self.parameter_count += shape[0] * shape[1];
+        offset
+    }
+
+    /// Every adapter matrix in the order of its place.
+    pub fn tensors(&self) -> &[AdapterTensor] {
+        &self.tensors
+    }
+
+    /// Number of trainable parameters.
+    pub fn parameter_count(&self) -> usize {
+        self.parameter_count
+    }
+
+    /// Names and shapes, as an adapter file must have them.
+    pub fn expected(&self) -> Vec<(String, Vec<usize>)> {
+        self.tensors.iter().map(|tensor| (tensor.name.clone(), tensor.shape.to_vec())).collect()
+    }
+
+    /// PEFT's start: A uniform in ±1/√in (Kaiming with a = √5), B zero. Each matrix has its own stream of
+    /// (seed, place), so that it does not depend on the others.
+    pub fn initial_parameters(&self, seed: u64) -> Vec<f32> {
+        let mut parameters = vec![0.0; self.parameter_count];
+        for (place, tensor) in self.tensors.iter().enumerate().filter(|(_, tensor)| tensor.is_a) {
+            let mut generator = ChaCha8Rng::seed_from_u64(seed);
+            generator.set_stream(place as u64);
+            let bound = 1.0 / (tensor.shape[1] as f32).sqrt();
+            parameters[tensor.range()].fill_with(|| generator.random_range(-bound..=bound));
+        }
+        parameters
+    }
+
+    /// Cuts a flat buffer into named tensors.
+    ///
+    /// # Panics
+    /// When `parameters` has another length than the layout.
+    pub fn to_named(&self, parameters: &[f32]) -> Vec<NamedTensor> {
+        assert_eq!(parameters.len(), self.parameter_count);
+        let named = |tensor: &AdapterTensor| NamedTensor {
+            name: tensor.name.clone(),
+            shape: tensor.shape.to_vec(),
+            values: parameters[tensor.range()].to_vec(),
+        };
+        self.tensors.iter().map(named).collect()
+    }
+
+    /// Joins named tensors, in the layout's order, into a flat buffer.
+    ///
+    /// # Errors
+    /// A name or shape that differs from the layout's.
+    pub fn to_flat(&self, named: &[NamedTensor]) -> Result<Vec<f32>> {
+        if named.len() != self.tensors.len() {
+            let message =
+                format!("{} adapter tensors, the model expects {}", named.len(), self.tensors.len());
+            return Err(Error::model(message));
+        }
+        let mut parameters = vec![0.0; self.parameter_count];
+        for (tensor, given) in self.tensors.iter().zip(named) {
+            if given.name != tensor.name || given.shape != tensor.shape {
+                let found = format!("`{}` {:?}", given.name, given.shape);
+                return Err(
+                    Error::model(format!("{found}, expected {:?}", tensor.shape)).at(tensor.name.clone())
+                );
+            }
+            parameters[tensor.range()].copy_from_slice(&given.values);
+        }
+        Ok(parameters)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn modules() -> Vec<String> {
+        let names = ["self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"];
+        (0..2).flat_map(|layer| names.map(|name| format!("model.layers.{layer}.{name}"))).collect()
+    }
+
+    fn names(entries: &[&str]) -> TargetModules {
+        TargetModules::Names(entries.iter().map(|entry| entry.to_string()).collect())
+    }
+
+    fn pattern(pattern: &str) -> TargetModules {
+        TargetModules::Pattern(pattern.to_string())
+    }
+
+    #[test]
+    fn names_match_whole_components() {
+        let t = true;
+        let f = false;
+        assert_eq!(names(&["q_proj"]).select(&modules()).unwrap(), [t, f, f, t, f, f]);
+        assert_eq!(names(&["layers.1.mlp.down_proj"]).select(&modules()).unwrap(), [f, f, f, f, f, t]);
+        assert!(names(&["proj"]).select(&modules()).is_err());
+    }
+
+    #[test]
+    fn patterns_match_the_full_name() {
+        let t = true;
+        let f = false;
+        assert_eq!(pattern("all-linear").select(&modules()).unwrap(), [t; 6]);
+        assert_eq!(pattern(r".*\.0\..*(q|v)_proj").select(&modules()).unwrap(), [t, t, f, f, f, f]);
+        assert!(pattern("q_proj").select(&modules()).is_err(), "not the full name");
+        assert!(pattern("(").select(&modules()).is_err());
+    }
+
+    #[test]
+    fn fault_45_no_module_matches() {
+        let error = names(&["q_proj", "q_prj"]).select(&modules()).unwrap_err().to_string();
+        assert!(error.contains("`q_prj`") && error.contains("q_proj, v_proj, down_proj"), "{error}");
+    }
+
+    #[test]
+    fn a_group_keeps_its_a_matrices_together() {
+        let config = LoraConfig { rank: 2, alpha: 8.0, use_rslora: false, target_modules: names(&["q"]) };
+        let mut layout = AdapterLayout::default();
+        let slots = layout.push_group(&config, 3, &[("q", 5, true), ("k", 4, false), ("v", 4, true)]);
+        let slot = |a_offset, b_offset| Some(LoraSlot { rank: 2, scale: 4.0, a_offset, b_offset });
+        assert_eq!(slots, [slot(0, 12), None, slot(6, 22)]);
+        assert_eq!(layout.parameter_count(), 30);
+        let parameters = layout.initial_parameters(1);
+        assert!(parameters[..12].iter().all(|value| value.abs() <= 1.0 / 3f32.sqrt() && *value != 0.0));
+        assert!(parameters[12..].iter().all(|value| *value == 0.0));
+        assert_eq!(layout.to_flat(&layout.to_named(&parameters)).unwrap(), parameters);
+    }
+
+    #[test]
+    fn rslora_divides_by_the_root() {
+        let config = LoraConfig { rank: 16, alpha: 8.0, use_rslora: true, target_modules: names(&["q"]) };
+        assert_eq!(config.scale(), 2.0);
+    }
+}

@@ -1,0 +1,76 @@
+//! AdamW: moments over the flat parameter buffer.
+
+use crate::backend::{AdamWStep, Backend, OptimizerState};
+use crate::error::Result;
+
+/// Settings that stay the same over a run; names and meanings as in PyTorch's `AdamW`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamWSettings {
+    /// Decay of the running mean of the gradients.
+    pub beta1: f64,
+    /// Decay of the running mean of their squares.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub epsilon: f64,
+    /// Decoupled weight decay, times the rate.
+    pub weight_decay: f64,
+    /// Gradients are scaled down to this global norm; infinite: never.
+    pub max_grad_norm: f64,
+}
+
+/// AdamW and its state for one flat buffer of parameters.
+pub struct AdamW<B: Backend> {
+    settings: AdamWSettings,
+    first_moment: B::Floats,
+    second_moment: B::Floats,
+    steps: u64,
+}
+
+impl<B: Backend> AdamW<B> {
+    /// A fresh optimizer for `parameter_count` parameters.
+    pub fn new(backend: &B, parameter_count: usize, settings: AdamWSettings) -> Result<Self> {
+        let zeros = vec![0.0; parameter_count];
+        Ok(Self {
+            settings,
+            first_moment: backend.floats(&zeros)?,
+            second_moment: backend.floats(&zeros)?,
+            steps: 0,
+        })
+    }
+
+    /// Updates done so far.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// Clips `gradients` by their global norm and updates `parameters`. Returns the norm before clipping; when that
+    /// is not finite, nothing has changed.
+    pub fn update(
+        &mut self,
+        backend: &B,
+        parameters: &mut B::Floats,
+        gradients: &B::Floats,
+        learning_rate: f64,
+    ) -> Result<f64> {
+        let step = AdamWStep {
+            learning_rate,
+            beta1: self.settings.beta1,
+            beta2: self.settings.beta2,
+            epsilon: self.settings.epsilon,
+            weight_decay: self.settings.weight_decay,
+            step: self.steps + 1,
+            max_grad_norm: self.settings.max_grad_norm,
+        };
+        let state = OptimizerState {
+            parameters,
+            gradients,
+            first_moment: &mut self.first_moment,
+            second_moment: &mut self.second_moment,
+        };
+        let norm = backend.adamw(state, step)?;
+        if norm.is_finite() {
+            self.steps += 1;
+        }
+        Ok(norm)
+    }
+}
