@@ -20,5 +20,6 @@ pub mod model;
 pub mod optim;
 
 pub mod cli;
+pub mod import;
 pub mod inference;
 pub mod training;

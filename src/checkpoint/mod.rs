@@ -2,8 +2,3 @@
 
 pub mod adapter;
 pub mod atomic;
-pub mod base;
-mod finite;
-pub mod folder;
-pub mod mapped;
-pub mod safetensors;

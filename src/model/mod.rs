@@ -1,13 +1,5 @@
 //! The transformer: configuration, adapters, blocks, forward and backward, on any [`Backend`](crate::backend::Backend).
 
-mod block;
-pub mod config;
-mod fields;
 mod lora;
-pub mod rope;
-mod transformer;
-mod workspace;
 
-pub use lora::{AdapterLayout, AdapterTensor, LoraConfig};
-pub use transformer::{Cache, TokenScores, Transformer};
-pub use workspace::{Limits, Purpose};
+pub use lora::{AdapterLayout, AdapterTensor, LoraConfig, TargetModules};
