@@ -14,7 +14,6 @@ use crate::error::Result;
 use crate::tensor::WeightTensor;
 
 /// Root-mean-square norm: `y = x · rstd · w`, `rstd = 1/√(mean(x²) + ε)` over each row (Zhang & Sennrich 2019).
-#[derive(Clone, Copy)]
 pub struct RmsNorm<'a, B: Backend + ?Sized> {
     /// `[width]` frozen weight.
     pub weight: &'a B::Vector,
@@ -23,6 +22,15 @@ pub struct RmsNorm<'a, B: Backend + ?Sized> {
     /// Row length.
     pub width: usize,
 }
+
+// Derived, these would ask for `B: Copy`.
+impl<B: Backend + ?Sized> Clone for RmsNorm<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B: Backend + ?Sized> Copy for RmsNorm<'_, B> {}
 
 /// One adapter inside the flat parameter buffer: `A [rank, I]` at `a_offset`, `B [O, rank]` at `b_offset`.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use safetensors::SafeTensors;
 
-pub use self::config::{AdapterConfig, TargetModules};
+pub use self::config::AdapterConfig;
 pub use self::write::{Companions, replace_adapter_folder, write_adapter};
 use crate::dtype::DType;
 use crate::error::{Error, Result};

@@ -2,3 +2,8 @@
 
 pub mod adapter;
 pub mod atomic;
+pub mod base;
+mod finite;
+pub mod folder;
+pub mod mapped;
+pub mod safetensors;

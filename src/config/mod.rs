@@ -1,5 +1,13 @@
-//! Configuration: as typed → checked and resolved.
+//! Configuration: as typed ([`Options`]) → checked and resolved ([`TrainingConfig`]).
 
 mod choices;
+mod data_source;
+mod options;
+mod target_modules;
+mod training;
 
 pub use choices::{LossOn, LrScheduler, OnBadRecord, Overlong};
+pub use data_source::DataSource;
+pub use options::Options;
+pub use target_modules::TargetModules;
+pub use training::{DEFAULT_CONFIG_PATH, TrainingConfig};

@@ -2,74 +2,12 @@
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use serde::{Deserialize, Serialize};
 
+use super::config::LinearModule;
 use crate::backend::LoraSlot;
+use crate::config::TargetModules;
 use crate::error::{Error, Result};
 use crate::tensor::NamedTensor;
-
-/// Modules to adapt, as PEFT's `target_modules`.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(untagged)]
-pub enum TargetModules {
-    /// `"all-linear"`, or a regular expression that matches a module's full name.
-    Pattern(String),
-    /// Names; each matches a module whose full name equals it or ends with `.name`.
-    Names(Vec<String>),
-}
-
-impl TargetModules {
-    /// Tells for each of `modules` (full names) whether it is a target.
-    ///
-    /// # Errors
-    /// A list entry or an expression that matches nothing, or an expression that does not compile.
-    pub fn select(&self, modules: &[String]) -> Result<Vec<bool>> {
-        let selected: Vec<bool> = match self {
-            TargetModules::Pattern(pattern) if pattern == "all-linear" => vec![true; modules.len()],
-            TargetModules::Pattern(pattern) => {
-                let expression = fancy_regex::Regex::new(&format!("^(?:{pattern})$")).map_err(|error| {
-                    bad_targets(format!("`{pattern}` is no regular expression: {error}"), modules)
-                })?;
-                let matches = |module: &String| {
-                    expression
-                        .is_match(module)
-                        .map_err(|error| bad_targets(format!("`{pattern}`: {error}"), modules))
-                };
-                modules.iter().map(matches).collect::<Result<_>>()?
-            }
-            TargetModules::Names(names) => {
-                if let Some(name) =
-                    names.iter().find(|name| !modules.iter().any(|module| names_module(name, module)))
-                {
-                    return Err(bad_targets(format!("entry `{name}` matches no module"), modules));
-                }
-                modules.iter().map(|module| names.iter().any(|name| names_module(name, module))).collect()
-            }
-        };
-        if !selected.contains(&true) {
-            return Err(bad_targets(format!("{self:?} matches no module"), modules));
-        }
-        Ok(selected)
-    }
-}
-
-fn names_module(name: &str, module: &str) -> bool {
-    module.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
-}
-
-fn bad_targets(message: String, modules: &[String]) -> Error {
-    let mut endings: Vec<&str> = Vec::new();
-    for module in modules {
-        let ending = module.rsplit('.').next().unwrap_or(module);
-        if !endings.contains(&ending) {
-            endings.push(ending);
-        }
-    }
-    let example = modules.first().map_or(String::new(), |module| format!("; a full name is `{module}`"));
-    Error::config(message)
-        .at("lora_target_modules")
-        .hint(format!("there are {}{example}", endings.join(", ")))
-}
 
 /// Shape and start of the adapters.
 #[derive(Clone, Debug, PartialEq)]
@@ -120,26 +58,26 @@ pub struct AdapterLayout {
 }
 
 impl AdapterLayout {
-    /// Appends the adapters of linears that share their input: every A, then every B, as
-    /// [`LinearGroup`](crate::backend::LinearGroup) wants them. `modules` are (full name, output width, is a target).
+    /// Appends the adapters of linears that share their input, each with whether it is a target: every A, then every
+    /// B, as [`LinearGroup`](crate::backend::LinearGroup) wants them.
     pub fn push_group(
         &mut self,
         config: &LoraConfig,
-        in_features: usize,
-        modules: &[(&str, usize, bool)],
+        linears: &[(LinearModule, bool)],
     ) -> Vec<Option<LoraSlot>> {
-        let rank = config.rank;
-        let targets = modules.iter().filter(|(_, _, is_target)| *is_target);
+        let (rank, scale) = (config.rank, config.scale());
+        let targets = linears.iter().filter(|(_, is_target)| *is_target).map(|(linear, _)| linear);
         let a_offsets: Vec<usize> =
-            targets.clone().map(|(name, _, _)| self.push(name, [rank, in_features], true)).collect();
+            targets.clone().map(|linear| self.push(&linear.name, [rank, linear.in_features], true)).collect();
         let b_offsets: Vec<usize> =
-            targets.map(|(name, out, _)| self.push(name, [*out, rank], false)).collect();
-        let mut offsets = a_offsets.into_iter().zip(b_offsets);
-        let slot = |(a_offset, b_offset)| LoraSlot { rank, scale: config.scale(), a_offset, b_offset };
-        modules
-            .iter()
-            .map(|(_, _, is_target)| is_target.then(|| offsets.next().map(slot)).flatten())
-            .collect()
+            targets.map(|linear| self.push(&linear.name, [linear.out_features, rank], false)).collect();
+        let mut slots = a_offsets.into_iter().zip(b_offsets).map(|(a_offset, b_offset)| LoraSlot {
+            rank,
+            scale,
+            a_offset,
+            b_offset,
+        });
+        linears.iter().map(|(_, is_target)| if *is_target { slots.next() } else { None }).collect()
     }
 
     fn push(&mut self, module: &str, shape: [usize; 2], is_a: bool) -> usize {
@@ -221,49 +159,23 @@ impl AdapterLayout {
 mod tests {
     use super::*;
 
-    fn modules() -> Vec<String> {
-        let names = ["self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"];
-        (0..2).flat_map(|layer| names.map(|name| format!("model.layers.{layer}.{name}"))).collect()
-    }
-
-    fn names(entries: &[&str]) -> TargetModules {
-        TargetModules::Names(entries.iter().map(|entry| entry.to_string()).collect())
-    }
-
-    fn pattern(pattern: &str) -> TargetModules {
-        TargetModules::Pattern(pattern.to_string())
-    }
-
-    #[test]
-    fn names_match_whole_components() {
-        let t = true;
-        let f = false;
-        assert_eq!(names(&["q_proj"]).select(&modules()).unwrap(), [t, f, f, t, f, f]);
-        assert_eq!(names(&["layers.1.mlp.down_proj"]).select(&modules()).unwrap(), [f, f, f, f, f, t]);
-        assert!(names(&["proj"]).select(&modules()).is_err());
-    }
-
-    #[test]
-    fn patterns_match_the_full_name() {
-        let t = true;
-        let f = false;
-        assert_eq!(pattern("all-linear").select(&modules()).unwrap(), [t; 6]);
-        assert_eq!(pattern(r".*\.0\..*(q|v)_proj").select(&modules()).unwrap(), [t, t, f, f, f, f]);
-        assert!(pattern("q_proj").select(&modules()).is_err(), "not the full name");
-        assert!(pattern("(").select(&modules()).is_err());
-    }
-
-    #[test]
-    fn fault_45_no_module_matches() {
-        let error = names(&["q_proj", "q_prj"]).select(&modules()).unwrap_err().to_string();
-        assert!(error.contains("`q_prj`") && error.contains("q_proj, v_proj, down_proj"), "{error}");
-    }
-
     #[test]
     fn a_group_keeps_its_a_matrices_together() {
-        let config = LoraConfig { rank: 2, alpha: 8.0, use_rslora: false, target_modules: names(&["q"]) };
+        let config = LoraConfig {
+            rank: 2,
+            alpha: 8.0,
+            use_rslora: false,
+            target_modules: TargetModules::Names(vec!["q".into()]),
+        };
         let mut layout = AdapterLayout::default();
-        let slots = layout.push_group(&config, 3, &[("q", 5, true), ("k", 4, false), ("v", 4, true)]);
+        let linear = |name: &str, out_features| LinearModule {
+            name: name.into(),
+            in_features: 3,
+            out_features,
+            bias: false,
+        };
+        let linears = [(linear("q", 5), true), (linear("k", 4), false), (linear("v", 4), true)];
+        let slots = layout.push_group(&config, &linears);
         let slot = |a_offset, b_offset| Some(LoraSlot { rank: 2, scale: 4.0, a_offset, b_offset });
         assert_eq!(slots, [slot(0, 12), None, slot(6, 22)]);
         assert_eq!(layout.parameter_count(), 30);
@@ -275,7 +187,12 @@ mod tests {
 
     #[test]
     fn rslora_divides_by_the_root() {
-        let config = LoraConfig { rank: 16, alpha: 8.0, use_rslora: true, target_modules: names(&["q"]) };
+        let config = LoraConfig {
+            rank: 16,
+            alpha: 8.0,
+            use_rslora: true,
+            target_modules: TargetModules::Names(vec!["q".into()]),
+        };
         assert_eq!(config.scale(), 2.0);
     }
 }

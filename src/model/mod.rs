@@ -1,5 +1,13 @@
 //! The transformer: configuration, adapters, blocks, forward and backward, on any [`Backend`](crate::backend::Backend).
 
+mod block;
+pub mod config;
+mod fields;
 mod lora;
+pub mod rope;
+mod transformer;
+mod workspace;
 
-pub use lora::{AdapterLayout, AdapterTensor, LoraConfig, TargetModules};
+pub use lora::{AdapterLayout, AdapterTensor, LoraConfig};
+pub use transformer::{Cache, TokenScores, Transformer};
+pub use workspace::{Limits, Purpose};

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde_json::json;
 
 use super::*;
+use crate::config::TargetModules;
 use crate::error::ErrorKind;
 
 pub(super) fn config() -> AdapterConfig {

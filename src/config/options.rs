@@ -1,0 +1,243 @@
+//! The configuration as typed: every key optional, from a file, `--set key=value` and flags of the same names.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, CommandFactory};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::{DataSource, LossOn, LrScheduler, OnBadRecord, Overlong, TargetModules};
+use crate::error::{Error, Result};
+
+/// Every key of the training configuration; what is absent takes its default in
+/// [`TrainingConfig::resolve`](super::TrainingConfig::resolve).
+#[derive(Args, Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[command(next_help_heading = "Configuration (each overrides the file's key)")]
+#[serde(deny_unknown_fields)]
+pub struct Options {
+    /// Base model: a folder, or a hub id `org/name[@revision]`.
+    #[arg(short = 'm', long, visible_alias = "model", value_name = "MODEL")]
+    pub model_name: Option<String>,
+    /// Training data: a file, or several (repeat the flag).
+    #[arg(long, value_name = "FILE")]
+    #[serde(default, deserialize_with = "one_or_many")]
+    pub train_data: Option<Vec<DataSource>>,
+    /// Validation data: a file, or several; `none` for no validation (`null` in a file).
+    #[arg(long, value_name = "FILE")]
+    #[serde(default, deserialize_with = "null_one_or_many")]
+    pub val_data: Option<Vec<DataSource>>,
+    /// Folder for the adapter, the metrics and the resolved configuration.
+    #[arg(short, long, value_name = "DIR")]
+    pub output_dir: Option<PathBuf>,
+    /// Field that holds the instruction; `detect` searches the usual names.
+    #[arg(long, value_name = "KEY")]
+    pub instruction_key: Option<String>,
+    /// Field that holds the output; `detect` searches the usual names.
+    #[arg(long, value_name = "KEY")]
+    pub output_key: Option<String>,
+    /// Field that holds the hash; `detect` searches the usual names.
+    #[arg(long, value_name = "KEY")]
+    pub hash_key: Option<String>,
+    /// Longest sample in tokens.
+    #[arg(long, value_name = "TOKENS")]
+    pub max_length: Option<usize>,
+    /// Samples of one micro-batch.
+    #[arg(long, value_name = "SAMPLES")]
+    pub batch_size: Option<usize>,
+    /// Micro-batches of one optimizer step.
+    #[arg(long, value_name = "N")]
+    pub gradient_accumulation_steps: Option<usize>,
+    /// Passes over the training data.
+    #[arg(long, value_name = "N")]
+    pub num_epochs: Option<u64>,
+    /// Optimizer steps; replaces `num_epochs`.
+    #[arg(long, value_name = "N")]
+    pub max_steps: Option<u64>,
+    /// Whether the order of the samples is drawn anew each epoch.
+    #[arg(long, value_name = "BOOL")]
+    pub shuffle: Option<bool>,
+    /// Seed of the order, the adapters' start and the dropout masks.
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// Which tokens carry loss.
+    #[arg(long, value_enum)]
+    pub loss_on: Option<LossOn>,
+    /// What happens to a record that cannot be used.
+    #[arg(long, value_enum)]
+    pub on_bad_record: Option<OnBadRecord>,
+    /// What happens to a sample longer than `max_length`.
+    #[arg(long, value_enum)]
+    pub overlong: Option<Overlong>,
+    /// Inner width of the adapters, r.
+    #[arg(long, value_name = "R")]
+    pub lora_r: Option<usize>,
+    /// Scale of the adapters, α; their output is multiplied by α/r.
+    #[arg(long, value_name = "ALPHA")]
+    pub lora_alpha: Option<f64>,
+    /// Chance of a zero in an adapter's input while training.
+    #[arg(long, value_name = "P")]
+    pub lora_dropout: Option<f64>,
+    /// Linears to adapt: names (`q_proj,v_proj`), a regular expression, or `all-linear`.
+    #[arg(long, value_name = "MODULES", value_parser = parse_targets)]
+    pub lora_target_modules: Option<TargetModules>,
+    /// Scale by α/√r.
+    #[arg(long, value_name = "BOOL")]
+    pub use_rslora: Option<bool>,
+    /// Peak learning rate.
+    #[arg(long, value_name = "RATE")]
+    pub learning_rate: Option<f64>,
+    /// How the rate moves after the warm-up.
+    #[arg(long, value_enum)]
+    pub lr_scheduler: Option<LrScheduler>,
+    /// Steps over which the rate rises from 0.
+    #[arg(long, value_name = "N")]
+    pub warmup_steps: Option<u64>,
+    /// Decoupled weight decay.
+    #[arg(long, value_name = "X")]
+    pub weight_decay: Option<f64>,
+    /// AdamW's β₁.
+    #[arg(long, value_name = "X")]
+    pub adam_beta1: Option<f64>,
+    /// AdamW's β₂.
+    #[arg(long, value_name = "X")]
+    pub adam_beta2: Option<f64>,
+    /// AdamW's ε.
+    #[arg(long, value_name = "X")]
+    pub adam_epsilon: Option<f64>,
+    /// Gradients are scaled down to this global norm.
+    #[arg(long, value_name = "X")]
+    pub max_grad_norm: Option<f64>,
+    /// Steps between validations; without it, one each epoch.
+    #[arg(long, value_name = "STEPS")]
+    pub val_every: Option<u64>,
+    /// `auto`, `cpu` or `cuda[:N]`.
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<String>,
+    /// Compute type: `auto`, `f32`, `f16` or `bf16`.
+    #[arg(long, value_name = "DTYPE")]
+    pub dtype: Option<String>,
+    /// CPU threads; without it, all cores.
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+}
+
+/// For help and for the list of keys.
+#[derive(clap::Parser)]
+struct Keys {
+    #[command(flatten)]
+    _options: Options,
+}
+
+impl Options {
+    /// Every key, in the order of the documentation.
+    pub fn keys() -> Vec<String> {
+        Keys::command().get_arguments().map(|argument| argument.get_id().to_string()).collect()
+    }
+
+    /// Reads a JSON file.
+    ///
+    /// # Errors
+    /// A file that cannot be read, broken JSON, an unknown key or a value of the wrong type, with line and column.
+    pub fn from_file(path: &Path) -> Result<Self> {
+        let place = path.display().to_string();
+        let text = std::fs::read_to_string(path).map_err(|source| {
+            let error = Error::config("cannot read the configuration").at(&place);
+            error.caused_by(source).hint("name an existing file: fastlora train CONFIG")
+        })?;
+        let at = |error: &serde_json::Error| format!("{place}:{}:{}", error.line(), error.column());
+        let map: Map<String, Value> = serde_json::from_str(text.trim_start_matches('\u{feff}'))
+            .map_err(|error| Error::config(format!("no JSON object: {error}")).at(at(&error)))?;
+        Self::check_keys(&map, &place)?;
+        serde_json::from_str(text.trim_start_matches('\u{feff}'))
+            .map_err(|error| Error::config(error.to_string()).at(at(&error)))
+    }
+
+    /// Reads `key=value` pairs; a value is JSON, or else a string.
+    ///
+    /// # Errors
+    /// A pair without `=`, an unknown key, or a value of the wrong type.
+    pub fn from_pairs(pairs: &[String]) -> Result<Self> {
+        let mut map = Map::new();
+        for pair in pairs {
+            let Some((key, text)) = pair.split_once('=') else {
+                return Err(Error::config(format!("`{pair}` has no `=`"))
+                    .at("--set")
+                    .hint("write --set key=value"));
+            };
+            let value = serde_json::from_str(text).unwrap_or_else(|_| Value::String(text.to_string()));
+            map.insert(key.trim().to_string(), value);
+        }
+        Self::check_keys(&map, "--set")?;
+        Self::from_map(map, "--set")
+    }
+
+    /// These options, and `lower`'s where these are silent.
+    pub fn or(&self, lower: &Self) -> Self {
+        let mut merged = lower.to_map();
+        merged.extend(self.to_map());
+        Self::from_map(merged, "configuration").expect("merged from two valid ones")
+    }
+
+    fn from_map(map: Map<String, Value>, place: &str) -> Result<Self> {
+        // One key at a time, so that the error can name it.
+        for (key, value) in &map {
+            let single = Map::from_iter([(key.clone(), value.clone())]);
+            serde_json::from_value::<Self>(Value::Object(single))
+                .map_err(|error| Error::config(error.to_string()).at(format!("{place} {key}")))?;
+        }
+        serde_json::from_value(Value::Object(map)).map_err(|error| Error::config(error.to_string()).at(place))
+    }
+
+    fn to_map(&self) -> Map<String, Value> {
+        match serde_json::to_value(self) {
+            Ok(Value::Object(map)) => map.into_iter().filter(|(_, value)| !value.is_null()).collect(),
+            _ => unreachable!("a struct of plain values is a JSON object"),
+        }
+    }
+
+    fn check_keys(map: &Map<String, Value>, place: &str) -> Result<()> {
+        let keys = Self::keys();
+        let Some(unknown) = map.keys().find(|key| !keys.contains(key)) else { return Ok(()) };
+        let nearest = keys.iter().max_by(|one, other| {
+            strsim::jaro_winkler(one, unknown).total_cmp(&strsim::jaro_winkler(other, unknown))
+        });
+        let error = Error::config(format!("unknown key `{unknown}`")).at(place);
+        Err(match nearest {
+            Some(key) if strsim::jaro_winkler(key, unknown) > 0.7 => {
+                error.hint(format!("did you mean `{key}`?"))
+            }
+            _ => error.hint(format!("the keys are {}", keys.join(", "))),
+        })
+    }
+}
+
+/// One source, or a list of them.
+fn one_or_many<'de, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<Vec<DataSource>>, D::Error> {
+    // By hand, since an untagged enum would hide which key of a source is wrong.
+    let value = Value::deserialize(deserializer)?;
+    let sources = match value {
+        Value::Null => return Ok(None),
+        Value::Array(_) => serde_json::from_value::<Vec<DataSource>>(value),
+        _ => serde_json::from_value::<DataSource>(value).map(|source| vec![source]),
+    };
+    sources.map(Some).map_err(serde::de::Error::custom)
+}
+
+/// `null` says that there is none, which is not the same as an absent key.
+fn null_one_or_many<'de, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<Vec<DataSource>>, D::Error> {
+    Ok(Some(one_or_many(deserializer)?.unwrap_or_default()))
+}
+
+fn parse_targets(text: &str) -> Result<TargetModules, std::convert::Infallible> {
+    let is_name =
+        |entry: &str| entry.chars().all(|character| character.is_ascii_alphanumeric() || character == '_');
+    Ok(if text != TargetModules::ALL_LINEAR && text.split(',').all(is_name) {
+        TargetModules::Names(text.split(',').map(str::to_string).collect())
+    } else {
+        TargetModules::Pattern(text.to_string())
+    })
+}

@@ -1,0 +1,275 @@
+//! The configuration as resolved: every key with its value, checked.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use super::{DataSource, LossOn, LrScheduler, OnBadRecord, Options, Overlong, TargetModules};
+use crate::error::{Error, Result};
+
+/// The configuration that `fastlora train` runs where no file is named.
+pub const DEFAULT_CONFIG_PATH: &str = "configs/training_config.json";
+
+/// What is read, how it is trained and where it goes; saved as JSON it is a configuration that gives the same run.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct TrainingConfig {
+    /// Base model: a folder, or a hub id `org/name[@revision]`.
+    pub model_name: String,
+    /// Files of training data, merged in order.
+    pub train_data: Vec<DataSource>,
+    /// Files of validation data; none: no validation.
+    pub val_data: Option<Vec<DataSource>>,
+    /// Folder for everything written.
+    pub output_dir: PathBuf,
+    /// Field that holds the instruction; none: searched.
+    pub instruction_key: Option<String>,
+    /// Field that holds the output; none: searched.
+    pub output_key: Option<String>,
+    /// Field that holds the hash; none: searched.
+    pub hash_key: Option<String>,
+    /// Longest sample in tokens.
+    pub max_length: usize,
+    /// Samples of one micro-batch.
+    pub batch_size: usize,
+    /// Micro-batches of one optimizer step.
+    pub gradient_accumulation_steps: usize,
+    /// Passes over the training data, unless `max_steps` is given.
+    pub num_epochs: u64,
+    /// Optimizer steps of the run.
+    pub max_steps: Option<u64>,
+    /// Whether the order of the samples is drawn anew each epoch.
+    pub shuffle: bool,
+    /// Seed of the order, the adapters' start and the dropout masks.
+    pub seed: u64,
+    /// Which tokens carry loss.
+    pub loss_on: LossOn,
+    /// What happens to a record that cannot be used.
+    pub on_bad_record: OnBadRecord,
+    /// What happens to a sample longer than `max_length`.
+    pub overlong: Overlong,
+    /// Inner width of the adapters, r.
+    pub lora_r: usize,
+    /// Scale of the adapters, α.
+    pub lora_alpha: f64,
+    /// Chance of a zero in an adapter's input while training.
+    pub lora_dropout: f64,
+    /// Linears to adapt.
+    pub lora_target_modules: TargetModules,
+    /// Scale by α/√r.
+    pub use_rslora: bool,
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// How the rate moves after the warm-up.
+    pub lr_scheduler: LrScheduler,
+    /// Steps over which the rate rises from 0.
+    pub warmup_steps: u64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// AdamW's β₁.
+    pub adam_beta1: f64,
+    /// AdamW's β₂.
+    pub adam_beta2: f64,
+    /// AdamW's ε.
+    pub adam_epsilon: f64,
+    /// Gradients are scaled down to this global norm.
+    pub max_grad_norm: f64,
+    /// Steps between validations; none: one each epoch.
+    pub val_every: Option<u64>,
+    /// `auto`, `cpu` or `cuda[:N]`.
+    pub device: String,
+    /// Compute type.
+    pub dtype: String,
+    /// CPU threads; none: all cores.
+    pub threads: Option<usize>,
+}
+
+impl TrainingConfig {
+    /// Fills in the defaults and checks every value.
+    ///
+    /// # Errors
+    /// A value outside its range, with the range.
+    pub fn resolve(options: &Options) -> Result<Self> {
+        let options = options.clone();
+        let default_targets = || TargetModules::Names(vec!["q_proj".into(), "v_proj".into()]);
+        let default_source = |path: &str| vec![DataSource::new(path)];
+        let key = |key: Option<String>| key.filter(|key| key != "detect");
+        let config = Self {
+            model_name: options.model_name.unwrap_or_else(|| "HuggingFaceTB/SmolLM2-135M-Instruct".into()),
+            train_data: options.train_data.unwrap_or_else(|| default_source("data/train_data.json")),
+            val_data: Some(options.val_data.unwrap_or_else(|| default_source("data/val_data.json")))
+                .filter(|sources| !sources.is_empty() && *sources != default_source("none")),
+            output_dir: options.output_dir.unwrap_or_else(|| "outputs".into()),
+            instruction_key: key(options.instruction_key),
+            output_key: key(options.output_key),
+            hash_key: key(options.hash_key),
+            max_length: options.max_length.unwrap_or(512),
+            batch_size: options.batch_size.unwrap_or(4),
+            gradient_accumulation_steps: options.gradient_accumulation_steps.unwrap_or(1),
+            num_epochs: options.num_epochs.unwrap_or(3),
+            max_steps: options.max_steps,
+            shuffle: options.shuffle.unwrap_or(true),
+            seed: options.seed.unwrap_or(42),
+            loss_on: options.loss_on.unwrap_or_default(),
+            on_bad_record: options.on_bad_record.unwrap_or_default(),
+            overlong: options.overlong.unwrap_or_default(),
+            lora_r: options.lora_r.unwrap_or(8),
+            lora_alpha: options.lora_alpha.unwrap_or(16.0),
+            lora_dropout: options.lora_dropout.unwrap_or(0.05),
+            lora_target_modules: options.lora_target_modules.unwrap_or_else(default_targets),
+            use_rslora: options.use_rslora.unwrap_or(false),
+            learning_rate: options.learning_rate.unwrap_or(2e-4),
+            lr_scheduler: options.lr_scheduler.unwrap_or_default(),
+            warmup_steps: options.warmup_steps.unwrap_or(0),
+            weight_decay: options.weight_decay.unwrap_or(0.01),
+            adam_beta1: options.adam_beta1.unwrap_or(0.9),
+            adam_beta2: options.adam_beta2.unwrap_or(0.999),
+            adam_epsilon: options.adam_epsilon.unwrap_or(1e-8),
+            max_grad_norm: options.max_grad_norm.unwrap_or(1.0),
+            val_every: options.val_every,
+            device: options.device.unwrap_or_else(|| "auto".into()),
+            dtype: options.dtype.unwrap_or_else(|| "auto".into()),
+            threads: options.threads,
+        };
+        config.check()?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<()> {
+        let non_negative = |value: f64| value.is_finite() && value >= 0.0;
+        let positive = |value: f64| value.is_finite() && value > 0.0;
+        let below_one = |value: f64| (0.0..1.0).contains(&value);
+        let checks: &[(&str, String, bool, &str)] = &[
+            (
+                "max_length",
+                self.max_length.to_string(),
+                (2..=1 << 24).contains(&self.max_length),
+                "2 or more",
+            ),
+            (
+                "batch_size",
+                self.batch_size.to_string(),
+                (1..=1 << 20).contains(&self.batch_size),
+                "1 to 1048576",
+            ),
+            (
+                "gradient_accumulation_steps",
+                self.gradient_accumulation_steps.to_string(),
+                (1..=1 << 20).contains(&self.gradient_accumulation_steps),
+                "1 to 1048576",
+            ),
+            ("num_epochs", self.num_epochs.to_string(), self.num_epochs >= 1, "1 or more"),
+            ("max_steps", format!("{:?}", self.max_steps), self.max_steps != Some(0), "1 or more"),
+            ("val_every", format!("{:?}", self.val_every), self.val_every != Some(0), "1 or more"),
+            ("threads", format!("{:?}", self.threads), self.threads != Some(0), "1 or more"),
+            ("lora_r", self.lora_r.to_string(), (1..=4096).contains(&self.lora_r), "1 to 4096"),
+            ("lora_alpha", self.lora_alpha.to_string(), positive(self.lora_alpha), "above 0"),
+            (
+                "lora_dropout",
+                self.lora_dropout.to_string(),
+                below_one(self.lora_dropout),
+                "0 or more and below 1",
+            ),
+            ("learning_rate", self.learning_rate.to_string(), positive(self.learning_rate), "above 0"),
+            ("weight_decay", self.weight_decay.to_string(), non_negative(self.weight_decay), "0 or more"),
+            ("adam_beta1", self.adam_beta1.to_string(), below_one(self.adam_beta1), "0 or more and below 1"),
+            ("adam_beta2", self.adam_beta2.to_string(), below_one(self.adam_beta2), "0 or more and below 1"),
+            ("adam_epsilon", self.adam_epsilon.to_string(), positive(self.adam_epsilon), "above 0"),
+            ("max_grad_norm", self.max_grad_norm.to_string(), positive(self.max_grad_norm), "above 0"),
+        ];
+        if let Some((key, value, _, range)) = checks.iter().find(|(_, _, in_range, _)| !in_range) {
+            return Err(Error::config(format!("{value} is out of range"))
+                .at(*key)
+                .hint(format!("it must be {range}")));
+        }
+        if self.train_data.is_empty() {
+            return Err(Error::config("no training data").at("train_data").hint("name at least one file"));
+        }
+        for source in self.train_data.iter().chain(self.val_data.iter().flatten()) {
+            source.validate()?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+
+    fn options(pairs: &[&str]) -> Result<Options> {
+        Options::from_pairs(&pairs.iter().map(|pair| pair.to_string()).collect::<Vec<_>>())
+    }
+
+    fn resolve(pairs: &[&str]) -> Result<TrainingConfig> {
+        TrainingConfig::resolve(&options(pairs)?)
+    }
+
+    #[test]
+    fn defaults_are_the_documented_ones() {
+        let config = resolve(&[]).unwrap();
+        assert_eq!(config.model_name, "HuggingFaceTB/SmolLM2-135M-Instruct");
+        assert_eq!((config.lora_r, config.lora_alpha, config.lora_dropout), (8, 16.0, 0.05));
+        assert_eq!((config.learning_rate, config.max_length, config.batch_size), (2e-4, 512, 4));
+        assert_eq!(config.val_data, Some(vec![DataSource::new("data/val_data.json")]));
+    }
+
+    #[test]
+    fn a_resolved_configuration_resolves_to_itself() {
+        for pairs in [&[][..], &["val_data=null", "max_steps=7", r#"lora_target_modules="all-linear""#]] {
+            let config = resolve(pairs).unwrap();
+            let file = tempfile::NamedTempFile::new().unwrap();
+            std::fs::write(file.path(), serde_json::to_string_pretty(&config).unwrap()).unwrap();
+            let again = TrainingConfig::resolve(&Options::from_file(file.path()).unwrap()).unwrap();
+            assert_eq!(again, config);
+        }
+    }
+
+    #[test]
+    fn higher_options_win_and_null_means_no_validation() {
+        let low = options(&["seed=1", "batch_size=8", "val_data=a.json"]).unwrap();
+        let merged = options(&["seed=2", "val_data=null"]).unwrap().or(&low);
+        let config = TrainingConfig::resolve(&merged).unwrap();
+        assert_eq!((config.seed, config.batch_size, config.val_data), (2, 8, None));
+    }
+
+    #[test]
+    fn fault_43_unknown_key_names_the_nearest() {
+        let error = resolve(&["lerning_rate=1"]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Config);
+        assert!(error.to_string().contains("did you mean `learning_rate`"), "{error}");
+    }
+
+    #[test]
+    fn fault_44_values_out_of_range_name_the_range() {
+        for pair in [
+            "lora_r=0",
+            "learning_rate=-1",
+            "learning_rate=0",
+            "batch_size=0",
+            "lora_dropout=1",
+            "max_length=1",
+            "adam_beta2=1.5",
+            "max_steps=0",
+            "val_every=0",
+            "threads=0",
+            "num_epochs=0",
+            "max_grad_norm=0",
+        ] {
+            let error = resolve(&[pair]).unwrap_err();
+            let key = pair.split('=').next().unwrap();
+            assert_eq!(error.location(), Some(key), "{error}");
+            assert!(error.hint_text().is_some_and(|hint| hint.starts_with("it must be")), "{error}");
+        }
+        let error = TrainingConfig::resolve(&Options { learning_rate: Some(f64::NAN), ..Options::default() });
+        assert_eq!(error.unwrap_err().location(), Some("learning_rate"));
+    }
+
+    #[test]
+    fn wrong_types_name_the_key() {
+        for pair in ["lora_r=-3", "lora_r=many", "shuffle=3", "loss_on=some", "train_data=3"] {
+            let error = resolve(&[pair]).unwrap_err();
+            let key = pair.split('=').next().unwrap();
+            assert!(error.to_string().contains(key), "{error}");
+        }
+    }
+}

@@ -1,0 +1,409 @@
+//! The whole model: embedding, blocks, final norm and head; forward, backward, and decoding over a cache.
+
+use std::sync::Arc;
+
+use super::block::{Block, BlockShape, Pass};
+use super::config::{LinearModule, ModelConfig};
+use super::lora::{AdapterLayout, LoraConfig};
+use super::workspace::{Gradient, HeadBuffers, Limits, Purpose, Workspace};
+use crate::backend::{Backend, Dropout, Head, KvCache, RmsNorm};
+use crate::batch::Batch;
+use crate::checkpoint::base::BaseModel;
+use crate::error::{Error, Result};
+use crate::tensor::NamedTensor;
+
+/// Rows that a prompt is read in at once, which bounds the memory of long ones.
+const PREFILL_ROWS: usize = 512;
+
+/// A frozen base model with adapters.
+pub struct Transformer<B: Backend> {
+    backend: Arc<B>,
+    config: ModelConfig,
+    shape: BlockShape,
+    embedding: B::Matrix,
+    blocks: Vec<Block<B>>,
+    final_norm: B::Vector,
+    /// None where the embedding serves as the head.
+    head: Option<B::Matrix>,
+    layout: AdapterLayout,
+    parameters: B::Floats,
+    gradients: B::Floats,
+    rope: B::Floats,
+    rope_positions: usize,
+    batch: B::Batch,
+    workspace: Option<Workspace<B>>,
+    scores: TokenScores,
+}
+
+/// Figures of each labelled row of a batch, in its order.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TokenScores {
+    /// Cross-entropy in nats.
+    pub losses: Vec<f32>,
+    /// Whether the target had the highest logit.
+    pub correct: Vec<bool>,
+    host: Vec<f32>,
+}
+
+impl TokenScores {
+    /// Sum of the losses.
+    pub fn loss_sum(&self) -> f64 {
+        self.losses.iter().map(|loss| f64::from(*loss)).sum()
+    }
+
+    fn read<B: Backend>(&mut self, backend: &B, losses: &B::Floats, rows: usize) -> Result<()> {
+        self.host.resize(2 * rows, 0.0);
+        backend.read_floats(losses, &mut self.host)?;
+        self.losses.clear();
+        self.losses.extend_from_slice(&self.host[..rows]);
+        self.correct.clear();
+        self.correct.extend(self.host[rows..].iter().map(|hit| *hit > 0.5));
+        Ok(())
+    }
+}
+
+/// Keys and values of one text so far, for decoding.
+pub struct Cache<B: Backend> {
+    layers: Vec<KvCache<B>>,
+    length: usize,
+    capacity: usize,
+}
+
+impl<B: Backend> Cache<B> {
+    /// Tokens seen so far.
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    /// Whether nothing was read yet.
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+
+    /// Tokens that fit.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Forgets the tokens from `length` on.
+    pub fn truncate(&mut self, length: usize) {
+        self.length = self.length.min(length);
+    }
+}
+
+impl<B: Backend> Transformer<B> {
+    /// Puts `base` on `backend`, with adapters on the targets of `lora`; they start at zero, see
+    /// [`set_parameters`](Self::set_parameters).
+    ///
+    /// # Errors
+    /// Targets that match no module, a tensor that is missing, or a device without room.
+    pub fn load(backend: Arc<B>, base: &BaseModel, lora: Option<&LoraConfig>) -> Result<Self> {
+        let config = base.config().clone();
+        let modules: Vec<LinearModule> = config.linear_modules().collect();
+        let targets = match lora {
+            Some(lora) => {
+                let names: Vec<&str> = modules.iter().map(|module| module.name.as_str()).collect();
+                lora.target_modules.select(&names)?
+            }
+            None => vec![false; modules.len()],
+        };
+        let linears: Vec<(LinearModule, bool)> = modules.into_iter().zip(targets).collect();
+        let mut layout = AdapterLayout::default();
+        let per_layer = linears.chunks_exact(linears.len() / config.layer_count);
+        let blocks = per_layer
+            .enumerate()
+            .map(|(layer, linears)| Block::load(&*backend, base, layer, linears, lora, &mut layout))
+            .collect::<Result<_>>()?;
+        let zeros = vec![0.0; layout.parameter_count()];
+        let head = if config.tied_embeddings { None } else { Some(backend.matrix(&[base.head()?])?) };
+        Ok(Self {
+            embedding: backend.matrix(&[base.embedding()?])?,
+            final_norm: backend.vector(&[base.tensor("model.norm.weight")?])?,
+            head,
+            blocks,
+            layout,
+            parameters: backend.floats(&zeros)?,
+            gradients: backend.floats(&zeros)?,
+            rope: backend.floats(&[])?,
+            rope_positions: 0,
+            batch: backend.new_batch()?,
+            workspace: None,
+            scores: TokenScores::default(),
+            shape: BlockShape::new(&config),
+            config,
+            backend,
+        })
+    }
+
+    /// The base model's configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Names, shapes and places of the adapters' matrices.
+    pub fn layout(&self) -> &AdapterLayout {
+        &self.layout
+    }
+
+    /// What computes.
+    pub fn backend(&self) -> &Arc<B> {
+        &self.backend
+    }
+
+    /// Replaces all adapter parameters (flat, in the order of [`layout`](Self::layout)).
+    pub fn set_parameters(&mut self, parameters: &[f32]) -> Result<()> {
+        if parameters.len() != self.layout.parameter_count() {
+            let (found, expected) = (parameters.len(), self.layout.parameter_count());
+            return Err(Error::model(format!("{found} adapter parameters, the model expects {expected}")));
+        }
+        self.backend.write_floats(&mut self.parameters, parameters)
+    }
+
+    /// All adapter parameters, flat.
+    pub fn parameters(&self) -> Result<Vec<f32>> {
+        self.read_all(&self.parameters)
+    }
+
+    /// The summed gradients, flat.
+    pub fn gradients(&self) -> Result<Vec<f32>> {
+        self.read_all(&self.gradients)
+    }
+
+    /// The adapters as PEFT names them.
+    pub fn adapters(&self) -> Result<Vec<NamedTensor>> {
+        Ok(self.layout.to_named(&self.parameters()?))
+    }
+
+    fn read_all(&self, floats: &B::Floats) -> Result<Vec<f32>> {
+        let mut values = vec![0.0; self.layout.parameter_count()];
+        self.backend.read_floats(floats, &mut values)?;
+        Ok(values)
+    }
+
+    /// Backend, parameters and gradients, for an optimizer.
+    pub fn trainable(&mut self) -> (&B, &mut B::Floats, &B::Floats) {
+        (&self.backend, &mut self.parameters, &self.gradients)
+    }
+
+    /// Sets all gradients to zero.
+    pub fn zero_gradients(&mut self) -> Result<()> {
+        self.backend.zero_floats(&mut self.gradients)
+    }
+
+    /// Allocates every buffer that batches within `limits` need. Larger batches enlarge them later.
+    pub fn reserve(&mut self, purpose: Purpose, limits: Limits) -> Result<()> {
+        if limits.positions > self.rope_positions {
+            self.rope = self.backend.floats(&self.config.rope_table(limits.positions))?;
+            self.rope_positions = limits.positions;
+        }
+        let fits = self.workspace.as_ref().is_some_and(|workspace| {
+            workspace.purpose >= purpose && workspace.limits.union(limits) == workspace.limits
+        });
+        if !fits {
+            // The old one goes first: the two need not fit together.
+            let old = self.workspace.take().map(|old| (old.purpose, old.limits));
+            let (purpose, limits) = match old {
+                Some((old_purpose, old_limits)) => (old_purpose.max(purpose), old_limits.union(limits)),
+                None => (purpose, limits),
+            };
+            self.workspace =
+                Some(Workspace::new(&*self.backend, &self.shape, &self.blocks, purpose, limits)?);
+        }
+        Ok(())
+    }
+
+    fn load_batch(&mut self, purpose: Purpose, batch: &Batch) -> Result<()> {
+        if let Some(id) =
+            batch.token_ids.iter().chain(&batch.targets).find(|id| **id as usize >= self.config.vocabulary)
+        {
+            let message = format!("token id {id}, but the embedding has {} rows", self.config.vocabulary);
+            return Err(Error::data(message));
+        }
+        let sample_lengths = batch.sample_starts.windows(2).map(|pair| pair[1] - pair[0]);
+        let limits = Limits {
+            tokens: batch.token_count(),
+            labelled_rows: batch.labelled_count(),
+            positions: sample_lengths.max().unwrap_or(0),
+        };
+        self.reserve(purpose, limits)?;
+        self.backend.load_batch(&mut self.batch, batch)
+    }
+
+    /// Forward without gradients: loss and hit of every labelled row.
+    pub fn evaluate(&mut self, batch: &Batch) -> Result<&TokenScores> {
+        self.load_batch(Purpose::Inference, batch)?;
+        self.forward(batch, None)?;
+        self.head_loss(batch, None)?;
+        Ok(&self.scores)
+    }
+
+    /// Forward and backward: adds `gradient_scale · d(Σ loss)/d(adapters)` to the gradients. With one over the
+    /// labelled tokens of a whole step as the scale, the sum over its micro-batches is the mean's gradient.
+    pub fn accumulate_gradients(
+        &mut self,
+        batch: &Batch,
+        gradient_scale: f32,
+        dropout: Option<Dropout>,
+    ) -> Result<&TokenScores> {
+        self.load_batch(Purpose::Training, batch)?;
+        if batch.labelled_count() == 0 {
+            self.scores = TokenScores::default();
+            return Ok(&self.scores);
+        }
+        self.forward(batch, dropout)?;
+        self.head_loss(batch, Some(gradient_scale))?;
+        self.backward(batch, dropout)?;
+        Ok(&self.scores)
+    }
+
+    fn forward(&mut self, batch: &Batch, dropout: Option<Dropout>) -> Result<()> {
+        let workspace = self.workspace.as_mut().expect("reserved with the batch");
+        let backend = &*self.backend;
+        backend.embedding(
+            &self.batch,
+            &self.embedding,
+            self.config.hidden_size,
+            workspace.first_residual(),
+        )?;
+        let pass = Pass {
+            backend,
+            adapters: &self.parameters,
+            batch: &self.batch,
+            rope: &self.rope,
+            tokens: batch.token_count(),
+            dropout,
+        };
+        for (layer, block) in self.blocks.iter().enumerate() {
+            block.forward(pass, workspace.layer(layer))?;
+        }
+        Ok(())
+    }
+
+    /// Loss of the labelled rows and, with a scale, the gradient at the last block's output.
+    fn head_loss(&mut self, batch: &Batch, gradient_scale: Option<f32>) -> Result<()> {
+        let backend = &*self.backend;
+        let (width, rows) = (self.config.hidden_size, batch.labelled_count());
+        let norm = RmsNorm { weight: &self.final_norm, epsilon: self.shape.epsilon, width };
+        let head = Head {
+            weight: self.head.as_ref().unwrap_or(&self.embedding),
+            vocabulary: self.config.vocabulary,
+            width,
+        };
+        let workspace = self.workspace.as_mut().expect("reserved with the batch");
+        let (last, HeadBuffers { packed, normed, losses }, gradient) = workspace.after_blocks();
+        backend.gather_labelled(&self.batch, width, last, packed)?;
+        backend.rms_norm(norm, rows, packed, normed)?;
+        match gradient_scale.zip(gradient) {
+            None => backend.head_loss(head, &self.batch, normed, 0.0, losses, None)?,
+            Some((scale, Gradient { dx, dpacked, dnormed, .. })) => {
+                backend.head_loss(head, &self.batch, normed, scale, losses, Some(dnormed))?;
+                backend.zero_buffer(dpacked, rows * width)?;
+                backend.rms_norm_backward(norm, rows, packed, dnormed, dpacked)?;
+                backend.scatter_labelled(&self.batch, width, dpacked, dx)?;
+            }
+        }
+        self.scores.read(backend, losses, rows)
+    }
+
+    /// From the gradient at the last block's output down to the lowest adapter.
+    fn backward(&mut self, batch: &Batch, dropout: Option<Dropout>) -> Result<()> {
+        let workspace = self.workspace.as_mut().expect("reserved with the batch");
+        let pass = Pass {
+            backend: &*self.backend,
+            adapters: &self.parameters,
+            batch: &self.batch,
+            rope: &self.rope,
+            tokens: batch.token_count(),
+            dropout,
+        };
+        let lowest = workspace.first_kept();
+        for (layer, block) in self.blocks.iter().enumerate().skip(lowest).rev() {
+            block.backward(pass, layer > lowest, workspace.layer_backward(layer), &mut self.gradients)?;
+        }
+        Ok(())
+    }
+
+    /// An empty cache for `capacity` tokens.
+    pub fn new_cache(&mut self, capacity: usize) -> Result<Cache<B>> {
+        let width = self.shape.key_value_width();
+        let layer = |_| {
+            Ok(KvCache {
+                keys: self.backend.buffer(capacity * width)?,
+                values: self.backend.buffer(capacity * width)?,
+                capacity,
+            })
+        };
+        let layers = (0..self.config.layer_count).map(layer).collect::<Result<_>>()?;
+        let rows = capacity.min(PREFILL_ROWS);
+        self.reserve(Purpose::Inference, Limits { tokens: rows, labelled_rows: 0, positions: capacity })?;
+        Ok(Cache { layers, length: 0, capacity })
+    }
+
+    /// Reads `tokens` after those in `cache`; `logits [V]` gets the last one's.
+    ///
+    /// # Errors
+    /// No tokens, an id outside the vocabulary, or a cache without room.
+    pub fn forward_cached(
+        &mut self,
+        tokens: &[u32],
+        cache: &mut Cache<B>,
+        logits: &mut Vec<f32>,
+    ) -> Result<()> {
+        if tokens.is_empty() {
+            return Err(Error::data("the prompt is empty: at least one token is needed"));
+        }
+        if cache.length + tokens.len() > cache.capacity {
+            let message =
+                format!("{} tokens do not fit the cache of {}", cache.length + tokens.len(), cache.capacity);
+            return Err(Error::internal(message));
+        }
+        for rows in tokens.chunks(PREFILL_ROWS) {
+            self.read_rows(rows, cache)?;
+        }
+        let backend = &*self.backend;
+        let workspace = self.workspace.as_mut().expect("reserved with the cache");
+        let width = self.config.hidden_size;
+        let rows = (tokens.len() - 1) % PREFILL_ROWS + 1;
+        let norm = RmsNorm { weight: &self.final_norm, epsilon: self.shape.epsilon, width };
+        let (last, HeadBuffers { normed, .. }, _) = workspace.after_blocks();
+        backend.rms_norm(norm, rows, last, normed)?;
+        logits.resize(self.config.vocabulary, 0.0);
+        let head = Head {
+            weight: self.head.as_ref().unwrap_or(&self.embedding),
+            vocabulary: self.config.vocabulary,
+            width,
+        };
+        backend.head_logits(head, normed, rows - 1, logits)
+    }
+
+    fn read_rows(&mut self, tokens: &[u32], cache: &mut Cache<B>) -> Result<()> {
+        let batch = Batch {
+            token_ids: tokens.to_vec(),
+            sample_starts: vec![0, tokens.len()],
+            sample_ids: vec![0],
+            ..Batch::default()
+        };
+        self.load_batch(Purpose::Inference, &batch)?;
+        let workspace = self.workspace.as_mut().expect("reserved with the batch");
+        let backend = &*self.backend;
+        backend.embedding(
+            &self.batch,
+            &self.embedding,
+            self.config.hidden_size,
+            workspace.first_residual(),
+        )?;
+        let pass = Pass {
+            backend,
+            adapters: &self.parameters,
+            batch: &self.batch,
+            rope: &self.rope,
+            tokens: tokens.len(),
+            dropout: None,
+        };
+        for (layer, (block, layer_cache)) in self.blocks.iter().zip(&mut cache.layers).enumerate() {
+            block.forward_cached(pass, cache.length, layer_cache, workspace.layer(layer))?;
+        }
+        cache.length += tokens.len();
+        Ok(())
+    }
+}
