@@ -1,1 +1,18 @@
-//! (being built)
+//! Data files → records → text.
+//!
+//! [`load`] reads and merges JSON and JSONL files into [`Record`]s that know their place; [`render`] turns one into
+//! prompt and completion; [`Accounting`] says what became of every record.
+
+mod accounting;
+mod fields;
+mod files;
+mod formatter;
+mod json;
+mod loader;
+mod records;
+
+pub use accounting::{Accounting, Exception, Outcome};
+pub use fields::{HASH_NAMES, INSTRUCTION_NAMES, OUTPUT_NAMES};
+pub use formatter::{PROMPT_END, Rendered, completion, prompt, prompt_start, render};
+pub use loader::{Dataset, FileReport, LoadOptions, load};
+pub use records::{Origin, Record, RecordContent, UNKNOWN_HASH};

@@ -1,0 +1,62 @@
+//! What a data file holds: records, each with its place.
+
+use std::fmt;
+use std::sync::Arc;
+
+/// The hash of a record that names none.
+pub const UNKNOWN_HASH: &str = "unknown";
+
+/// Where a record begins.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Origin {
+    /// The file's path, as given.
+    pub file: Arc<str>,
+    /// Line, from 1; of the decompressed text.
+    pub line: usize,
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}:{}", self.file, self.line)
+    }
+}
+
+/// One record and its place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// What it says.
+    pub content: RecordContent,
+    /// The domain that conditions the text; `unknown` where the record names none.
+    pub hash: String,
+    /// Where it begins.
+    pub origin: Origin,
+}
+
+/// The kinds of record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RecordContent {
+    /// Text to be rendered and tokenised.
+    Instruction {
+        /// What the user says.
+        instruction: String,
+        /// What the assistant answers.
+        output: String,
+    },
+    /// Tokens to be taken as they are.
+    PreTokenised {
+        /// Token ids.
+        token_ids: Vec<u32>,
+        /// One label a token, -100 where there is no loss.
+        labels: Vec<i32>,
+    },
+}
+
+impl RecordContent {
+    /// The kind's name.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            RecordContent::Instruction { .. } => "instruction",
+            RecordContent::PreTokenised { .. } => "pre-tokenised",
+        }
+    }
+}
