@@ -1,17 +1,21 @@
 //! Generation: prompt in, tokens out as they come.
 
 mod sampling;
+mod session;
 mod text_stream;
 
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 pub use self::sampling::{Sampler, SamplingParameters};
+pub use self::session::Session;
 pub use self::text_stream::TextStream;
 use crate::error::{Error, Result};
 
 /// What generation needs of a model: logits `[V]` after tokens.
 pub trait NextTokenLogits {
+    /// How many more tokens the text may have.
+    fn room(&self) -> usize;
     /// Appends `token_ids` to the text so far and writes the logits of what follows it.
     fn next_token_logits(&mut self, token_ids: &[u32], logits: &mut Vec<f32>) -> Result<()>;
 }
@@ -30,7 +34,7 @@ pub struct StopConditions {
 pub enum StopReason {
     /// An end-of-sequence token.
     Eos,
-    /// `max_new_tokens`.
+    /// `max_new_tokens`, or the model's longest text.
     Length,
     /// The receiver of the tokens asked for it.
     Cancelled,
@@ -69,6 +73,10 @@ pub struct Generation {
 /// /// After token t comes t + 1.
 /// struct Counting;
 /// impl NextTokenLogits for Counting {
+///     fn room(&self) -> usize {
+///         usize::MAX
+///     }
+///
 ///     fn next_token_logits(&mut self, ids: &[u32], logits: &mut Vec<f32>) -> fastlora::error::Result<()> {
 ///         logits.clear();
 ///         logits.resize(10, 0.0);
@@ -85,7 +93,7 @@ pub struct Generation {
 /// ```
 ///
 /// # Errors
-/// An empty prompt; what the model and the sampler refuse.
+/// An empty prompt, or one for which there is no room; what the model and the sampler refuse.
 pub fn generate(
     model: &mut impl NextTokenLogits,
     prompt: &[u32],
@@ -96,13 +104,22 @@ pub fn generate(
     if prompt.is_empty() {
         return Err(Error::data("the prompt has no tokens").hint("give it some text"));
     }
+    let room = model.room();
+    if prompt.len() > room {
+        return Err(Error::data(format!(
+            "the prompt has {} tokens, the model has room for {room}",
+            prompt.len()
+        ))
+        .hint("shorten it"));
+    }
     let start = Instant::now();
     sampler.observe(prompt);
     let mut logits = Vec::new();
     let mut token_ids = Vec::with_capacity(stop.max_new_tokens.min(1 << 16));
     let mut stop_reason = StopReason::Length;
     let mut prompt_time = Duration::ZERO;
-    for position in 0..stop.max_new_tokens {
+    // The last new token needs no room: nothing is asked after it.
+    for position in 0..stop.max_new_tokens.min(room - prompt.len() + 1) {
         let news = token_ids.last().map_or(prompt, std::slice::from_ref);
         model.next_token_logits(news, &mut logits)?;
         if position == 0 {
@@ -129,10 +146,15 @@ mod tests {
     /// Remembers what it was fed; after token t comes t + 1 of `vocabulary`.
     struct Counting {
         vocabulary: usize,
+        room: usize,
         fed: Vec<Vec<u32>>,
     }
 
     impl NextTokenLogits for Counting {
+        fn room(&self) -> usize {
+            self.room - self.fed.iter().map(Vec::len).sum::<usize>()
+        }
+
         fn next_token_logits(&mut self, token_ids: &[u32], logits: &mut Vec<f32>) -> Result<()> {
             self.fed.push(token_ids.to_vec());
             logits.clear();
@@ -148,7 +170,7 @@ mod tests {
         parameters: SamplingParameters,
         on_token: impl FnMut(u32) -> ControlFlow<()>,
     ) -> (Result<Generation>, Vec<Vec<u32>>) {
-        let mut model = Counting { vocabulary: 50, fed: Vec::new() };
+        let mut model = Counting { vocabulary: 50, room: 60, fed: Vec::new() };
         let mut sampler = Sampler::new(parameters).unwrap();
         let generation = generate(&mut model, prompt, &mut sampler, stop, on_token);
         (generation, model.fed)
@@ -192,6 +214,19 @@ mod tests {
         });
         assert_eq!(generation.unwrap().stop_reason, StopReason::Cancelled);
         assert_eq!(fed.len(), 2);
+    }
+
+    #[test]
+    fn the_text_ends_where_the_model_has_no_more_room() {
+        let stop = StopConditions { max_new_tokens: 100, eos_token_ids: vec![] };
+        let prompt = vec![5; 58];
+        let (generation, fed) =
+            run(&prompt, &stop, SamplingParameters::default(), |_| ControlFlow::Continue(()));
+        let generation = generation.unwrap();
+        assert_eq!((generation.token_ids.len(), generation.stop_reason), (3, StopReason::Length));
+        assert_eq!(fed.iter().map(Vec::len).sum::<usize>(), 60);
+        let (refused, _) = run(&[5; 61], &stop, SamplingParameters::default(), |_| ControlFlow::Continue(()));
+        assert!(refused.unwrap_err().message().contains("61 tokens, the model has room for 60"));
     }
 
     #[test]

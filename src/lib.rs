@@ -20,6 +20,7 @@ pub mod model;
 pub mod optim;
 
 pub mod cli;
+pub mod evaluation;
 pub mod import;
 pub mod inference;
 pub mod training;

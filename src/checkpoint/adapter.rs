@@ -7,15 +7,12 @@ mod write;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
-
-use safetensors::SafeTensors;
 
 pub use self::config::AdapterConfig;
 pub use self::write::{Companions, replace_adapter_folder, write_adapter};
-use crate::dtype::DType;
+use crate::checkpoint::safetensors::SafetensorsFile;
 use crate::error::{Error, Result};
-use crate::tensor::{NamedTensor, WeightTensor};
+use crate::tensor::NamedTensor;
 
 /// The weights' file in an adapter folder.
 pub const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
@@ -145,27 +142,16 @@ pub fn read_adapter(folder: &Path) -> Result<Adapter> {
 }
 
 fn read_tensors(path: &Path) -> Result<Vec<NamedTensor>> {
-    let bytes = fs::read(path).map_err(|source| Error::file("read", path, source))?;
-    let broken = |source| {
-        Error::model("not a valid safetensors file").at(path.display().to_string()).caused_by(source)
-    };
-    let file = SafeTensors::deserialize(&bytes).map_err(broken)?;
-    let mut tensors = Vec::with_capacity(file.len());
-    for (name, view) in file.tensors() {
-        let dtype = match view.dtype() {
-            safetensors::Dtype::F32 => DType::F32,
-            safetensors::Dtype::F16 => DType::F16,
-            safetensors::Dtype::BF16 => DType::Bf16,
-            other => {
-                return Err(Error::model(format!("dtype {other:?}, expected F32, F16 or BF16"))
-                    .at(format!("{}: {name}", path.display())));
-            }
-        };
-        let (shape, data) = (view.shape().to_vec(), Arc::new(view.data().to_vec()));
-        let values = WeightTensor::new(&name, dtype, shape.clone(), data, 0..view.data().len()).to_f32();
-        tensors.push(NamedTensor { name, shape, values });
+    let file = SafetensorsFile::open(path)?;
+    let mut names: Vec<&str> = file.entries().map(|(name, _)| name).collect();
+    names.sort_unstable();
+    let mut tensors = Vec::with_capacity(names.len());
+    for name in names {
+        let tensor = file.tensor(name)?;
+        let (name, shape) = (name.to_string(), tensor.shape().to_vec());
+        tensors.push(NamedTensor { name, shape, values: tensor.to_f32() });
     }
-    tensors.sort_by(|left, right| left.name.cmp(&right.name));
+    file.file().check_intact()?;
     Ok(tensors)
 }
 

@@ -1,5 +1,6 @@
 //! The transformer: configuration, adapters, blocks, forward and backward, on any [`Backend`](crate::backend::Backend).
 
+mod adapted;
 mod block;
 pub mod config;
 mod fields;

@@ -196,8 +196,8 @@ fn tensors_that_are_not_plain_lora_are_refused() {
         ("F32", "q_proj.lora_magnitude_vector", &[6][..], "expected a matrix"),
         ("F32", "lm_head.weight", &[2, 3], "not a tensor of a plain LoRA adapter"),
         ("F32", "q_proj.lora_A.weight", &[3, 2], "rank 3, but adapter_config.json says r = 2"),
-        ("F64", "q_proj.lora_A.weight", &[1, 3], "dtype"),
-        ("F32", "q_proj.lora_A.weight", &[2, 4], "not a valid safetensors file"),
+        ("F64", "q_proj.lora_A.weight", &[1, 3], "element type F64 is not supported"),
+        ("F32", "q_proj.lora_A.weight", &[2, 4], "needs 32 bytes, found 24"),
     ] {
         fs::write(folder.path().join(ADAPTER_WEIGHTS), safetensors_of(dtype, &[(name, shape, &zeros)]))
             .unwrap();

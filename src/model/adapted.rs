@@ -1,0 +1,38 @@
+//! A base model with an adapter that was trained before.
+
+use std::sync::Arc;
+
+use super::{LoraConfig, Transformer};
+use crate::backend::Backend;
+use crate::checkpoint::adapter::{Adapter, AdapterConfig};
+use crate::checkpoint::base::BaseModel;
+use crate::error::{ErrorKind, Result};
+
+impl From<&AdapterConfig> for LoraConfig {
+    fn from(config: &AdapterConfig) -> Self {
+        Self {
+            rank: config.rank,
+            alpha: config.alpha,
+            use_rslora: config.use_rslora,
+            target_modules: config.target_modules.clone(),
+        }
+    }
+}
+
+impl<B: Backend> Transformer<B> {
+    /// Puts `base` on `backend` with the parameters of `adapter`.
+    ///
+    /// # Errors
+    /// An adapter of another base (fault 61), or a device without room.
+    pub fn load_with_adapter(backend: Arc<B>, base: &BaseModel, adapter: &Adapter) -> Result<Self> {
+        let mut model =
+            Self::load(backend, base, Some(&LoraConfig::from(&adapter.config))).map_err(|error| {
+                // Targets that match nothing are the adapter's fault here, not the configuration's.
+                if error.kind() == ErrorKind::Config { error.with_kind(ErrorKind::Model) } else { error }
+            })?;
+        let matched = adapter.match_to(&model.layout().expected())?;
+        let parameters = model.layout().to_flat(&matched)?;
+        model.set_parameters(&parameters)?;
+        Ok(model)
+    }
+}
