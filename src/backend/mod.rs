@@ -8,6 +8,7 @@
 //! changes for it. Each has a forward and a backward; there is no autograd tape.
 
 pub mod cpu;
+pub mod dropout;
 
 use crate::batch::Batch;
 use crate::error::Result;

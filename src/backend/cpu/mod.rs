@@ -1,4 +1,333 @@
-//! The CPU backend: f32 on all cores.
+//! The CPU backend: f32 arithmetic on all cores, frozen weights read where they lie, as they are stored.
+//!
+//! Deterministic: work is cut by shape and every sum has a fixed order, so results have the same bits on any number of
+//! threads. Kernels are written once and compiled for each level of [`simd::Simd`].
 
+mod activation;
+mod attention;
+mod head;
+mod linear;
 pub mod matmul;
+mod memory;
+mod norm;
+mod optimizer;
+mod product;
+mod rows;
 pub mod simd;
+mod threads;
+mod weights;
+
+use std::sync::{Mutex, MutexGuard};
+
+pub use memory::AlignedFloats;
+pub use weights::CpuMatrix;
+
+use crate::backend::{
+    AdamWStep, Attention, Backend, Head, KvCache, LinearGroup, LinearInput, OptimizerState, RmsNorm,
+};
+use crate::batch::Batch;
+use crate::error::{Error, Result};
+use crate::tensor::WeightTensor;
+use attention::AttentionScratch;
+use linear::LinearScratch;
+use simd::Simd;
+use threads::Threads;
+
+/// A pool of threads and its scratch memory, which grows to the largest shape seen and is then kept.
+pub struct CpuBackend {
+    threads: Threads,
+    simd: Simd,
+    attention: Mutex<AttentionScratch>,
+    linear: Mutex<LinearScratch>,
+    logits: Mutex<AlignedFloats>,
+    block_sums: Mutex<Vec<f64>>,
+}
+
+impl CpuBackend {
+    /// A backend of `threads` threads, or one for each core that the process may use, with the best instructions that
+    /// this CPU has.
+    ///
+    /// # Errors
+    /// Zero threads, or the system starts none.
+    pub fn new(threads: Option<usize>) -> Result<Self> {
+        Self::with_simd(threads, Simd::detect())
+    }
+
+    /// As [`new`](Self::new), at a given level of instructions. (The products of [`matmul`] choose theirs alone.)
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_simd(threads: Option<usize>, simd: Simd) -> Result<Self> {
+        Ok(Self {
+            threads: Threads::new(threads)?,
+            simd,
+            attention: Mutex::default(),
+            linear: Mutex::default(),
+            logits: Mutex::default(),
+            block_sums: Mutex::default(),
+        })
+    }
+
+    fn attention_scratch(&self) -> MutexGuard<'_, AttentionScratch> {
+        lock(&self.attention)
+    }
+
+    fn linear_scratch(&self) -> MutexGuard<'_, LinearScratch> {
+        lock(&self.linear)
+    }
+
+    fn logits_scratch(&self) -> MutexGuard<'_, AlignedFloats> {
+        lock(&self.logits)
+    }
+}
+
+/// Scratch has no invariant that a panic could break.
+fn lock<T>(scratch: &Mutex<T>) -> MutexGuard<'_, T> {
+    scratch.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// The range of the first `elements` of `length`.
+fn first_elements(elements: usize, length: usize) -> Result<std::ops::Range<usize>> {
+    if elements > length {
+        return Err(Error::internal(format!("{elements} elements of a buffer of {length}")));
+    }
+    Ok(0..elements)
+}
+
+impl Backend for CpuBackend {
+    type Matrix = CpuMatrix;
+    type Vector = AlignedFloats;
+    type Buffer = AlignedFloats;
+    type Floats = AlignedFloats;
+    type Batch = Batch;
+
+    fn description(&self) -> String {
+        let count = self.threads.count();
+        format!("cpu, {count} thread{}, {}", if count == 1 { "" } else { "s" }, self.simd)
+    }
+
+    fn matrix(&self, parts: &[WeightTensor]) -> Result<Self::Matrix> {
+        CpuMatrix::new(parts)
+    }
+
+    fn vector(&self, parts: &[WeightTensor]) -> Result<Self::Vector> {
+        let values: Vec<f32> = parts.iter().flat_map(WeightTensor::to_f32).collect();
+        Ok(AlignedFloats::copy_of(&values))
+    }
+
+    fn buffer(&self, elements: usize) -> Result<Self::Buffer> {
+        Ok(AlignedFloats::zeroed(elements))
+    }
+
+    fn floats(&self, values: &[f32]) -> Result<Self::Floats> {
+        Ok(AlignedFloats::copy_of(values))
+    }
+
+    fn write_floats(&self, floats: &mut Self::Floats, values: &[f32]) -> Result<()> {
+        let part = first_elements(values.len(), floats.len())?;
+        floats[part].copy_from_slice(values);
+        Ok(())
+    }
+
+    fn read_floats(&self, floats: &Self::Floats, into: &mut [f32]) -> Result<()> {
+        into.copy_from_slice(&floats[first_elements(into.len(), floats.len())?]);
+        Ok(())
+    }
+
+    fn zero_floats(&self, floats: &mut Self::Floats) -> Result<()> {
+        floats.fill(0.0);
+        Ok(())
+    }
+
+    fn write_buffer(&self, buffer: &mut Self::Buffer, values: &[f32]) -> Result<()> {
+        self.write_floats(buffer, values)
+    }
+
+    fn read_buffer(&self, buffer: &Self::Buffer, into: &mut [f32]) -> Result<()> {
+        self.read_floats(buffer, into)
+    }
+
+    fn zero_buffer(&self, buffer: &mut Self::Buffer, elements: usize) -> Result<()> {
+        let part = first_elements(elements, buffer.len())?;
+        buffer[part].fill(0.0);
+        Ok(())
+    }
+
+    fn new_batch(&self) -> Result<Self::Batch> {
+        Ok(Batch::default())
+    }
+
+    fn load_batch(&self, resident: &mut Self::Batch, batch: &Batch) -> Result<()> {
+        // Field by field, which keeps the memory: a derived `clone_from` would not.
+        resident.token_ids.clone_from(&batch.token_ids);
+        resident.sample_starts.clone_from(&batch.sample_starts);
+        resident.sample_ids.clone_from(&batch.sample_ids);
+        resident.labelled_rows.clone_from(&batch.labelled_rows);
+        resident.targets.clone_from(&batch.targets);
+        Ok(())
+    }
+
+    fn embedding(
+        &self,
+        batch: &Self::Batch,
+        table: &Self::Matrix,
+        width: usize,
+        x: &mut Self::Buffer,
+    ) -> Result<()> {
+        self.embed(batch, table, width, x)
+    }
+
+    fn rms_norm(
+        &self,
+        norm: RmsNorm<'_, Self>,
+        rows: usize,
+        x: &Self::Buffer,
+        y: &mut Self::Buffer,
+    ) -> Result<()> {
+        self.norm_forward(norm, rows, x, y);
+        Ok(())
+    }
+
+    fn rms_norm_backward(
+        &self,
+        norm: RmsNorm<'_, Self>,
+        rows: usize,
+        x: &Self::Buffer,
+        dy: &Self::Buffer,
+        dx: &mut Self::Buffer,
+    ) -> Result<()> {
+        self.norm_backward(norm, rows, x, dy, dx);
+        Ok(())
+    }
+
+    fn linear(
+        &self,
+        group: &LinearGroup<Self>,
+        adapters: &Self::Floats,
+        input: LinearInput<'_, Self>,
+        residual: Option<&Self::Buffer>,
+        s: &mut Self::Buffer,
+        y: &mut Self::Buffer,
+    ) -> Result<()> {
+        self.linear_forward(group, adapters, input, residual.map(|residual| &residual[..]), s, y)
+    }
+
+    fn linear_backward(
+        &self,
+        group: &LinearGroup<Self>,
+        adapters: &Self::Floats,
+        input: LinearInput<'_, Self>,
+        s: &Self::Buffer,
+        dy: &Self::Buffer,
+        gradients: &mut Self::Floats,
+        dx: Option<&mut Self::Buffer>,
+    ) -> Result<()> {
+        self.linear_gradient(group, adapters, input, s, dy, gradients, dx.map(|dx| &mut dx[..]))
+    }
+
+    fn attention(
+        &self,
+        attention: &Attention<'_, Self>,
+        batch: &Self::Batch,
+        qkv: &Self::Buffer,
+        log_sum: &mut Self::Floats,
+        out: &mut Self::Buffer,
+    ) -> Result<()> {
+        self.attention_forward(attention, batch, qkv, log_sum, out)
+    }
+
+    fn attention_backward(
+        &self,
+        attention: &Attention<'_, Self>,
+        batch: &Self::Batch,
+        qkv: &Self::Buffer,
+        log_sum: &Self::Floats,
+        out: &Self::Buffer,
+        dout: &Self::Buffer,
+        dqkv: &mut Self::Buffer,
+    ) -> Result<()> {
+        self.attention_gradient(attention, batch, qkv, log_sum, out, dout, dqkv)
+    }
+
+    fn attention_cached(
+        &self,
+        attention: &Attention<'_, Self>,
+        rows: usize,
+        position: usize,
+        qkv: &Self::Buffer,
+        cache: &mut KvCache<Self>,
+        out: &mut Self::Buffer,
+    ) -> Result<()> {
+        self.attention_over_cache(attention, rows, position, qkv, cache, out)
+    }
+
+    fn gated_silu(
+        &self,
+        rows: usize,
+        width: usize,
+        gate_up: &Self::Buffer,
+        act: &mut Self::Buffer,
+    ) -> Result<()> {
+        self.gated_silu_forward(rows, width, gate_up, act);
+        Ok(())
+    }
+
+    fn gated_silu_backward(
+        &self,
+        rows: usize,
+        width: usize,
+        dact: &Self::Buffer,
+        gate_up: &mut Self::Buffer,
+    ) -> Result<()> {
+        self.gated_silu_gradient(rows, width, dact, gate_up);
+        Ok(())
+    }
+
+    fn gather_labelled(
+        &self,
+        batch: &Self::Batch,
+        width: usize,
+        x: &Self::Buffer,
+        packed: &mut Self::Buffer,
+    ) -> Result<()> {
+        self.gather_rows(batch, width, x, packed);
+        Ok(())
+    }
+
+    fn scatter_labelled(
+        &self,
+        batch: &Self::Batch,
+        width: usize,
+        packed: &Self::Buffer,
+        dx: &mut Self::Buffer,
+    ) -> Result<()> {
+        self.scatter_rows(batch, width, packed, dx);
+        Ok(())
+    }
+
+    fn head_loss(
+        &self,
+        head: Head<'_, Self>,
+        batch: &Self::Batch,
+        x: &Self::Buffer,
+        gradient_scale: f32,
+        losses: &mut Self::Floats,
+        dx: Option<&mut Self::Buffer>,
+    ) -> Result<()> {
+        self.cross_entropy(head, batch, x, gradient_scale, losses, dx.map(|dx| &mut dx[..]))
+    }
+
+    fn head_logits(
+        &self,
+        head: Head<'_, Self>,
+        x: &Self::Buffer,
+        row: usize,
+        logits: &mut [f32],
+    ) -> Result<()> {
+        self.logits_of_row(head, x, row, logits)
+    }
+
+    fn adamw(&self, state: OptimizerState<'_, Self>, step: AdamWStep) -> Result<f64> {
+        Ok(self.adamw_update(state, step))
+    }
+}

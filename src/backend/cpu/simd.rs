@@ -174,7 +174,6 @@ pub trait Vector:
 
 /// Turns `fn name<V>(simd: Simd, arguments…) -> Output { body over V }` into a function that runs `body` compiled for
 /// the level `simd`.
-#[allow(unused_macros)]
 macro_rules! simd_fn {
     ($(#[$meta:meta])* $visibility:vis fn $name:ident<$vector:ident>(
         simd: Simd, $($argument:ident: $type:ty),* $(,)?
@@ -195,7 +194,6 @@ macro_rules! simd_fn {
         }
     };
 }
-#[allow(unused_imports)]
 pub(crate) use simd_fn;
 
 #[cfg(test)]

@@ -1,0 +1,147 @@
+//! Attention over the cache: blocks of queries in a prompt, dot products in decoding.
+
+use super::super::CpuBackend;
+use super::super::memory::{AlignedFloats, DisjointParts};
+use super::super::product::{Before, Left, Right, Shape, multiply};
+use super::super::simd::simd_fn;
+use super::pack::{Source, Treatment};
+use super::softmax::{Running, absorb, scale_row};
+use super::{AttentionScratch, Heads};
+use crate::backend::{Attention, KvCache};
+use crate::error::{Error, Result};
+
+/// From this many new rows on, packing the cache for blocked products pays.
+const BLOCKED_ROWS: usize = 8;
+/// Elements of keys below which one thread decodes faster than several.
+const PARALLEL_ELEMENTS: usize = 128 * 1024;
+
+impl CpuBackend {
+    pub(in super::super) fn attention_over_cache(
+        &self,
+        attention: &Attention<'_, Self>,
+        rows: usize,
+        position: usize,
+        qkv: &[f32],
+        cache: &mut KvCache<Self>,
+        out: &mut [f32],
+    ) -> Result<()> {
+        if position + rows > cache.capacity {
+            return Err(Error::internal(format!(
+                "positions {position}..{} do not fit into a cache of {}",
+                position + rows,
+                cache.capacity
+            )));
+        }
+        let heads = Heads::new(self.simd, attention, position + rows)?;
+        self.append(&heads, rows, position, qkv, cache);
+        let mut scratch = self.attention_scratch();
+        if rows >= BLOCKED_ROWS {
+            let row_stride = heads.key_value_heads * heads.head_dim;
+            let source = |values| Source { values, row_stride, first_column: 0 };
+            let sources = [source(&cache.keys[..]), source(&cache.values[..])];
+            scratch.clear_plan();
+            scratch.plan_sequence(0, rows, position, 0);
+            self.attend(&heads, &mut scratch, sources, Treatment::Keep, qkv, out, None);
+        } else {
+            for row in 0..rows {
+                let raw = &qkv[row * heads.qkv_width()..][..heads.query_heads * heads.head_dim];
+                let out = &mut out[row * heads.query_heads * heads.head_dim..][..raw.len()];
+                self.decode(&heads, &mut scratch, position + row, raw, cache, out);
+            }
+        }
+        Ok(())
+    }
+
+    /// Turned keys, and values, of the new positions.
+    fn append(
+        &self,
+        heads: &Heads<'_>,
+        rows: usize,
+        position: usize,
+        qkv: &[f32],
+        cache: &mut KvCache<Self>,
+    ) {
+        let (dim, width) = (heads.head_dim, heads.key_value_heads * heads.head_dim);
+        let part = position * width..(position + rows) * width;
+        self.threads.for_row_blocks(&mut cache.keys[part.clone()], width, |first, keys| {
+            for (row, keys) in keys.chunks_exact_mut(width).enumerate() {
+                let raw = &qkv[(first + row) * heads.qkv_width()..][..heads.qkv_width()];
+                for (head, key) in keys.chunks_exact_mut(dim).enumerate() {
+                    heads.turn(heads.key_norm, position + first + row, &raw[heads.key_columns(head)], key);
+                }
+            }
+        });
+        self.threads.for_row_blocks(&mut cache.values[part], width, |first, values| {
+            for (row, values) in values.chunks_exact_mut(width).enumerate() {
+                let start = (first + row) * heads.qkv_width() + heads.value_columns(0).start;
+                values.copy_from_slice(&qkv[start..start + width]);
+            }
+        });
+    }
+
+    /// One query row at `position` over the cache.
+    fn decode(
+        &self,
+        heads: &Heads<'_>,
+        scratch: &mut AttentionScratch,
+        position: usize,
+        raw: &[f32],
+        cache: &KvCache<Self>,
+        out: &mut [f32],
+    ) {
+        let (dim, group) = (heads.head_dim, heads.group());
+        let visible = heads.visible(position);
+        let keys = visible.len();
+        let scores = DisjointParts::new(scratch.scores.at_least(heads.query_heads * keys));
+        let out = DisjointParts::new(out);
+        let task = |head: usize, queries: &mut AlignedFloats| {
+            let queries = queries.at_least(group * dim);
+            // SAFETY: one part of each for each key-value head.
+            let (scores, out) = unsafe {
+                let first = head * group;
+                (
+                    scores.part(first * keys..(first + group) * keys),
+                    out.part(first * dim..(first + group) * dim),
+                )
+            };
+            let stride = heads.key_value_heads * dim;
+            let first = visible.start * stride + head * dim;
+            for (member, query) in queries.chunks_exact_mut(dim).enumerate() {
+                let raw = &raw[heads.query_columns(head * group + member)];
+                heads.turn(heads.query_norm, position, raw, query);
+                let scores = &mut scores[member * keys..][..keys];
+                key_scores(heads.simd, query, &cache.keys[first..], stride, scores);
+                let (running, _) = absorb(heads.simd, scores, 0..keys, heads.softmax_scale, Running::EMPTY);
+                scale_row(heads.simd, 1.0 / running.sum, scores);
+            }
+            multiply(
+                heads.simd,
+                Shape { rows: group, columns: dim, depth: keys },
+                Left::rows(scores, keys),
+                Right { values: &cache.values[first..], stride },
+                Before::Undefined,
+                out,
+                dim,
+            );
+        };
+        if keys * heads.query_heads * dim < PARALLEL_ELEMENTS {
+            let mut queries = self.threads.scratch();
+            (0..heads.key_value_heads).for_each(|head| task(head, &mut queries));
+        } else {
+            self.threads.for_each(heads.key_value_heads, |head| task(head, &mut self.threads.scratch()));
+        }
+    }
+}
+
+simd_fn! {
+    /// `scores[j] = query · keys[j]`, keys `stride` apart.
+    fn key_scores<V>(simd: Simd, query: &[f32], keys: &[f32], stride: usize, scores: &mut [f32]) -> () {
+        for (key, score) in keys.chunks(stride).zip(scores) {
+            let mut sum = V::splat(0.0);
+            for (query, key) in query.chunks(V::LANES).zip(key[..query.len()].chunks(V::LANES)) {
+                sum = V::from_slice(query).mul_add(V::from_slice(key), sum);
+            }
+            *score = sum.sum();
+        }
+    }
+}

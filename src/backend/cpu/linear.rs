@@ -1,0 +1,239 @@
+//! Linear groups with low-rank adapters: `y = residual + bias + x·Wᵀ + scale·s·Bᵀ`, `s = dropout(x)·Aᵀ`
+//! (Hu et al. 2021), and their gradients `ds = scale·dy·B`, `dB = scale·dyᵀ·s`, `dA = dsᵀ·dropout(x)`,
+//! `dx = dy·W + dropout'(ds·A)`.
+
+use std::array;
+use std::ops::Range;
+
+use super::CpuBackend;
+use super::matmul::{
+    Linear, LinearBackward, LowRank, LowRankBlock, MAX_DECODE_ROWS, MAX_PARTS, Rows, RowsMut, Start, Weight,
+    WeightGradient, decode, linear, linear_backward, weight_gradient,
+};
+use super::memory::AlignedFloats;
+use super::rows::places;
+use crate::backend::dropout::{self, FEATURES_PER_CALL};
+use crate::backend::{Dropout, LinearGroup, LinearInput};
+use crate::error::{Error, Result};
+
+/// Scratch of the linear groups; grows to the largest shape.
+#[derive(Default)]
+pub(super) struct LinearScratch {
+    /// `dropout(x) [T, I]`.
+    dropped: AlignedFloats,
+    /// `ds [T, R]`.
+    ds: AlignedFloats,
+    /// One adapter's columns of `s`.
+    s_columns: AlignedFloats,
+    /// `dropout'(ds·A) [T, I]`.
+    low_rank_dx: AlignedFloats,
+}
+
+/// `A [R, I]` of all adapters of a group in the flat buffer.
+fn a_range(group: &LinearGroup<CpuBackend>) -> Result<Range<usize>> {
+    let (mut start, mut end) = (None, 0);
+    for adapter in group.adapters() {
+        let offset = adapter.slot.a_offset;
+        if start.is_some() && offset != end {
+            let error =
+                format!("A matrices of input {} are apart: {offset}, expected {end}", group.input_index);
+            return Err(Error::internal(error));
+        }
+        start = start.or(Some(offset));
+        end = offset + adapter.slot.rank * group.in_features;
+    }
+    Ok(start.unwrap_or(0)..end)
+}
+
+fn dense(values: &[f32], stride: usize) -> Rows<'_> {
+    Rows { values, stride }
+}
+
+/// The product for the number of rows: decoding streams the weight, more rows are blocked.
+fn multiply(arguments: Linear<'_>, y: RowsMut<'_>) {
+    if arguments.rows <= MAX_DECODE_ROWS {
+        decode(arguments, y);
+    } else {
+        linear(arguments, y);
+    }
+}
+
+impl CpuBackend {
+    pub(super) fn linear_forward(
+        &self,
+        group: &LinearGroup<Self>,
+        adapters: &[f32],
+        input: LinearInput<'_, Self>,
+        residual: Option<&[f32]>,
+        s: &mut [f32],
+        y: &mut [f32],
+    ) -> Result<()> {
+        let (width, out_width, rank) = (group.in_features, group.out_features(), group.total_rank());
+        if group.projections.len() > MAX_PARTS {
+            return Err(Error::internal(format!("a group of {} projections", group.projections.len())));
+        }
+        let a = a_range(group)?;
+        let rows = input.rows;
+        let mut scratch = self.linear_scratch();
+        if rank > 0 {
+            let x = self.adapter_input(group, &input, &mut scratch.dropped);
+            let product = Linear::new(rows, dense(x, width), Weight::f32(width, &adapters[a]));
+            self.threads.pool().install(|| multiply(product, RowsMut { values: s, stride: rank }));
+        }
+        let mut blocks: [LowRankBlock<'_>; MAX_PARTS] =
+            array::from_fn(|_| LowRankBlock { factor: &[], scale: 0.0, columns: 0..0, ranks: 0..0 });
+        let mut count = 0;
+        for adapter in group.adapters() {
+            let slot = adapter.slot;
+            blocks[count] = LowRankBlock {
+                factor: &adapters[slot.b_offset..][..adapter.out_features * slot.rank],
+                scale: slot.scale,
+                columns: adapter.out_column..adapter.out_column + adapter.out_features,
+                ranks: adapter.rank_column..adapter.rank_column + slot.rank,
+            };
+            count += 1;
+        }
+        let low_rank = (rank > 0).then(|| LowRank { s: dense(s, rank), blocks: &blocks[..count] });
+        let product = Linear {
+            bias: group.bias.as_ref().map(|bias| &bias[..out_width]),
+            start: residual.map_or(Start::Zero, |residual| Start::Residual(dense(residual, out_width))),
+            low_rank,
+            ..Linear::new(rows, dense(input.x, width), group.weight.weight())
+        };
+        self.threads.pool().install(|| multiply(product, RowsMut { values: y, stride: out_width }));
+        Ok(())
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn linear_gradient(
+        &self,
+        group: &LinearGroup<Self>,
+        adapters: &[f32],
+        input: LinearInput<'_, Self>,
+        s: &[f32],
+        dy: &[f32],
+        gradients: &mut [f32],
+        dx: Option<&mut [f32]>,
+    ) -> Result<()> {
+        let (width, out_width, rank) = (group.in_features, group.out_features(), group.total_rank());
+        let a = a_range(group)?;
+        let rows = input.rows;
+        let mut scratch = self.linear_scratch();
+        let LinearScratch { dropped, ds, s_columns, low_rank_dx } = &mut *scratch;
+        let ds = ds.at_least(rows * rank);
+        let pool = self.threads.pool();
+        for adapter in group.adapters() {
+            let slot = adapter.slot;
+            let dy = dense(dy.get(adapter.out_column..).unwrap_or(&[]), out_width);
+            let b = &adapters[slot.b_offset..][..adapter.out_features * slot.rank];
+            let product = LinearBackward::new(rows, dy, Weight::f32(slot.rank, b).scaled(slot.scale));
+            let ds = RowsMut { values: ds.get_mut(adapter.rank_column..).unwrap_or(&mut []), stride: rank };
+            pool.install(|| linear_backward(product, ds));
+            let s = pack_columns(s, rows, rank, adapter.rank_column, slot.rank, s_columns);
+            let product = WeightGradient {
+                rows,
+                dy,
+                outputs: adapter.out_features,
+                x: s,
+                inputs: slot.rank,
+                scale: slot.scale,
+            };
+            let gradient = &mut gradients[slot.b_offset..][..adapter.out_features * slot.rank];
+            pool.install(|| weight_gradient(product, gradient));
+        }
+        if rank > 0 {
+            let x = self.adapter_input(group, &input, dropped);
+            let product =
+                WeightGradient { rows, dy: dense(ds, rank), outputs: rank, x, inputs: width, scale: 1.0 };
+            pool.install(|| weight_gradient(product, &mut gradients[a.clone()]));
+        }
+        let Some(dx) = dx else { return Ok(()) };
+        let dx = RowsMut { values: dx, stride: width };
+        let frozen = LinearBackward::new(rows, dense(dy, out_width), group.weight.weight());
+        let a = &adapters[a];
+        match input.dropout {
+            Some(dropout) if rank > 0 => {
+                let through = low_rank_dx.at_least(rows * width);
+                let product = LinearBackward::new(rows, dense(ds, rank), Weight::f32(width, a));
+                pool.install(|| {
+                    linear_backward(product, RowsMut { values: &mut *through, stride: width });
+                });
+                self.drop_features(dropout, group, &input, None, through);
+                let start = Start::Residual(dense(through, width));
+                pool.install(|| linear_backward(LinearBackward { start, ..frozen }, dx));
+            }
+            _ => {
+                let block = LowRankBlock { factor: a, scale: 1.0, columns: 0..width, ranks: 0..rank };
+                let low_rank = LowRank { s: dense(ds, rank), blocks: &[block] };
+                let low_rank = (rank > 0).then_some(low_rank);
+                pool.install(|| linear_backward(LinearBackward { low_rank, ..frozen }, dx));
+            }
+        }
+        Ok(())
+    }
+
+    /// What the adapters read: `x`, or its copy with dropped features.
+    fn adapter_input<'a>(
+        &self,
+        group: &LinearGroup<Self>,
+        input: &LinearInput<'a, Self>,
+        dropped: &'a mut AlignedFloats,
+    ) -> &'a [f32] {
+        let elements = input.rows * group.in_features;
+        match input.dropout {
+            None => &input.x[..elements],
+            Some(dropout) => {
+                let dropped = dropped.at_least(elements);
+                self.drop_features(dropout, group, input, Some(&input.x[..elements]), dropped);
+                dropped
+            }
+        }
+    }
+
+    /// Writes `from` (or what `to` holds) times the mask and `1/(1-p)`.
+    fn drop_features(
+        &self,
+        dropout: Dropout,
+        group: &LinearGroup<Self>,
+        input: &LinearInput<'_, Self>,
+        from: Option<&[f32]>,
+        to: &mut [f32],
+    ) {
+        let width = group.in_features;
+        let threshold = dropout::threshold(dropout.probability);
+        let factor = 1.0 / (1.0 - dropout.probability);
+        self.threads.for_row_blocks(to, width, |first, to| {
+            if let Some(from) = from {
+                to.copy_from_slice(&from[first * width..][..to.len()]);
+            }
+            for (row, place) in to.chunks_exact_mut(width).zip(places(input.batch, first)) {
+                for (features, values) in row.chunks_mut(FEATURES_PER_CALL).enumerate() {
+                    let words =
+                        dropout::words(dropout, place.sample, place.position, group.input_index, features);
+                    for (value, word) in values.iter_mut().zip(words) {
+                        *value = if u64::from(word) >= threshold { *value * factor } else { 0.0 };
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// `rank` columns of `s [rows, stride]` side by side; `s` itself where they are all.
+fn pack_columns<'a>(
+    s: &'a [f32],
+    rows: usize,
+    stride: usize,
+    first: usize,
+    rank: usize,
+    packed: &'a mut AlignedFloats,
+) -> &'a [f32] {
+    if rank == stride {
+        return &s[..rows * rank];
+    }
+    let packed = packed.at_least(rows * rank);
+    for (packed, row) in packed.chunks_exact_mut(rank).zip(s.chunks_exact(stride)) {
+        packed.copy_from_slice(&row[first..first + rank]);
+    }
+    packed
+}

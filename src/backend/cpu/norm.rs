@@ -1,0 +1,79 @@
+//! Root-mean-square norm `y = x · rstd · w`, `rstd = 1/√(mean(x²) + ε)`, and its gradient
+//! `dx = rstd · (dy·w − x · rstd² · mean(dy·w·x))` (Zhang & Sennrich 2019). Sums in f32, one lane of the vector each.
+
+use super::CpuBackend;
+use super::simd::{Vector, simd_fn};
+use crate::backend::RmsNorm;
+
+#[inline(always)]
+fn reciprocal_deviation<V: Vector>(x: &[f32], epsilon: f32) -> f32 {
+    let mut squares = V::splat(0.0);
+    for chunk in x.chunks(V::LANES) {
+        let x = V::from_slice(chunk);
+        squares = x.mul_add(x, squares);
+    }
+    1.0 / (squares.sum() / x.len() as f32 + epsilon).sqrt()
+}
+
+simd_fn! {
+    /// The norm of each row of `x`, of the width of `weight`.
+    pub(super) fn norm_rows<V>(simd: Simd, weight: &[f32], epsilon: f32, x: &[f32], y: &mut [f32]) -> () {
+        let width = weight.len();
+        for (x, y) in x.chunks_exact(width).zip(y.chunks_exact_mut(width)) {
+            let rstd = V::splat(reciprocal_deviation::<V>(x, epsilon));
+            let columns = x.chunks(V::LANES).zip(weight.chunks(V::LANES)).zip(y.chunks_mut(V::LANES));
+            for ((x, weight), y) in columns {
+                (V::from_slice(x) * rstd * V::from_slice(weight)).to_slice(y);
+            }
+        }
+    }
+}
+
+simd_fn! {
+    /// Adds to each row of `dx` the gradient through the norm of the row of `x`.
+    pub(super) fn norm_rows_backward<V>(
+        simd: Simd, weight: &[f32], epsilon: f32, x: &[f32], dy: &[f32], dx: &mut [f32],
+    ) -> () {
+        let width = weight.len();
+        let rows = x.chunks_exact(width).zip(dy.chunks_exact(width)).zip(dx.chunks_exact_mut(width));
+        for ((x, dy), dx) in rows {
+            let rstd = reciprocal_deviation::<V>(x, epsilon);
+            let mut projection = V::splat(0.0);
+            let columns = x.chunks(V::LANES).zip(dy.chunks(V::LANES)).zip(weight.chunks(V::LANES));
+            for ((x, dy), weight) in columns.clone() {
+                projection = (V::from_slice(dy) * V::from_slice(weight)).mul_add(V::from_slice(x), projection);
+            }
+            let along_x = V::splat(-rstd * rstd * rstd * (projection.sum() / width as f32));
+            let rstd = V::splat(rstd);
+            for (((x, dy), weight), dx) in columns.zip(dx.chunks_mut(V::LANES)) {
+                let through_weight = V::from_slice(dy) * V::from_slice(weight);
+                let gradient = through_weight.mul_add(rstd, V::from_slice(x) * along_x);
+                (V::from_slice(dx) + gradient).to_slice(dx);
+            }
+        }
+    }
+}
+
+impl CpuBackend {
+    pub(super) fn norm_forward(&self, norm: RmsNorm<'_, Self>, rows: usize, x: &[f32], y: &mut [f32]) {
+        let RmsNorm { weight, epsilon, width } = norm;
+        self.threads.for_row_blocks(&mut y[..rows * width], width, |first, y| {
+            norm_rows(self.simd, &weight[..width], epsilon, &x[first * width..][..y.len()], y);
+        });
+    }
+
+    pub(super) fn norm_backward(
+        &self,
+        norm: RmsNorm<'_, Self>,
+        rows: usize,
+        x: &[f32],
+        dy: &[f32],
+        dx: &mut [f32],
+    ) {
+        let RmsNorm { weight, epsilon, width } = norm;
+        self.threads.for_row_blocks(&mut dx[..rows * width], width, |first, dx| {
+            let part = first * width..first * width + dx.len();
+            norm_rows_backward(self.simd, &weight[..width], epsilon, &x[part.clone()], &dy[part], dx);
+        });
+    }
+}

@@ -1,0 +1,115 @@
+//! Dropout masks from the counter-based generator Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as
+//! easy as 1, 2, 3"): the mask of an element depends on (seed, epoch, sample, position, input, feature) alone, so it
+//! is the same on every backend, on any number of threads and however the batch is cut.
+//!
+//! One call yields four 32-bit words, for four neighbouring features:
+//!
+//! | word | content |
+//! |---|---|
+//! | key 0, key 1 | low and high half of the seed |
+//! | counter 0 | `feature / 4`; the element takes output word `feature % 4` |
+//! | counter 1 | position inside the sample |
+//! | counter 2 | the sample's index in its data set, its low 32 bits |
+//! | counter 3 | input index in the low 16 bits, epoch in the high 16 (both modulo 2¹⁶) |
+//!
+//! An element is kept where its word is at least `⌊probability · 2³²⌋` ([`threshold`]).
+
+use super::Dropout;
+
+/// Output words of one call, and the features that share it.
+pub const FEATURES_PER_CALL: usize = 4;
+
+/// Philox4x32 with ten rounds.
+pub fn philox4x32_10(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
+    for _ in 0..10 {
+        let first = u64::from(counter[0]) * 0xD251_1F53;
+        let second = u64::from(counter[2]) * 0xCD9E_8D57;
+        counter = [
+            (second >> 32) as u32 ^ counter[1] ^ key[0],
+            second as u32,
+            (first >> 32) as u32 ^ counter[3] ^ key[1],
+            first as u32,
+        ];
+        key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
+    }
+    counter
+}
+
+/// The least word that keeps an element: `⌊probability · 2³²⌋`.
+pub fn threshold(probability: f32) -> u64 {
+    (f64::from(probability) * 4_294_967_296.0) as u64
+}
+
+/// The words of the four features from `4 · feature_group`.
+pub fn words(
+    dropout: Dropout,
+    sample: usize,
+    position: usize,
+    input_index: u32,
+    feature_group: usize,
+) -> [u32; 4] {
+    let counter = [
+        feature_group as u32,
+        position as u32,
+        sample as u32,
+        (input_index & 0xFFFF) | (dropout.epoch << 16),
+    ];
+    philox4x32_10(counter, [dropout.seed as u32, (dropout.seed >> 32) as u32])
+}
+
+/// Whether the element survives.
+pub fn keep(dropout: Dropout, sample: usize, position: usize, input_index: u32, feature: usize) -> bool {
+    let words = words(dropout, sample, position, input_index, feature / FEATURES_PER_CALL);
+    u64::from(words[feature % FEATURES_PER_CALL]) >= threshold(dropout.probability)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The known-answer vectors that Random123 publishes (`kat_vectors`, philox4x32 10).
+    #[test]
+    fn philox_gives_the_published_answers() {
+        let answers = [
+            ([0; 4], [0; 2], [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]),
+            ([u32::MAX; 4], [u32::MAX; 2], [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]),
+            (
+                [0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344],
+                [0xa409_3822, 0x299f_31d0],
+                [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1],
+            ),
+        ];
+        for (counter, key, expected) in answers {
+            assert_eq!(philox4x32_10(counter, key), expected);
+        }
+    }
+
+    #[test]
+    fn the_mask_depends_on_each_of_its_keys() {
+        let dropout = Dropout { probability: 0.5, seed: 42, epoch: 0 };
+        let mask = |dropout: Dropout, sample, position, input| -> Vec<bool> {
+            (0..128).map(|feature| keep(dropout, sample, position, input, feature)).collect()
+        };
+        let base = mask(dropout, 1, 2, 3);
+        assert_eq!(base, mask(dropout, 1, 2, 3));
+        assert_ne!(base, mask(dropout, 2, 2, 3));
+        assert_ne!(base, mask(dropout, 1, 3, 3));
+        assert_ne!(base, mask(dropout, 1, 2, 4));
+        assert_ne!(base, mask(Dropout { epoch: 1, ..dropout }, 1, 2, 3));
+        assert_ne!(base, mask(Dropout { seed: 43, ..dropout }, 1, 2, 3));
+        assert_ne!(base, mask(Dropout { seed: 42 | 1 << 32, ..dropout }, 1, 2, 3));
+    }
+
+    #[test]
+    fn the_share_of_zeros_is_the_probability() {
+        for probability in [0.0, 0.05, 0.5, 0.9, 1.0] {
+            let dropout = Dropout { probability, seed: 7, epoch: 3 };
+            let count = 40_000;
+            let zeros = (0..count).filter(|&feature| !keep(dropout, 11, 5, 2, feature)).count();
+            let (expected, p) = (count as f64 * f64::from(probability), f64::from(probability));
+            // Five standard deviations of a binomial.
+            let bound = 5.0 * (count as f64 * p * (1.0 - p)).sqrt();
+            assert!((zeros as f64 - expected).abs() <= bound, "{zeros} of {count} at {probability}");
+        }
+    }
+}
