@@ -217,3 +217,11 @@ pub fn escape_control(text: &str) -> String {
     }
     escaped
 }
+
+/// At most `characters` of the text, then `…`: for values from files, which may be of any length.
+pub(crate) fn shorten(text: &str, characters: usize) -> std::borrow::Cow<'_, str> {
+    match text.char_indices().nth(characters) {
+        Some((end, _)) => format!("{}…", &text[..end]).into(),
+        None => text.into(),
+    }
+}

@@ -16,7 +16,7 @@ use super::finite::check_finite;
 use super::folder::file_in_folder;
 use super::safetensors::SafetensorsFile;
 use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shorten};
 use crate::model::config::ModelConfig;
 use crate::tensor::WeightTensor;
 
@@ -26,6 +26,8 @@ const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 /// In front of every tensor but the head; absent where the decoder was saved without its head.
 const PREFIX: &str = "model.";
+/// Characters of a message that quotes a file.
+const LONGEST_MESSAGE: usize = 400;
 /// Names listed in one message.
 const LISTED: usize = 5;
 
@@ -226,7 +228,7 @@ fn open_shards(folder: &Path) -> Result<Shards> {
     for &name in &names {
         // The name comes from the index, so the index is at fault when it leaves the folder.
         let path = file_in_folder(folder, name)
-            .map_err(|error| Error::model(format!("shard \"{name}\": {}", error.message())).at(place()))?;
+            .map_err(|error| Error::model(shorten(error.message(), LONGEST_MESSAGE)).at(place()))?;
         match path {
             Some(path) => paths.push(path),
             None => missing.push(name),
@@ -258,8 +260,10 @@ fn read_index(path: &Path) -> Result<HashMap<String, String>> {
     }
     let bytes = std::fs::read(path).map_err(|error| Error::file("read", path, error))?;
     let place = path.display().to_string();
-    let index: Index = serde_json::from_slice(&bytes)
-        .map_err(|error| Error::model("not a valid index of shards").at(&place).caused_by(error))?;
+    let index: Index = serde_json::from_slice(&bytes).map_err(|error| {
+        let message = format!("not a valid index of shards: {error}");
+        Error::model(shorten(&message, LONGEST_MESSAGE)).at(&place)
+    })?;
     match index.weight_map.0.is_empty() {
         true => Err(Error::model("`weight_map` is empty").at(place)),
         false => Ok(index.weight_map.0),
@@ -376,7 +380,8 @@ fn tensors(count: usize) -> String {
 }
 
 fn list(names: &[&str]) -> String {
-    let shown = names[..names.len().min(LISTED)].join(", ");
+    let shown: Vec<_> = names.iter().take(LISTED).map(|name| shorten(name, 100)).collect();
+    let shown = shown.join(", ");
     match names.len().saturating_sub(LISTED) {
         0 => shown,
         more => format!("{shown} and {more} more"),

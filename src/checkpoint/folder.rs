@@ -2,7 +2,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shorten};
 
 /// The path of `name` inside `folder`, or none where there is no such file.
 ///
@@ -15,8 +15,11 @@ pub fn file_in_folder(folder: &Path, name: &str) -> Result<Option<PathBuf>> {
     let mut components = Path::new(name).components();
     let plain = matches!((components.next(), components.next()), (Some(Component::Normal(part)), None) if part == name);
     if !plain || name.contains('\\') {
-        return Err(Error::model(format!("file name \"{name}\" is not a plain file name inside the folder"))
-            .at(folder.display().to_string()));
+        return Err(Error::model(format!(
+            "\"{}\" is not a plain file name inside the folder",
+            shorten(name, 200)
+        ))
+        .at(folder.display().to_string()));
     }
     let path = folder.join(name);
     let canonical = |path: &Path| std::fs::canonicalize(path);
@@ -30,7 +33,7 @@ pub fn file_in_folder(folder: &Path, name: &str) -> Result<Option<PathBuf>> {
     if inside {
         return Ok(Some(path));
     }
-    Err(Error::model(format!("a link that leaves the model folder, to {}", target.display()))
+    Err(Error::model(format!("\"{name}\" is a link that leaves the model folder, to {}", target.display()))
         .at(path.display().to_string())
         .hint("put the file itself into the folder"))
 }

@@ -17,13 +17,15 @@ use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Vi
 
 use super::mapped::MappedFile;
 use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shorten};
 use crate::tensor::{SharedBytes, WeightTensor};
 
 /// Bytes of the length field in front of the header.
 const LENGTH_BYTES: usize = 8;
 /// The longest header that the format allows.
 const LONGEST_HEADER_BYTES: usize = 100_000_000;
+/// More axes than any tensor has.
+const MOST_AXES: usize = 64;
 
 /// One tensor of a file.
 #[derive(Clone, Debug, PartialEq)]
@@ -129,11 +131,12 @@ impl Fault {
     }
 
     fn at_file(self, path: &Path) -> Error {
+        // Names and JSON messages come from the file and may be of any length.
         let place = match self.tensor {
-            Some(tensor) => format!("{}: {tensor}", path.display()),
+            Some(tensor) => format!("{}: {}", path.display(), shorten(&tensor, 200)),
             None => path.display().to_string(),
         };
-        let error = Error::model(self.message).at(place);
+        let error = Error::model(shorten(&self.message, 400)).at(place);
         match self.hint {
             Some(hint) => error.hint(hint),
             None => error,
@@ -193,6 +196,9 @@ fn check_entry(name: &str, raw: RawEntry<'_>, data_start: usize) -> Result<Tenso
     let [begin, end] = raw.data_offsets;
     if begin > end {
         return Err(Fault::tensor(name, format!("data offsets {begin}..{end} are reversed")));
+    }
+    if raw.shape.len() > MOST_AXES {
+        return Err(Fault::tensor(name, format!("{} axes, expected at most {MOST_AXES}", raw.shape.len())));
     }
     let overflow = || Fault::tensor(name, format!("the product of shape {:?} overflows", raw.shape));
     let bits = raw

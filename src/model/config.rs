@@ -3,6 +3,7 @@
 //! Supported are Llama (SmolLM2, Llama 3.x), Mistral, Qwen2 (2.5) and Qwen3. What the file asks for and this crate does
 //! not implement is refused by name, never ignored. Nothing is allocated in proportion to a value before it is checked.
 
+use std::io::ErrorKind;
 use std::path::Path;
 
 use serde_json::Value;
@@ -10,7 +11,7 @@ use serde_json::Value;
 use super::fields::Fields;
 use super::rope::Rope;
 use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shorten};
 
 /// Architecture families; each is a decoder of RMSNorm, RoPE attention with grouped heads, and a SiLU-gated MLP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -108,6 +109,9 @@ pub struct LinearModule {
     /// Whether it has a bias.
     pub bias: bool,
 }
+
+/// Characters of a value from the file in a message.
+const SHOWN_CHARACTERS: usize = 60;
 
 /// Bounds that no model of these families comes near; they keep every product of sizes far from overflow.
 mod limits {
@@ -344,7 +348,7 @@ fn read_optional(path: &Path) -> Result<Option<String>> {
             Err(Error::model(format!("larger than {LARGEST_CONFIG_BYTES} bytes, expected a short file"))
                 .at(place))
         }
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
         Err(error) => Err(Error::file("read", path, error)),
     }
 }
@@ -358,7 +362,7 @@ fn family(fields: Fields<'_>) -> Result<Family> {
     let model_type = fields.text("model_type")?.ok_or_else(|| fields.missing("model_type"))?;
     Family::ALL.into_iter().find(|family| family.model_type() == model_type).ok_or_else(|| {
         fields
-            .error(format!("`model_type` \"{model_type}\" is not supported"))
+            .error(format!("`model_type` \"{}\" is not supported", shorten(model_type, SHOWN_CHARACTERS)))
             .hint(format!("supported are {}", Family::ALL.map(Family::model_type).join(", ")))
     })
 }
@@ -367,15 +371,17 @@ fn family(fields: Fields<'_>) -> Result<Family> {
 fn refuse_unsupported(fields: Fields<'_>) -> Result<()> {
     if let Some(quantization) = fields.get("quantization_config") {
         let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed");
+        let method = shorten(method, SHOWN_CHARACTERS);
         return Err(fields
             .error(format!("weights quantized with `{method}` (`quantization_config`) are not supported"))
             .hint("use the model's f32, f16 or bf16 weights"));
     }
     let activation = fields.text("hidden_act")?.unwrap_or("silu");
     if !["silu", "swish"].contains(&activation) {
-        return Err(
-            fields.error(format!("`hidden_act` \"{activation}\" is not supported, expected \"silu\""))
-        );
+        return Err(fields.error(format!(
+            "`hidden_act` \"{}\" is not supported, expected \"silu\"",
+            shorten(activation, SHOWN_CHARACTERS)
+        )));
     }
     for experts in ["num_experts", "num_local_experts", "n_routed_experts"] {
         if fields.get(experts).is_some_and(|count| count.as_u64() != Some(0)) {

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shorten};
 
 /// One JSON object with the place it came from. A field that is null counts as absent.
 #[derive(Clone, Copy)]
@@ -123,9 +123,5 @@ impl<'a> Fields<'a> {
 /// A value in a message: shortened, so that a hostile file cannot flood the terminal.
 fn brief(value: &Value) -> String {
     const SHOWN_CHARACTERS: usize = 60;
-    let text = value.to_string();
-    match text.char_indices().nth(SHOWN_CHARACTERS) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text,
-    }
+    shorten(&value.to_string(), SHOWN_CHARACTERS).into_owned()
 }

@@ -6,7 +6,7 @@
 use std::f64::consts::TAU;
 
 use super::fields::Fields;
-use crate::error::Result;
+use crate::error::{Result, shorten};
 
 /// Base and scaling of the rotary embedding.
 #[derive(Clone, Debug, PartialEq)]
@@ -87,7 +87,7 @@ impl Rope {
             "yarn" => yarn(rope, max_positions)?,
             other => {
                 return Err(rope
-                    .error(format!("RoPE type `{other}` is not supported"))
+                    .error(format!("RoPE type `{}` is not supported", shorten(other, 60)))
                     .hint("supported are default, linear, llama3 and yarn"));
             }
         };
