@@ -1,0 +1,426 @@
+//! Records → samples: token ids with one label each, every record accounted for.
+
+use std::collections::{HashMap, HashSet};
+
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+
+use super::tokenizer::{Tokenizer, hex};
+use super::truncation::{self, Cut};
+use crate::config::{LossOn, OnBadRecord, Overlong};
+use crate::data::{Accounting, Dataset, Origin, Outcome, Record, RecordContent, render};
+use crate::error::{Error, Result};
+
+/// The label of a token without loss.
+pub const NO_LOSS: i32 = -100;
+
+/// One record as the model learns it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sample {
+    /// Token ids.
+    pub token_ids: Vec<u32>,
+    /// What each token should have been; [`NO_LOSS`] where nothing is learned. The first is never used.
+    pub labels: Vec<i32>,
+    /// Index into [`SampleSet::hash_names`].
+    pub hash: usize,
+    /// Where its record begins.
+    pub origin: Origin,
+}
+
+impl Sample {
+    /// Tokens that carry loss.
+    pub fn labelled_count(&self) -> usize {
+        self.labels.iter().skip(1).filter(|&&label| label != NO_LOSS).count()
+    }
+}
+
+/// What holds for every sample.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SampleOptions {
+    /// Longest sample in tokens.
+    pub max_length: usize,
+    /// What happens to a longer one.
+    pub overlong: Overlong,
+    /// Which tokens carry loss.
+    pub loss_on: LossOn,
+    /// What happens to a record without anything to learn.
+    pub on_bad_record: OnBadRecord,
+    /// Rows of the model's embedding: every id is below.
+    pub embedding_rows: usize,
+}
+
+/// Samples in the order of their records.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SampleSet {
+    /// The samples.
+    pub samples: Vec<Sample>,
+    /// The hashes in the order in which they first appear.
+    pub hash_names: Vec<String>,
+    /// What became of every record, those that the loader skipped included.
+    pub accounting: Accounting,
+}
+
+impl SampleSet {
+    /// SHA-256 over the samples in order (each: its number of tokens as u64, the ids as u32, the labels as i32, all
+    /// little-endian), in hexadecimal.
+    pub fn fingerprint(&self) -> String {
+        let mut hasher = Sha256::new();
+        let mut bytes = Vec::new();
+        for sample in &self.samples {
+            bytes.clear();
+            bytes.extend((sample.token_ids.len() as u64).to_le_bytes());
+            bytes.extend(sample.token_ids.iter().flat_map(|id| id.to_le_bytes()));
+            bytes.extend(sample.labels.iter().flat_map(|label| label.to_le_bytes()));
+            hasher.update(&bytes);
+        }
+        hex(&hasher.finalize())
+    }
+
+    /// Tokens of all samples.
+    pub fn token_count(&self) -> usize {
+        self.samples.iter().map(|sample| sample.token_ids.len()).sum()
+    }
+
+    /// Tokens that carry loss in all samples.
+    pub fn labelled_count(&self) -> usize {
+        self.samples.iter().map(Sample::labelled_count).sum()
+    }
+}
+
+/// Turns records into samples, on all cores, in order.
+///
+/// An instruction record becomes its prompt's tokens, its completion's tokens (encoded apart, so that the boundary is
+/// the same when the model answers) and EOS, which is learned. With `loss_on: completion` the prompt is masked.
+/// Pre-tokenised records are taken as they are; they need no tokenizer.
+///
+/// # Errors
+/// Data errors with file and line: nothing to learn in a record (unless skipped), samples over `max_length` (with the
+/// histogram of lengths, unless truncated or dropped), no sample left, an id without an embedding row.
+/// A model error when text meets no tokenizer, or one without EOS.
+///
+/// ```
+/// use fastlora::config::{DataSource, LossOn, OnBadRecord, Overlong};
+/// use fastlora::data::{load, LoadOptions};
+/// use fastlora::tokens::{tokenise, SampleOptions, Tokenizer};
+///
+/// // A tokenizer whose tokens are single characters.
+/// let characters = ('\n'..='~').map(String::from).chain(["<eos>".into()]);
+/// let vocabulary: serde_json::Map<_, _> = characters.zip(0..).map(|(token, id): (_, u32)| (token, id.into())).collect();
+/// let model = serde_json::json!({ "type": "BPE", "vocab": vocabulary, "merges": [] });
+/// let file = serde_json::json!({ "version": "1.0", "model": model }).to_string();
+/// let tokenizer = Tokenizer::from_bytes(file.as_bytes(), "tokenizer.json")?;
+/// let eos_id = tokenizer.token_to_id("<eos>").ok_or("no EOS")?;
+/// let tokenizer = tokenizer.with_eos_id(eos_id);
+///
+/// let folder = tempfile::tempdir()?;
+/// let path = folder.path().join("train.json");
+/// std::fs::write(&path, r#"[{"instruction": "2+2?", "output": "4", "hash": "math"}]"#)?;
+/// let dataset = load(&[DataSource::new(&path)], &LoadOptions::default())?;
+/// let options = SampleOptions {
+///     max_length: 512,
+///     overlong: Overlong::Error,
+///     loss_on: LossOn::Completion,
+///     on_bad_record: OnBadRecord::Error,
+///     embedding_rows: tokenizer.id_count(),
+/// };
+/// let set = tokenise(&dataset, Some(&tokenizer), &options)?;
+/// let sample = &set.samples[0];
+/// assert_eq!(sample.token_ids.len(), "[hash: math] User: 2+2?\nAssistant: 4".len() + 1);
+/// assert_eq!(sample.labelled_count(), " 4".len() + 1);
+/// assert_eq!(sample.labels.last(), Some(&(eos_id as i32)));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn tokenise(
+    dataset: &Dataset,
+    tokenizer: Option<&Tokenizer>,
+    options: &SampleOptions,
+) -> Result<SampleSet> {
+    let text = text_tokenizer(dataset, tokenizer)?;
+    let fates: Vec<Fate> = dataset
+        .records
+        .par_iter()
+        .map(|record| tokenise_record(record, text, options))
+        .collect::<Vec<Result<Fate>>>()
+        .into_iter()
+        .collect::<Result<_>>()?;
+
+    let mut set = SampleSet { accounting: dataset.accounting.clone(), ..SampleSet::default() };
+    set.accounting.used = 0;
+    let lengths: Vec<usize> = fates.iter().filter_map(Fate::length).collect();
+    let mut hashes: HashMap<&str, usize> = HashMap::new();
+    let mut first_overlong = None;
+    for (record, fate) in dataset.records.iter().zip(fates) {
+        let origin = &record.origin;
+        match fate {
+            Fate::Used { tokens, cut_from } => {
+                if let Some(length) = cut_from {
+                    let reason = format!("{length} tokens cut to {}", tokens.token_ids.len());
+                    set.accounting.note(origin, Outcome::Truncated, reason);
+                }
+                let hash = *hashes.entry(&record.hash).or_insert_with(|| {
+                    set.hash_names.push(record.hash.clone());
+                    set.hash_names.len() - 1
+                });
+                let Tokens { token_ids, labels } = tokens;
+                set.samples.push(Sample { token_ids, labels, hash, origin: origin.clone() });
+            }
+            Fate::Overlong { length } => {
+                let reason = format!("{length} tokens, more than max_length = {}", options.max_length);
+                if options.overlong == Overlong::Error {
+                    first_overlong = first_overlong.or(Some(origin));
+                }
+                set.accounting.note(origin, Outcome::Dropped, reason);
+            }
+            Fate::Bad { reason } => {
+                let outcome = match options.on_bad_record {
+                    OnBadRecord::Error => Outcome::Refused,
+                    OnBadRecord::Skip => Outcome::Skipped,
+                };
+                set.accounting.note(origin, outcome, reason);
+            }
+        }
+    }
+    set.accounting.used = set.samples.len();
+    let refusal = set.accounting.refusal("mend it, or leave bad records out with on_bad_record = \"skip\"");
+    if let Some(refusal) = refusal {
+        return Err(refusal);
+    }
+    let over = lengths.iter().filter(|&&length| length > options.max_length).count();
+    let histogram = || {
+        format!(
+            "{over} of {} samples are longer than max_length = {}; {}",
+            lengths.len(),
+            options.max_length,
+            length_histogram(&lengths)
+        )
+    };
+    let advice = "raise max_length, or set overlong to \"truncate\" or \"drop\"";
+    if let Some(origin) = first_overlong {
+        return Err(Error::data(histogram()).at(origin.to_string()).hint(advice));
+    }
+    if set.samples.is_empty() {
+        let message = if over > 0 { histogram() } else { set.accounting.to_string() };
+        return Err(Error::data(format!("no sample is left: {message}")).hint(advice));
+    }
+    if let Some(tokenizer) = tokenizer {
+        warn_about_ends(&set.samples, tokenizer);
+    }
+    Ok(set)
+}
+
+/// Ids and labels of one sample.
+struct Tokens {
+    token_ids: Vec<u32>,
+    labels: Vec<i32>,
+}
+
+/// What becomes of one record.
+enum Fate {
+    Used {
+        tokens: Tokens,
+        /// Its length before it was cut.
+        cut_from: Option<usize>,
+    },
+    Overlong {
+        length: usize,
+    },
+    Bad {
+        reason: String,
+    },
+}
+
+impl Fate {
+    /// Tokens of the uncut sample.
+    fn length(&self) -> Option<usize> {
+        match self {
+            Fate::Used { tokens, cut_from } => Some(cut_from.unwrap_or(tokens.token_ids.len())),
+            Fate::Overlong { length } => Some(*length),
+            Fate::Bad { .. } => None,
+        }
+    }
+}
+
+/// A tokenizer that can end a completion.
+#[derive(Clone, Copy)]
+struct TextTokenizer<'a> {
+    tokenizer: &'a Tokenizer,
+    eos_id: u32,
+}
+
+/// The tokenizer for the text of a data set; none where the data set has no text.
+fn text_tokenizer<'a>(
+    dataset: &Dataset,
+    tokenizer: Option<&'a Tokenizer>,
+) -> Result<Option<TextTokenizer<'a>>> {
+    let is_text = |record: &&Record| matches!(record.content, RecordContent::Instruction { .. });
+    let Some(record) = dataset.records.iter().find(is_text) else { return Ok(None) };
+    let tokenizer = tokenizer.ok_or_else(|| {
+        Error::model("the data hold text, and the model folder has no tokenizer files")
+            .at(record.origin.to_string())
+            .hint("add tokenizer.json to the model folder, or give records with `input_ids`")
+    })?;
+    let eos_id = tokenizer.eos_id().ok_or_else(|| {
+        Error::model("the tokenizer has no EOS token, so the model would never learn to stop")
+            .hint("name `eos_token` in tokenizer_config.json or `eos_token_id` in generation_config.json")
+    })?;
+    Ok(Some(TextTokenizer { tokenizer, eos_id }))
+}
+
+fn tokenise_record(
+    record: &Record,
+    text: Option<TextTokenizer<'_>>,
+    options: &SampleOptions,
+) -> Result<Fate> {
+    let fate = match (&record.content, text) {
+        (RecordContent::Instruction { instruction, output }, Some(text)) => {
+            tokenise_instruction(&record.hash, instruction, output, text, options)?
+        }
+        (RecordContent::Instruction { .. }, None) => {
+            return Err(Error::internal("text without a tokenizer").at(record.origin.to_string()));
+        }
+        (RecordContent::PreTokenised { token_ids, labels }, _) => take_tokens(token_ids, labels, options),
+    };
+    if let Fate::Used { tokens, .. } = &fate {
+        check_ids(tokens, options.embedding_rows, &record.origin)?;
+        if tokens.labels.iter().skip(1).all(|&label| label == NO_LOSS) {
+            let reason = match tokens.token_ids.len() {
+                1 => "one token alone has nothing to predict".into(),
+                _ if options.overlong == Overlong::Truncate && record_is_longer(record, options) => {
+                    format!("no label is left within max_length = {}", options.max_length)
+                }
+                _ => "every label is masked (-100): nothing to learn".into(),
+            };
+            return Ok(Fate::Bad { reason });
+        }
+    }
+    Ok(fate)
+}
+
+fn record_is_longer(record: &Record, options: &SampleOptions) -> bool {
+    matches!(&record.content, RecordContent::PreTokenised { token_ids, .. } if token_ids.len() > options.max_length)
+}
+
+fn tokenise_instruction(
+    hash: &str,
+    instruction: &str,
+    output: &str,
+    text: TextTokenizer<'_>,
+    options: &SampleOptions,
+) -> Result<Fate> {
+    let rendered = render(hash, instruction, output);
+    let prompt = text.tokenizer.encode(&rendered.prompt)?;
+    let mut completion = text.tokenizer.encode(&rendered.completion)?;
+    completion.push(text.eos_id);
+    let length = prompt.len() + completion.len();
+    if length <= options.max_length {
+        let tokens = label(prompt, completion, options.loss_on);
+        return Ok(Fate::Used { tokens, cut_from: None });
+    }
+    if options.overlong != Overlong::Truncate {
+        return Ok(Fate::Overlong { length });
+    }
+    Ok(match truncation::cut(text.tokenizer, hash, instruction, completion, options.max_length)? {
+        Ok(Cut { prompt, completion }) => {
+            Fate::Used { tokens: label(prompt, completion, options.loss_on), cut_from: Some(length) }
+        }
+        Err(frame_length) => Fate::Bad {
+            reason: format!(
+                "the prompt has {frame_length} tokens without any instruction, max_length = {} leaves no target",
+                options.max_length
+            ),
+        },
+    })
+}
+
+fn label(prompt: Vec<u32>, completion: Vec<u32>, loss_on: LossOn) -> Tokens {
+    let masked = if loss_on == LossOn::All { 0 } else { prompt.len() };
+    let mut token_ids = prompt;
+    token_ids.extend(completion);
+    // Ids are below the embedding's rows, checked next, and those below 2³¹.
+    let labels = token_ids
+        .iter()
+        .enumerate()
+        .map(|(position, &id)| if position < masked { NO_LOSS } else { id as i32 })
+        .collect();
+    Tokens { token_ids, labels }
+}
+
+/// A pre-tokenised record; too long, it loses its end.
+fn take_tokens(token_ids: &[u32], labels: &[i32], options: &SampleOptions) -> Fate {
+    let length = token_ids.len();
+    let kept = length.min(options.max_length);
+    if kept < length && options.overlong != Overlong::Truncate {
+        return Fate::Overlong { length };
+    }
+    let tokens = Tokens { token_ids: token_ids[..kept].to_vec(), labels: labels[..kept].to_vec() };
+    Fate::Used { tokens, cut_from: (kept < length).then_some(length) }
+}
+
+/// Refuses ids without an embedding row, before any device sees them.
+fn check_ids(tokens: &Tokens, embedding_rows: usize, origin: &Origin) -> Result<()> {
+    let labels = tokens.labels.iter().filter_map(|&label| u32::try_from(label).ok());
+    match tokens.token_ids.iter().copied().chain(labels).find(|&id| id as usize >= embedding_rows) {
+        None => Ok(()),
+        Some(id) => {
+            Err(Error::data(format!("token id {id}, but the model's embedding has {embedding_rows} rows"))
+                .at(origin.to_string())
+                .hint("were these tokens made with the model's own tokenizer?"))
+        }
+    }
+}
+
+/// Counts of lengths by powers of two, on one line.
+fn length_histogram(lengths: &[usize]) -> String {
+    let mut counts = std::collections::BTreeMap::new();
+    for length in lengths {
+        *counts.entry(length.next_power_of_two().max(16)).or_insert(0_usize) += 1;
+    }
+    let buckets: Vec<String> = counts.iter().map(|(bound, count)| format!("≤{bound}: {count}")).collect();
+    let longest = lengths.iter().max().copied().unwrap_or(0);
+    format!("lengths in tokens: {}; longest {longest}", buckets.join(", "))
+}
+
+/// Warns where the samples would teach a model never to stop, or begin with two BOS.
+fn warn_about_ends(samples: &[Sample], tokenizer: &Tokenizer) {
+    if let Some(sample) = eos_never_learned(samples, tokenizer.eos_id()) {
+        tracing::warn!(
+            "EOS is in no sample's labels: the model will not learn to stop; for example {}",
+            crate::error::escape_control(&sample.origin.to_string())
+        );
+    }
+    if let Some(sample) = doubled_bos(samples, tokenizer.bos_id()) {
+        tracing::warn!(
+            "a sample begins with BOS twice: {}",
+            crate::error::escape_control(&sample.origin.to_string())
+        );
+    }
+}
+
+/// The first sample, if none has EOS in its labels.
+fn eos_never_learned(samples: &[Sample], eos_id: Option<u32>) -> Option<&Sample> {
+    let eos = i32::try_from(eos_id?).ok()?;
+    let learned = samples.iter().any(|sample| sample.labels.iter().skip(1).any(|&label| label == eos));
+    if learned { None } else { samples.first() }
+}
+
+/// The first sample that begins with two BOS.
+fn doubled_bos(samples: &[Sample], bos_id: Option<u32>) -> Option<&Sample> {
+    let bos = bos_id?;
+    samples.iter().find(|sample| sample.token_ids.starts_with(&[bos, bos]))
+}
+
+/// Counts the validation samples that are also training samples, token for token, and warns where there are any.
+pub fn warn_about_overlap(training: &SampleSet, validation: &SampleSet) -> usize {
+    let known: HashSet<&[u32]> = training.samples.iter().map(|sample| sample.token_ids.as_slice()).collect();
+    let shared: Vec<&Sample> =
+        validation.samples.iter().filter(|sample| known.contains(sample.token_ids.as_slice())).collect();
+    if let Some(first) = shared.first() {
+        tracing::warn!(
+            "{} of {} validation samples are training samples too, so the validation loss flatters; the first is {}",
+            shared.len(),
+            validation.samples.len(),
+            crate::error::escape_control(&first.origin.to_string())
+        );
+    }
+    shared.len()
+}

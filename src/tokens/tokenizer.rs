@@ -1,0 +1,184 @@
+//! A model's tokenizer: text ↔ token ids, and the tokens that begin and end a text.
+
+use std::path::Path;
+
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use super::vocabulary;
+use crate::error::{Error, Result};
+
+/// The tokenizer of a model folder. Ids equal those of transformers for the same folder.
+pub struct Tokenizer {
+    library: tokenizers::Tokenizer,
+    bos_id: Option<u32>,
+    eos_id: Option<u32>,
+    fingerprint: String,
+}
+
+/// Ids of a text, and where each token ends in it.
+pub(super) struct PlacedTokens {
+    pub ids: Vec<u32>,
+    /// Byte of the text at which each token ends.
+    pub ends: Vec<usize>,
+}
+
+impl Tokenizer {
+    /// The tokenizer of a model folder in the Hugging Face layout.
+    ///
+    /// `tokenizer.json` is checked and read. EOS is the first that there is of: `eos_token` in
+    /// `tokenizer_config.json`, in `special_tokens_map.json` (as transformers' tokenizer), then the first
+    /// `eos_token_id` in `generation_config.json`, in `config.json`. BOS likewise. Truncation and padding that the
+    /// file asks for are off, as in transformers.
+    ///
+    /// # Errors
+    /// Model errors: no `tokenizer.json`, a broken one, ids with gaps, an EOS that is no token.
+    pub fn from_folder(folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref();
+        let path = folder.join("tokenizer.json");
+        let bytes = std::fs::read(&path).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => Error::model("the model folder has no tokenizer.json")
+                .at(folder.display().to_string())
+                .hint("text needs it: save the model with its fast tokenizer; only records with `input_ids` do without"),
+            _ => Error::file("read", &path, error),
+        })?;
+        let mut tokenizer = Self::from_bytes(&bytes, &path.display().to_string())?;
+        tokenizer.eos_id = tokenizer.named_token(folder, "eos")?;
+        tokenizer.bos_id = tokenizer.named_token(folder, "bos")?;
+        Ok(tokenizer)
+    }
+
+    /// A tokenizer from the content of a `tokenizer.json`, without BOS and EOS; `place` names it in errors.
+    pub fn from_bytes(bytes: &[u8], place: &str) -> Result<Self> {
+        let refuse = |message: String| Error::model(message).at(place);
+        let added_tokens = vocabulary::check(bytes, place)?;
+        let mut library = tokenizers::Tokenizer::from_bytes(bytes)
+            .map_err(|error| refuse("not a tokenizer that can be used".into()).caused_by(error))?;
+        library.with_padding(None);
+        library
+            .with_truncation(None)
+            .map_err(|error| refuse("cannot turn truncation off".into()).caused_by(error))?;
+        for added in added_tokens.iter().filter(|added| !added.content.is_empty()) {
+            let id = library.token_to_id(&added.content);
+            if id.map(u64::from) != added.id.as_u64() {
+                return Err(refuse(format!(
+                    "added token {:?} has the id {}, but stands where it is numbered {}",
+                    added.content,
+                    added.id,
+                    id.map_or("nothing".into(), |id| id.to_string())
+                ))
+                .hint("added tokens follow the vocabulary in the order of their ids, without gaps"));
+            }
+        }
+        let fingerprint = hex(&Sha256::digest(bytes));
+        Ok(Self { library, bos_id: None, eos_id: None, fingerprint })
+    }
+
+    /// Token ids of `text`. Special tokens written out in it are recognised, none are added.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        Ok(self.library.encode_fast(text, false).map_err(cannot_encode)?.get_ids().to_vec())
+    }
+
+    pub(super) fn encode_placed(&self, text: &str) -> Result<PlacedTokens> {
+        let encoding = self.library.encode(text, false).map_err(cannot_encode)?;
+        let ends = encoding.get_offsets().iter().map(|&(_, end)| end).collect();
+        Ok(PlacedTokens { ids: encoding.get_ids().to_vec(), ends })
+    }
+
+    /// Text of `token_ids`, without special tokens. A character that is not whole becomes U+FFFD: stream with
+    /// [`TextStream`](crate::inference::TextStream).
+    pub fn decode(&self, token_ids: &[u32]) -> Result<String> {
+        self.library
+            .decode(token_ids, true)
+            .map_err(|error| Error::model("the tokenizer cannot decode").caused_by(error))
+    }
+
+    /// The id of a token by its text.
+    pub fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.library.token_to_id(token)
+    }
+
+    /// The token that ends a completion.
+    pub fn eos_id(&self) -> Option<u32> {
+        self.eos_id
+    }
+
+    /// The token that begins a text, where the model has one.
+    pub fn bos_id(&self) -> Option<u32> {
+        self.bos_id
+    }
+
+    /// Number of ids: they are `0 .. id_count`. The embedding may have more rows.
+    pub fn id_count(&self) -> usize {
+        self.library.get_vocab_size(true)
+    }
+
+    /// SHA-256 of `tokenizer.json`, in hexadecimal.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    /// The same tokenizer with another EOS.
+    pub fn with_eos_id(mut self, eos_id: u32) -> Self {
+        self.eos_id = Some(eos_id);
+        self
+    }
+
+    /// `eos` or `bos` of a folder, by the precedence of [`Tokenizer::from_folder`].
+    fn named_token(&self, folder: &Path, name: &str) -> Result<Option<u32>> {
+        for file in ["tokenizer_config.json", "special_tokens_map.json"] {
+            let Some(settings) = read_json(&folder.join(file))? else { continue };
+            let token = &settings[format!("{name}_token")];
+            // A string, or an added token as an object.
+            if let Some(token) = token.as_str().or_else(|| token["content"].as_str()) {
+                let id = self.token_to_id(token).ok_or_else(|| {
+                    Error::model(format!("`{name}_token` {token:?} is not in the vocabulary"))
+                        .at(folder.join(file).display().to_string())
+                })?;
+                return Ok(Some(id));
+            }
+        }
+        for file in ["generation_config.json", "config.json"] {
+            let Some(settings) = read_json(&folder.join(file))? else { continue };
+            let ids = &settings[format!("{name}_token_id")];
+            let Some(id) = ids.as_array().map_or(Some(ids), |list| list.first()).filter(|id| !id.is_null())
+            else {
+                continue;
+            };
+            return match id.as_u64().and_then(|id| u32::try_from(id).ok()) {
+                Some(id) if self.library.id_to_token(id).is_some() => Ok(Some(id)),
+                _ => Err(Error::model(format!("`{name}_token_id` {id} is no token's id"))
+                    .at(folder.join(file).display().to_string())),
+            };
+        }
+        Ok(None)
+    }
+}
+
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (ids, eos_id, bos_id) = (self.id_count(), self.eos_id, self.bos_id);
+        write!(formatter, "Tokenizer {{ ids: {ids}, eos: {eos_id:?}, bos: {bos_id:?} }}")
+    }
+}
+
+/// Hexadecimal digits of a hash.
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn cannot_encode(error: tokenizers::Error) -> Error {
+    Error::model("the tokenizer cannot encode a text").caused_by(error)
+}
+
+/// A JSON file of the model folder, where there is one.
+fn read_json(path: &Path) -> Result<Option<Value>> {
+    let bytes = match std::fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Error::file("read", path, error)),
+    };
+    serde_json::from_slice(&bytes)
+        .map(Some)
+        .map_err(|error| Error::model("broken JSON").at(path.display().to_string()).caused_by(error))
+}
