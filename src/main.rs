@@ -1,6 +1,6 @@
 //! The `fastlora` binary: parse, dispatch, print the error and leave with its exit code.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -28,10 +28,11 @@ fn main() -> ExitCode {
     match cli.run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
+            // Whether anyone still reads does not change the exit code.
             if cli.json {
-                println!("{}", error.to_json());
+                let _ = writeln!(std::io::stdout(), "{}", error.to_json());
             }
-            eprintln!("error: {error}");
+            let _ = writeln!(std::io::stderr(), "error: {error}");
             ExitCode::from(error.kind().exit_code())
         }
     }

@@ -1,5 +1,6 @@
 //! The verbs of the command line, one file each.
 
+pub mod device;
 mod evaluate;
 mod generate;
 mod import;
