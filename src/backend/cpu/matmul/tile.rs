@@ -1,9 +1,13 @@
 //! The register tile: `ROWS × (VECTORS · LANES)` outputs held in registers while the summed axis runs.
 
+use std::mem::MaybeUninit;
+
 use super::simd::{MAX_LANES, Simd, Vectorized};
 
 /// Vectors side by side in the widest tile.
 pub(super) const MAX_VECTORS: usize = 2;
+/// Columns of the widest tile of any instruction set.
+const MAX_WIDTH: usize = MAX_VECTORS * MAX_LANES;
 
 /// A stretch of the summed axis: packed operands, `left [depth][rows]` and `right [depth][vectors · lanes]`.
 #[derive(Clone, Copy)]
@@ -98,84 +102,74 @@ impl<const ROWS: usize, const VECTORS: usize> Vectorized for Sized<'_, ROWS, VEC
                     right = right.add(width);
                 }
             }
-            write::<S, ROWS, VECTORS>(&sums, target);
+            // Through memory: indexed by a variable below, the sums themselves would live there, not in registers.
+            let mut stored = MaybeUninit::<[[f32; MAX_WIDTH]; ROWS]>::uninit();
+            let stored = stored.as_mut_ptr().cast::<f32>();
+            for (row, sums) in sums.iter().enumerate() {
+                for (vector, sum) in sums.iter().enumerate() {
+                    S::store(stored.add(row * MAX_WIDTH + vector * S::LANES), *sum);
+                }
+            }
+            write::<S, VECTORS>(ROWS, stored, target);
         }
     }
 }
 
-/// Adds bias and addend to the sums and writes them.
+/// Adds bias and addend to `rows` rows of sums, [`MAX_WIDTH`] apart, and writes them.
 ///
 /// # Safety
 /// As for [`Tile::compute`].
 #[inline(always)]
-unsafe fn write<S: Simd, const ROWS: usize, const VECTORS: usize>(
-    sums: &[[S::Vector; VECTORS]; ROWS],
-    target: Target,
-) {
-    let whole = target.columns == VECTORS * S::LANES;
-    // SAFETY: a whole row is read and written in place; of a shorter one only the `columns` elements that exist are
-    // touched, by way of copies that hold a whole row.
+unsafe fn write<S: Simd, const VECTORS: usize>(rows: usize, sums: *mut f32, target: Target) {
+    let Target { output, output_stride, columns, bias, addend, addend_stride } = target;
+    let whole = columns == VECTORS * S::LANES;
+    // SAFETY: whole rows are read and written in place; of a shorter one only the `columns` elements that exist are
+    // touched, by way of copies with room for whole vectors.
     unsafe {
-        let staged_bias = Staged::new(target.bias, target.columns, whole);
-        for (row, sums) in sums.iter().enumerate() {
-            let output = target.output.add(row * target.output_stride);
-            let addend = match target.addend.is_null() {
-                true => target.addend,
-                false => target.addend.add(row * target.addend_stride),
-            };
+        let (mut bias_copy, mut addend_copy) = ([0.0; MAX_WIDTH], [0.0; MAX_WIDTH]);
+        let bias = if whole { bias } else { copy(bias, &mut bias_copy, columns) };
+        for row in 0..rows {
+            let sums = sums.add(row * MAX_WIDTH);
+            let output = output.add(row * output_stride);
+            let addend = if addend.is_null() { addend } else { addend.add(row * addend_stride) };
             if whole {
-                write_row::<S, VECTORS>(sums, output, target.bias, addend);
+                write_row::<S, VECTORS>(sums, output, bias, addend);
             } else {
-                let staged_addend = Staged::new(addend, target.columns, whole);
-                let mut staged = [0.0; MAX_VECTORS * MAX_LANES];
-                write_row::<S, VECTORS>(
-                    sums,
-                    staged.as_mut_ptr(),
-                    staged_bias.pointer(target.bias),
-                    staged_addend.pointer(addend),
-                );
-                output.copy_from_nonoverlapping(staged.as_ptr(), target.columns);
+                let addend = copy(addend, &mut addend_copy, columns);
+                write_row::<S, VECTORS>(sums, sums, bias, addend);
+                output.copy_from_nonoverlapping(sums, columns);
             }
         }
     }
 }
 
-/// A copy of the existing elements of a row that is shorter than its vectors.
-struct Staged([f32; MAX_VECTORS * MAX_LANES]);
-
-impl Staged {
-    /// # Safety
-    /// `from` is null or valid for `columns` elements.
-    #[inline(always)]
-    unsafe fn new(from: *const f32, columns: usize, whole: bool) -> Self {
-        let mut row = [0.0; MAX_VECTORS * MAX_LANES];
-        if !whole && !from.is_null() {
-            // SAFETY: passed on to the caller; `columns` is less than the row's length.
-            unsafe { row.as_mut_ptr().copy_from_nonoverlapping(from, columns) };
-        }
-        Self(row)
+/// A copy of the `columns` elements from `from` on, in a row with room for whole vectors; null stays null.
+///
+/// # Safety
+/// `from` is null or valid for `columns` elements.
+#[inline(always)]
+unsafe fn copy(from: *const f32, row: &mut [f32; MAX_WIDTH], columns: usize) -> *const f32 {
+    if from.is_null() {
+        return from;
     }
-
-    #[inline(always)]
-    fn pointer(&self, original: *const f32) -> *const f32 {
-        if original.is_null() { original } else { self.0.as_ptr() }
-    }
+    // SAFETY: passed on to the caller.
+    row[..columns].copy_from_slice(unsafe { std::slice::from_raw_parts(from, columns) });
+    row.as_ptr()
 }
 
 /// # Safety
-/// `output` and, unless null, `bias` and `addend` are valid for a whole row.
+/// `sums`, `output` (which may be one) and, unless null, `bias` and `addend` are valid for whole vectors.
 #[inline(always)]
 unsafe fn write_row<S: Simd, const VECTORS: usize>(
-    sums: &[S::Vector; VECTORS],
+    sums: *const f32,
     output: *mut f32,
     bias: *const f32,
     addend: *const f32,
 ) {
-    for (vector, sum) in sums.iter().enumerate() {
-        let offset = vector * S::LANES;
+    for offset in (0..VECTORS * S::LANES).step_by(S::LANES) {
         // SAFETY: passed on to the caller.
         unsafe {
-            let mut value = *sum;
+            let mut value = S::load(sums.add(offset));
             if !bias.is_null() {
                 value = S::add(value, S::load(bias.add(offset)));
             }
