@@ -1,0 +1,155 @@
+//! Norm, gated activation, embedding, and moves of rows.
+
+use std::sync::Arc;
+
+use fastlora::backend::{Backend, RmsNorm};
+use fastlora::dtype::DType;
+use fastlora::tensor::WeightTensor;
+
+use super::reference::{dot, finite_differences, gated_silu, rms_norm};
+use super::{Record, batch_of, buffer, read, resident, values, widen};
+
+pub fn run<B: Backend>(backend: &B, record: &mut Record) {
+    for (rows, width) in [(1, 1), (3, 5), (2, 16), (7, 33), (4, 100), (40, 576)] {
+        norm(backend, record, rows, width);
+        activation(backend, record, rows, width);
+    }
+    embedding(backend, record);
+    labelled_rows(backend);
+    transfers(backend);
+}
+
+fn norm<B: Backend>(backend: &B, record: &mut Record, rows: usize, width: usize) {
+    let case = format!("rms_norm [{rows}, {width}]");
+    let (x, dy) = (values(rows * width, 1), values(rows * width, 2));
+    let weight = values(width, 3);
+    let epsilon = 1e-5;
+    let tensors = [WeightTensor::from_f32("w", vec![width], &weight)];
+    let vector = backend.vector(&tensors).unwrap();
+    let norm = RmsNorm { weight: &vector, epsilon, width };
+    let (x_buffer, dy_buffer) = (buffer(backend, &x), buffer(backend, &dy));
+    let mut y = backend.buffer(rows * width).unwrap();
+    backend.rms_norm(norm, rows, &x_buffer, &mut y).unwrap();
+    let (x, dy, weight, epsilon) = (widen(&x), widen(&dy), widen(&weight), f64::from(epsilon));
+    record.check(&case, &read(backend, &y, rows * width), &rms_norm(&x, &weight, epsilon), width);
+
+    let before = values(rows * width, 4);
+    let mut dx = buffer(backend, &before);
+    backend.rms_norm_backward(norm, rows, &x_buffer, &dy_buffer, &mut dx).unwrap();
+    let mut expected = Vec::new();
+    for (x, dy) in x.chunks(width).zip(dy.chunks(width)) {
+        expected.extend(finite_differences(x, |x| dot(&rms_norm(x, &weight, epsilon), dy)));
+    }
+    expected.iter_mut().zip(&before).for_each(|(sum, &before)| *sum += f64::from(before));
+    record.check(&format!("{case} backward"), &read(backend, &dx, rows * width), &expected, width);
+}
+
+fn activation<B: Backend>(backend: &B, record: &mut Record, rows: usize, width: usize) {
+    let case = format!("gated_silu [{rows}, {width}]");
+    let gate_up: Vec<f32> = values(2 * rows * width, 5).iter().map(|x| 6.0 * x).collect();
+    let dact = values(rows * width, 6);
+    let mut gate_up_buffer = buffer(backend, &gate_up);
+    let mut act = backend.buffer(rows * width).unwrap();
+    backend.gated_silu(rows, width, &gate_up_buffer, &mut act).unwrap();
+    let x = widen(&gate_up);
+    record.check(&case, &read(backend, &act, rows * width), &gated_silu(&x, width), 1);
+    backend.gated_silu_backward(rows, width, &buffer(backend, &dact), &mut gate_up_buffer).unwrap();
+    let mut expected = Vec::new();
+    for (pair, dact) in x.chunks(2 * width).zip(dact.chunks(width)) {
+        // Elements do not meet: one at a time.
+        let (mut dgate, mut dup) = (Vec::new(), Vec::new());
+        for (i, &dact) in dact.iter().enumerate() {
+            let gradient = finite_differences(&[pair[i], pair[width + i]], |x| gated_silu(x, 1)[0]);
+            dgate.push(gradient[0] * f64::from(dact));
+            dup.push(gradient[1] * f64::from(dact));
+        }
+        expected.extend(dgate);
+        expected.extend(dup);
+    }
+    record.check(
+        &format!("{case} backward"),
+        &read(backend, &gate_up_buffer, 2 * rows * width),
+        &expected,
+        1,
+    );
+}
+
+/// `values` rounded to `dtype`, stored `offset` bytes into their storage, and what a reader must see.
+pub fn stored(
+    name: &str,
+    dtype: DType,
+    shape: Vec<usize>,
+    values: &[f32],
+    offset: usize,
+) -> (WeightTensor, Vec<f64>) {
+    let mut bytes = vec![0; offset];
+    for &value in values {
+        match dtype {
+            DType::F32 => bytes.extend(value.to_le_bytes()),
+            DType::F16 => bytes.extend(half::f16::from_f32(value).to_le_bytes()),
+            DType::Bf16 => bytes.extend(half::bf16::from_f32(value).to_le_bytes()),
+        }
+    }
+    let range = offset..bytes.len();
+    let tensor = WeightTensor::new(name, dtype, shape, Arc::new(bytes), range);
+    let seen = widen(&tensor.to_f32());
+    (tensor, seen)
+}
+
+fn embedding<B: Backend>(backend: &B, record: &mut Record) {
+    let width = 21;
+    for dtype in [DType::F32, DType::F16, DType::Bf16] {
+        for offset in [0, 1] {
+            let (first, mut expected_table) =
+                stored("first", dtype, vec![30, width], &values(30 * width, 7), offset);
+            let (second, rest) = stored("second", dtype, vec![13, width], &values(13 * width, 8), offset);
+            expected_table.extend(rest);
+            let table = backend.matrix(&[first, second]).unwrap();
+            let batch = batch_of(&[5, 1, 900], 43);
+            let mut x = backend.buffer(batch.token_count() * width).unwrap();
+            backend.embedding(&resident(backend, &batch), &table, width, &mut x).unwrap();
+            let row = |&id: &u32| expected_table[id as usize * width..][..width].to_vec();
+            let expected: Vec<f64> = batch.token_ids.iter().flat_map(row).collect();
+            let found = read(backend, &x, expected.len());
+            record.check(&format!("embedding {dtype} at byte {offset}"), &found, &expected, 1);
+            let outside = batch_of(&[50], 44);
+            let error = backend.embedding(&resident(backend, &outside), &table, width, &mut x).unwrap_err();
+            assert!(error.message().contains("43"), "{error}");
+        }
+    }
+}
+
+fn labelled_rows<B: Backend>(backend: &B) {
+    let width = 37;
+    let host = batch_of(&[4, 1, 700, 2], 50);
+    let batch = resident(backend, &host);
+    let x = values(host.token_count() * width, 9);
+    let mut packed = backend.buffer(host.labelled_count() * width).unwrap();
+    backend.gather_labelled(&batch, width, &buffer(backend, &x), &mut packed).unwrap();
+    let row = |&row: &u32| x[row as usize * width..][..width].to_vec();
+    let expected: Vec<f32> = host.labelled_rows.iter().flat_map(row).collect();
+    assert_eq!(read(backend, &packed, expected.len()), expected, "gather_labelled");
+    let mut dx = buffer(backend, &x);
+    backend.scatter_labelled(&batch, width, &packed, &mut dx).unwrap();
+    let mut expected = vec![0.0; x.len()];
+    for &row in &host.labelled_rows {
+        let part = row as usize * width..(row as usize + 1) * width;
+        expected[part.clone()].copy_from_slice(&x[part]);
+    }
+    assert_eq!(read(backend, &dx, x.len()), expected, "scatter_labelled");
+}
+
+fn transfers<B: Backend>(backend: &B) {
+    let data = values(50, 10);
+    let mut floats = backend.floats(&data).unwrap();
+    backend.write_floats(&mut floats, &[7.0; 3]).unwrap();
+    assert_eq!(super::read_floats(backend, &floats, 5)[..], [7.0, 7.0, 7.0, data[3], data[4]]);
+    backend.zero_floats(&mut floats).unwrap();
+    assert_eq!(super::read_floats(backend, &floats, 50), [0.0; 50]);
+    let mut part = buffer(backend, &data);
+    backend.zero_buffer(&mut part, 20).unwrap();
+    assert_eq!(read(backend, &part, 50)[..20], [0.0; 20]);
+    assert_eq!(read(backend, &part, 50)[20..], data[20..]);
+    assert!(backend.write_floats(&mut floats, &[0.0; 51]).is_err());
+    assert!(backend.read_floats(&floats, &mut [0.0; 51]).is_err());
+}

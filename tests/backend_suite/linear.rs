@@ -1,0 +1,227 @@
+//! Linear groups: adapters on any projections, bias, residual, dropout, stored types.
+
+use fastlora::backend::dropout::keep;
+use fastlora::backend::{Backend, Dropout, LinearGroup, LinearInput, LoraSlot, Projection};
+use fastlora::batch::Batch;
+use fastlora::dtype::DType;
+use fastlora::tensor::WeightTensor;
+
+use super::elementwise::stored;
+use super::reference::{dot, finite_differences, product_transposed};
+use super::{Record, batch_of, buffer, read, read_floats, resident, values, widen};
+
+/// One shape.
+#[derive(Clone, Copy, Debug)]
+pub struct Case {
+    pub lengths: &'static [usize],
+    pub in_features: usize,
+    /// Width and rank (0: no adapter) of each projection.
+    pub projections: &'static [(usize, usize)],
+    pub bias: bool,
+    pub residual: bool,
+    pub dropout: f32,
+    pub dtype: DType,
+}
+
+pub const CASES: &[Case] = &[
+    Case {
+        lengths: &[1],
+        in_features: 12,
+        projections: &[(10, 2), (6, 3), (5, 1)],
+        bias: true,
+        residual: false,
+        dropout: 0.0,
+        dtype: DType::F32,
+    },
+    Case {
+        lengths: &[4, 1, 14],
+        in_features: 40,
+        projections: &[(24, 4), (8, 0), (8, 2)],
+        bias: true,
+        residual: false,
+        dropout: 0.3,
+        dtype: DType::F16,
+    },
+    Case {
+        lengths: &[9, 3],
+        in_features: 17,
+        projections: &[(11, 0), (7, 16)],
+        bias: false,
+        residual: false,
+        dropout: 0.5,
+        dtype: DType::Bf16,
+    },
+    Case {
+        lengths: &[13],
+        in_features: 33,
+        projections: &[(18, 5)],
+        bias: false,
+        residual: true,
+        dropout: 0.0,
+        dtype: DType::F32,
+    },
+    Case {
+        lengths: &[3, 8],
+        in_features: 16,
+        projections: &[(20, 0), (4, 0)],
+        bias: true,
+        residual: true,
+        dropout: 0.1,
+        dtype: DType::F16,
+    },
+];
+
+const INPUT_INDEX: u32 = 5;
+const SEED: u64 = 0x1234_5678_9ABC;
+
+/// A case on a backend, and in float64.
+pub struct Setup<B: Backend> {
+    pub case: Case,
+    pub group: LinearGroup<B>,
+    pub dropout: Option<Dropout>,
+    pub adapters: Vec<f32>,
+    weight: Vec<f64>,
+    bias: Vec<f64>,
+}
+
+impl<B: Backend> Setup<B> {
+    pub fn new(backend: &B, case: Case) -> Self {
+        let width = case.in_features;
+        let (mut tensors, mut weight) = (Vec::new(), Vec::new());
+        for (number, &(out, _)) in case.projections.iter().enumerate() {
+            let (tensor, seen) =
+                stored("w", case.dtype, vec![out, width], &values(out * width, 30 + number as u64), 0);
+            tensors.push(tensor);
+            weight.extend(seen);
+        }
+        let outs: usize = case.projections.iter().map(|&(out, _)| out).sum();
+        let bias = values(outs, 40);
+        // A matrices side by side, B matrices behind them in the opposite order, gaps around.
+        let ranks: usize = case.projections.iter().map(|&(_, rank)| rank).sum();
+        let (mut a_offset, mut b_offset) = (3, 3 + ranks * width + 2);
+        let mut projections = Vec::new();
+        for &(out_features, rank) in case.projections {
+            let scale = 0.5 + rank as f32;
+            let lora = (rank > 0).then_some(LoraSlot { rank, scale, a_offset, b_offset });
+            projections.push(Projection { out_features, lora });
+            a_offset += rank * width;
+            b_offset += rank * out_features;
+        }
+        let group = LinearGroup {
+            input_index: INPUT_INDEX,
+            weight: backend.matrix(&tensors).unwrap(),
+            bias: case
+                .bias
+                .then(|| backend.vector(&[WeightTensor::from_f32("b", vec![outs], &bias)]).unwrap()),
+            in_features: width,
+            projections,
+        };
+        let dropout =
+            (case.dropout > 0.0).then_some(Dropout { probability: case.dropout, seed: SEED, epoch: 2 });
+        Self { case, group, dropout, adapters: values(b_offset + 4, 41), weight, bias: widen(&bias) }
+    }
+
+    /// Factors of the mask, `[T, I]`.
+    fn mask(&self, batch: &Batch) -> Vec<f64> {
+        let mut mask = Vec::new();
+        for (bounds, &sample) in batch.sample_starts.windows(2).zip(&batch.sample_ids) {
+            for position in 0..bounds[1] - bounds[0] {
+                mask.extend((0..self.case.in_features).map(|feature| match self.dropout {
+                    None => 1.0,
+                    Some(dropout) if keep(dropout, sample, position, INPUT_INDEX, feature) => {
+                        1.0 / (1.0 - f64::from(dropout.probability))
+                    }
+                    Some(_) => 0.0,
+                }));
+            }
+        }
+        mask
+    }
+
+    /// `(s, y)`.
+    fn forward(&self, mask: &[f64], x: &[f64], adapters: &[f64], residual: &[f64]) -> (Vec<f64>, Vec<f64>) {
+        let (width, outs, ranks) =
+            (self.case.in_features, self.group.out_features(), self.group.total_rank());
+        let mut y = product_transposed(x, &self.weight, width);
+        let mut s = vec![0.0; x.len() / width * ranks];
+        let dropped: Vec<f64> = x.iter().zip(mask).map(|(x, mask)| x * mask).collect();
+        for adapter in self.group.adapters() {
+            let rank = adapter.slot.rank;
+            let a = &adapters[adapter.slot.a_offset..][..rank * width];
+            let b = &adapters[adapter.slot.b_offset..][..rank * adapter.out_features];
+            for (row, inner) in product_transposed(&dropped, a, width).chunks(rank).enumerate() {
+                s[row * ranks + adapter.rank_column..][..rank].copy_from_slice(inner);
+                for (column, b) in b.chunks(rank).enumerate() {
+                    y[row * outs + adapter.out_column + column] +=
+                        f64::from(adapter.slot.scale) * dot(inner, b);
+                }
+            }
+        }
+        for (place, y) in y.iter_mut().enumerate() {
+            *y += if self.case.bias { self.bias[place % outs] } else { 0.0 };
+            *y += if self.case.residual { residual[place] } else { 0.0 };
+        }
+        (s, y)
+    }
+}
+
+pub fn run<B: Backend>(backend: &B, record: &mut Record) {
+    for &case in CASES {
+        check(backend, record, case);
+    }
+}
+
+fn check<B: Backend>(backend: &B, record: &mut Record, case: Case) {
+    let setup = Setup::new(backend, case);
+    let host_batch = batch_of(case.lengths, 9);
+    let batch = resident(backend, &host_batch);
+    let (rows, width) = (host_batch.token_count(), case.in_features);
+    let (outs, ranks) = (setup.group.out_features(), setup.group.total_rank());
+    let (x, dy) = (values(rows * width, 42), values(rows * outs, 43));
+    let residual = values(rows * outs, 44);
+    let adapters = backend.floats(&setup.adapters).unwrap();
+    let (x_buffer, dy_buffer) = (buffer(backend, &x), buffer(backend, &dy));
+    let input = || LinearInput { x: &x_buffer, rows, batch: &batch, dropout: setup.dropout };
+    let untouched = vec![7.5; rows * ranks.max(1)];
+    let mut s = buffer(backend, &untouched);
+    let mut y = backend.buffer(rows * outs).unwrap();
+    let residual_buffer = case.residual.then(|| buffer(backend, &residual));
+    backend.linear(&setup.group, &adapters, input(), residual_buffer.as_ref(), &mut s, &mut y).unwrap();
+
+    let mask = setup.mask(&host_batch);
+    let (wide_x, wide_adapters, wide_residual) = (widen(&x), widen(&setup.adapters), widen(&residual));
+    let (expected_s, expected_y) = setup.forward(&mask, &wide_x, &wide_adapters, &wide_residual);
+    if ranks == 0 {
+        assert_eq!(read(backend, &s, rows), untouched, "{case:?}: s without adapters");
+    } else {
+        record.check(&format!("{case:?} s"), &read(backend, &s, rows * ranks), &expected_s, width);
+    }
+    record.check(&format!("{case:?} y"), &read(backend, &y, rows * outs), &expected_y, width + ranks);
+
+    let before = values(setup.adapters.len(), 45);
+    let mut gradients = backend.floats(&before).unwrap();
+    let mut dx = backend.buffer(rows * width).unwrap();
+    backend
+        .linear_backward(&setup.group, &adapters, input(), &s, &dy_buffer, &mut gradients, Some(&mut dx))
+        .unwrap();
+    let dy = widen(&dy);
+    let loss = |x: &[f64], adapters: &[f64]| dot(&setup.forward(&mask, x, adapters, &wide_residual).1, &dy);
+    let expected_dx = finite_differences(&wide_x, |x| loss(x, &wide_adapters));
+    record.check(&format!("{case:?} dx"), &read(backend, &dx, rows * width), &expected_dx, outs + ranks);
+    let mut expected = finite_differences(&wide_adapters, |adapters| loss(&wide_x, adapters));
+    expected.iter_mut().zip(&before).for_each(|(sum, &before)| *sum += f64::from(before));
+    let found = read_floats(backend, &gradients, before.len());
+    record.check(&format!("{case:?} gradients"), &found, &expected, rows + outs);
+    for (place, (&found, &before)) in found.iter().zip(&before).enumerate() {
+        let inside = |offset: usize, count: usize| (offset..offset + count).contains(&place);
+        let owned = setup.group.adapters().any(|adapter| {
+            inside(adapter.slot.a_offset, adapter.slot.rank * width)
+                || inside(adapter.slot.b_offset, adapter.slot.rank * adapter.out_features)
+        });
+        assert!(owned || found == before, "{case:?}: gradient {place} belongs to no adapter");
+    }
+
+    let mut again = backend.floats(&before).unwrap();
+    backend.linear_backward(&setup.group, &adapters, input(), &s, &dy_buffer, &mut again, None).unwrap();
+    assert_eq!(read_floats(backend, &again, before.len()), found, "{case:?}: without dx");
+}
