@@ -1,19 +1,23 @@
 """Makes tests/fixtures/gguf with the `gguf` package, the format's reference implementation.
 
-    pip install numpy gguf safetensors
+    pip install numpy gguf safetensors sentencepiece
     python tests/interop/make_gguf.py
 
 - `blocks.json`: two random blocks of every stored type and the f32 values the package reads from them (as bits).
 - `tiny_llama.gguf`, `tiny_qwen2.gguf`: the tiny models of tests/fixtures, matrices in F16, as llama.cpp's converter lays
   them out (rows of q and k interleaved and `rope_freqs` for llama), with a small byte-level tokenizer.
+- `sentence_piece.gguf` (no tensors), `sentence_piece.json`: a small SentencePiece vocabulary trained on data/, and the ids
+  that SentencePiece itself gives for some texts.
 """
 
+import io
 import json
 import math
 from pathlib import Path
 
 import gguf
 import numpy as np
+import sentencepiece
 from gguf import GGMLQuantizationType as Q
 from safetensors.numpy import load_file
 
@@ -136,7 +140,37 @@ def model(folder, architecture, pre, name):
     writer.close()
 
 
+def sentence_piece():
+    records = json.loads((FIXTURES.parent.parent / "data" / "train_data.json").read_text())
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(text for record in records for text in (record["instruction"], record["output"])),
+        model_writer=trained, model_type="bpe", vocab_size=700, byte_fallback=True, split_digits=True, num_threads=1,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2,
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
+    ids = range(processor.get_piece_size())
+    kinds = [(processor.is_unknown, 2), (processor.is_control, 3), (processor.is_unused, 5), (processor.is_byte, 6)]
+    writer = gguf.GGUFWriter(OUTPUT / "sentence_piece.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([processor.id_to_piece(id) for id in ids])
+    writer.add_token_scores([processor.get_score(id) for id in ids])
+    writer.add_token_types([next((kind for holds, kind in kinds if holds(id)), 1) for id in ids])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    texts = [record["output"] for record in records[::16]]
+    texts += ["Hello world", "two  spaces ", "é, ü and 漢字 🦀", "12345", "tab\tand\nline", "x", "pirate's treasure, matey!"]
+    cases = [{"text": text, "ids": [processor.bos_id(), *processor.encode(text)]} for text in texts]
+    (OUTPUT / "sentence_piece.json").write_text(json.dumps(cases, ensure_ascii=False, indent=0) + "\n")
+
+
 OUTPUT.mkdir(exist_ok=True)
 blocks()
 model("tiny_llama3rope", "llama", "llama-bpe", "tiny_llama.gguf")
 model("tiny_qwen2", "qwen2", "qwen2", "tiny_qwen2.gguf")
+sentence_piece()

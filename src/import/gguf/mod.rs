@@ -88,6 +88,11 @@ impl<R: Read + Seek> Gguf<R> {
         self.metadata.keys().map(String::as_str)
     }
 
+    /// Whether the metadata have `key`.
+    pub fn has(&self, key: &str) -> bool {
+        self.metadata.contains_key(key)
+    }
+
     fn value(&self, key: &str) -> Option<&Value> {
         self.metadata.get(key)
     }
@@ -165,15 +170,31 @@ impl<R: Read + Seek> Gguf<R> {
 
     /// An array of integers.
     pub fn integers(&self, key: &str) -> Result<Option<Vec<i128>>> {
-        let expected = "an array of integers";
+        self.array(key, "an array of integers", |value| match value {
+            Value::Integer(value) => Some(*value),
+            _ => None,
+        })
+    }
+
+    /// An array of floating-point numbers.
+    pub fn numbers(&self, key: &str) -> Result<Option<Vec<f64>>> {
+        self.array(key, "an array of numbers", |value| match value {
+            Value::Float(value) => Some(*value),
+            _ => None,
+        })
+    }
+
+    fn array<T>(
+        &self,
+        key: &str,
+        expected: &str,
+        element: impl Fn(&Value) -> Option<T>,
+    ) -> Result<Option<Vec<T>>> {
         match self.value(key) {
             None => Ok(None),
             Some(Value::Scalars(scalars)) => scalars
                 .iter()
-                .map(|value| match value {
-                    Value::Integer(value) => Ok(value),
-                    other => Err(self.wrong_kind(key, &other, expected)),
-                })
+                .map(|value| element(&value).ok_or_else(|| self.wrong_kind(key, &value, expected)))
                 .collect::<Result<_>>()
                 .map(Some),
             Some(other) => Err(self.wrong_kind(key, other, expected)),

@@ -171,6 +171,21 @@ fn tiny_tokenizers_split_as_their_models_do() {
 }
 
 #[test]
+fn sentence_piece_ids_equal_those_of_sentence_piece() {
+    let gguf = Gguf::open(&fixture("gguf/sentence_piece.gguf")).unwrap();
+    let files = tokenizer::convert(&gguf, 700, 256).unwrap();
+    let tokenizer = tokenizers::Tokenizer::from_bytes(serde_json::to_vec(&files.tokenizer).unwrap()).unwrap();
+    let cases = read_json(fixture("gguf/sentence_piece.json"));
+    assert!(cases.as_array().unwrap().len() > 40);
+    for case in cases.as_array().unwrap() {
+        let text = case["text"].as_str().unwrap();
+        let encoding = tokenizer.encode(text, true).unwrap();
+        assert_eq!(json!(encoding.get_ids()), case["ids"], "{text:?}: {:?}", encoding.get_tokens());
+        assert_eq!(tokenizer.decode(encoding.get_ids(), true).unwrap(), text);
+    }
+}
+
+#[test]
 fn unused_rows_at_the_end_are_no_tokens() {
     let gguf = Gguf::open(&fixture("gguf/tiny_qwen2.gguf")).unwrap();
     let files = tokenizer::convert(&gguf, 512, 256).unwrap();
@@ -223,7 +238,7 @@ fn what_is_not_supported_is_refused_by_name() {
         ("llama.rope.dimension_count", u32_value(2), "partial rotation"),
         ("llama.rope.scaling.type", text_value("longrope"), "`longrope`"),
         ("split.count", u32_value(2), "one part"),
-        ("tokenizer.ggml.model", text_value("llama"), "SentencePiece"),
+        ("tokenizer.ggml.model", text_value("llama"), "type unknown"),
         ("tokenizer.ggml.model", text_value("bert"), "`bert`"),
         ("tokenizer.ggml.pre", text_value("tekken"), "`tekken`"),
         ("tokenizer.ggml.eos_token_id", u32_value(4), "id 4"),

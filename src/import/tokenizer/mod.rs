@@ -1,7 +1,10 @@
 //! A GGUF file's tokenizer as the files of a Hugging Face folder.
 //!
-//! Byte-level BPE only (`tokenizer.ggml.model` = `gpt2`), with the pre-tokenizers of the models that import reads; any
-//! other is refused by name, because a wrong split gives wrong ids silently.
+//! Byte-level BPE (`tokenizer.ggml.model` = `gpt2`) with the pre-tokenizers of the models that import reads, and
+//! SentencePiece BPE (`llama`). Any other is refused by name, because a wrong split gives wrong ids silently.
+
+mod byte_level;
+mod sentence_piece;
 
 use std::collections::HashMap;
 use std::io::{Read, Seek};
@@ -12,13 +15,10 @@ use super::gguf::Gguf;
 use crate::error::Result;
 
 /// Token types of the format.
+const UNKNOWN: i128 = 2;
 const CONTROL: i128 = 3;
 const USER_DEFINED: i128 = 4;
 const UNUSED: i128 = 5;
-
-/// Splits as Qwen2 and Llama 3 publish them; they differ in how many digits stay together.
-const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// The tokenizer's files and the ids that the model's configuration repeats.
 #[derive(Debug)]
@@ -35,44 +35,44 @@ pub(super) struct TokenizerFiles {
     pub generation_ids: Map<String, Json>,
 }
 
-/// What a pre-tokenizer's name stands for.
-struct PreTokenizer {
+/// How one kind of tokenizer turns text into tokens, in the terms of `tokenizer.json`.
+struct Scheme {
     normalizer: Json,
-    splits: Json,
+    pre_tokenizer: Json,
+    decoder: Json,
+    /// What the BPE model needs besides vocabulary and merges.
+    unk_token: Option<String>,
+    /// Characters without a token become byte tokens, or else one unknown token for each run of them.
+    byte_fallback: bool,
     ignore_merges: bool,
+    merges: Json,
     /// Whether the beginning-of-sequence token is added where the file does not say.
     adds_bos: bool,
 }
 
-fn byte_level(use_regex: bool) -> Json {
-    json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex })
-}
-
-fn split_then_bytes(pattern: &str) -> Json {
-    json!({ "type": "Sequence", "pretokenizers": [
-        { "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false },
-        byte_level(false),
-    ]})
-}
-
-impl PreTokenizer {
-    fn named(name: &str) -> Option<Self> {
-        let plain = |splits| Self { normalizer: Json::Null, splits, ignore_merges: false, adds_bos: false };
-        Some(match name {
-            "gpt-2" => plain(byte_level(true)),
-            "smollm" => plain(json!({ "type": "Sequence", "pretokenizers": [
-                { "type": "Digits", "individual_digits": true },
-                byte_level(true),
-            ]})),
-            "qwen2" | "deepseek-r1-qwen" => {
-                Self { normalizer: json!({ "type": "NFC" }), ..plain(split_then_bytes(QWEN2_SPLIT)) }
+impl Scheme {
+    fn of<R: Read + Seek>(gguf: &Gguf<R>, vocabulary: &Vocabulary<'_>) -> Result<Self> {
+        let hint = "use the model's Hugging Face folder instead";
+        let key = "tokenizer.ggml.model";
+        match gguf.string(key)? {
+            Some("gpt2") => byte_level::scheme(gguf, vocabulary),
+            Some("llama") => sentence_piece::scheme(gguf, vocabulary),
+            Some(other) => {
+                let message = format!(
+                    "tokenizer `{other}` is not supported; byte-level BPE (`gpt2`) and SentencePiece BPE (`llama`) are"
+                );
+                Err(gguf.error_at(key, message).hint(hint))
             }
-            "llama-bpe" | "llama3" | "llama-v3" => {
-                Self { ignore_merges: true, adds_bos: true, ..plain(split_then_bytes(LLAMA3_SPLIT)) }
-            }
-            _ => return None,
-        })
+            None => Err(gguf.error_at(key, "the file has no tokenizer").hint(hint)),
+        }
     }
+}
+
+/// The tokens in order of their ids.
+struct Vocabulary<'a> {
+    tokens: &'a [String],
+    types: &'a [i128],
+    ids: HashMap<&'a str, usize>,
 }
 
 /// The tokens that have a role.
@@ -128,7 +128,6 @@ pub(super) fn convert<R: Read + Seek>(
     vocabulary: usize,
     context: usize,
 ) -> Result<TokenizerFiles> {
-    let pre_tokenizer = pre_tokenizer(gguf)?;
     let tokens = gguf.strings("tokenizer.ggml.tokens")?;
     let types = token_types(gguf, tokens.len())?;
     // Rows of the embedding that no token uses are named in the file; at the end they are no tokens.
@@ -139,7 +138,7 @@ pub(super) fn convert<R: Read + Seek>(
         return Err(gguf.error_at("tokenizer.ggml.tokens", message));
     }
     let ids = ids_by_text(gguf, tokens)?;
-    let merges = merges(gguf, &ids)?;
+    let scheme = Scheme::of(gguf, &Vocabulary { tokens, types: &types, ids })?;
     let roles = Roles::read(gguf, tokens)?;
 
     let added: Vec<Json> = tokens
@@ -159,14 +158,14 @@ pub(super) fn convert<R: Read + Seek>(
         "truncation": null,
         "padding": null,
         "added_tokens": added,
-        "normalizer": pre_tokenizer.normalizer,
-        "pre_tokenizer": pre_tokenizer.splits,
-        "post_processor": post_processor(gguf, &pre_tokenizer, &roles)?,
-        "decoder": { "type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true },
+        "normalizer": scheme.normalizer,
+        "pre_tokenizer": scheme.pre_tokenizer,
+        "post_processor": post_processor(gguf, scheme.adds_bos, &roles)?,
+        "decoder": scheme.decoder,
         "model": {
-            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
-            "ignore_merges": pre_tokenizer.ignore_merges, "vocab": vocab, "merges": merges,
+            "type": "BPE", "dropout": null, "unk_token": scheme.unk_token, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": scheme.byte_fallback, "byte_fallback": scheme.byte_fallback,
+            "ignore_merges": scheme.ignore_merges, "vocab": vocab, "merges": scheme.merges,
         },
     });
     check(gguf, &tokenizer)?;
@@ -181,34 +180,6 @@ pub(super) fn convert<R: Read + Seek>(
         tokenizer,
         ids,
         generation_ids,
-    })
-}
-
-fn pre_tokenizer<R: Read + Seek>(gguf: &Gguf<R>) -> Result<PreTokenizer> {
-    let hint = "use the model's Hugging Face folder instead";
-    let (model_key, key) = ("tokenizer.ggml.model", "tokenizer.ggml.pre");
-    match gguf.string(model_key)? {
-        Some("gpt2") => {}
-        Some("llama") => {
-            let message =
-                "SentencePiece tokenizers (`llama`) are not supported, only byte-level BPE (`gpt2`)";
-            return Err(gguf.error_at(model_key, message).hint(hint));
-        }
-        Some(other) => {
-            let message = format!("tokenizer `{other}` is not supported, only byte-level BPE (`gpt2`)");
-            return Err(gguf.error_at(model_key, message).hint(hint));
-        }
-        None => return Err(gguf.error_at(model_key, "the file has no tokenizer").hint(hint)),
-    }
-    let Some(name) = gguf.string(key)? else {
-        return Err(gguf
-            .error_at(key, "missing: an old file that does not say how text is split")
-            .hint(hint));
-    };
-    PreTokenizer::named(name).ok_or_else(|| {
-        let message =
-            format!("pre-tokenizer `{name}` is not supported; gpt-2, smollm, qwen2 and llama-bpe are");
-        gguf.error_at(key, message).hint(hint)
     })
 }
 
@@ -232,33 +203,9 @@ fn ids_by_text<'a, R: Read + Seek>(gguf: &Gguf<R>, tokens: &'a [String]) -> Resu
     Ok(ids)
 }
 
-/// The merges, each of which joins two tokens into a third.
-fn merges<'a, R: Read + Seek>(gguf: &'a Gguf<R>, ids: &HashMap<&str, usize>) -> Result<&'a [String]> {
-    let key = "tokenizer.ggml.merges";
-    let merges = gguf.strings(key)?;
-    let mut joined = String::new();
-    for (rank, merge) in merges.iter().enumerate() {
-        let valid = merge.split_once(' ').is_some_and(|(left, right)| {
-            joined.clear();
-            joined.push_str(left);
-            joined.push_str(right);
-            [left, right, joined.as_str()].into_iter().all(|part| ids.contains_key(part))
-        });
-        if !valid {
-            let message = format!("merge {rank} (\"{merge}\") does not join two tokens into a third");
-            return Err(gguf.error_at(key, message));
-        }
-    }
-    Ok(merges)
-}
-
 /// Adds the beginning- and end-of-sequence tokens where the model wants them.
-fn post_processor<R: Read + Seek>(
-    gguf: &Gguf<R>,
-    pre_tokenizer: &PreTokenizer,
-    roles: &Roles<'_>,
-) -> Result<Json> {
-    let adds_bos = gguf.truth("tokenizer.ggml.add_bos_token")?.unwrap_or(pre_tokenizer.adds_bos);
+fn post_processor<R: Read + Seek>(gguf: &Gguf<R>, adds_bos: bool, roles: &Roles<'_>) -> Result<Json> {
+    let adds_bos = gguf.truth("tokenizer.ggml.add_bos_token")?.unwrap_or(adds_bos);
     let adds_eos = gguf.truth("tokenizer.ggml.add_eos_token")?.unwrap_or(false);
     let wanted = |wanted: bool, id: Option<usize>, name: &str| match (wanted, id) {
         (false, _) => Ok(None),
