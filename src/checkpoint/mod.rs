@@ -5,5 +5,6 @@ pub mod atomic;
 pub mod base;
 mod finite;
 pub mod folder;
+pub mod hub;
 pub mod mapped;
 pub mod safetensors;
