@@ -153,7 +153,10 @@ fn broken(error: &serde_json::Error, text: &str, base: usize) -> Broken {
             .nth(line - 2)
             .map_or(0, |(at, _)| at + 1),
     };
-    let offset = (line_start + error.column().saturating_sub(1)).min(text.len());
+    let offset = match error.is_eof() {
+        true => text.len(),
+        false => (line_start + error.column().saturating_sub(1)).min(text.len()),
+    };
     let message = error.to_string();
     let message = message.split(" at line ").next().unwrap_or_default().to_owned();
     Broken { offset: base + offset, message }
@@ -188,7 +191,7 @@ mod tests {
             ("{\"a\":\n\n \"x\ny\"}", 9),
             ("{\"a\": [1 2]}", 9),
             ("", 0),
-            ("nul", 2),
+            ("nul", 3),
         ] {
             let result = Scanner::new(text, 7).value().and_then(|value| value.fields());
             assert_eq!(result.unwrap_err().offset, 7 + offset, "{text:?}");

@@ -219,7 +219,8 @@ fn line_records(file: &TextFile, keys: &Keys) -> Interpretations {
         .map(|(index, line)| {
             let start = offset;
             offset += line.len();
-            (index + 1, start, line)
+            // Without its end, so that an object which is not whole is placed on its own line.
+            (index + 1, start, line.trim_end_matches(['\r', '\n']))
         })
         .filter(|(_, _, line)| !line.trim().is_empty())
         .collect();

@@ -424,3 +424,40 @@ pub fn warn_about_overlap(training: &SampleSet, validation: &SampleSet) -> usize
     }
     shared.len()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(token_ids: &[u32], labels: &[i32]) -> Sample {
+        let origin = Origin { file: "a.json".into(), line: 1 };
+        Sample { token_ids: token_ids.to_vec(), labels: labels.to_vec(), hash: 0, origin }
+    }
+
+    #[test]
+    fn fault_28_eos_that_is_never_learned_is_found() {
+        let learned = sample(&[5, 2], &[NO_LOSS, 2]);
+        // In the first label, in the ids alone, not at all.
+        let others =
+            [sample(&[2, 5], &[2, 5]), sample(&[5, 2, 6], &[5, NO_LOSS, 6]), sample(&[5, 6], &[5, 6])];
+        assert_eq!(eos_never_learned(&others, Some(2)), Some(&others[0]));
+        assert_eq!(eos_never_learned(&others, None), None);
+        assert_eq!(eos_never_learned(&[others[0].clone(), learned], Some(2)), None);
+    }
+
+    #[test]
+    fn fault_28_doubled_bos_is_found() {
+        let samples = [sample(&[1, 5, 1, 1], &[0; 4]), sample(&[1, 1, 5], &[0; 3])];
+        assert_eq!(doubled_bos(&samples, Some(1)), Some(&samples[1]));
+        assert_eq!(doubled_bos(&samples[..1], Some(1)), None);
+        assert_eq!(doubled_bos(&samples, None), None);
+    }
+
+    #[test]
+    fn lengths_are_counted_by_powers_of_two() {
+        assert_eq!(
+            length_histogram(&[1, 16, 17, 32, 33, 600]),
+            "lengths in tokens: ≤16: 2, ≤32: 2, ≤64: 1, ≤1024: 1; longest 600"
+        );
+    }
+}
