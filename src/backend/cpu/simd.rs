@@ -15,6 +15,7 @@ mod x86;
 use std::fmt;
 use std::ops::{Add, Div, Mul, Sub};
 
+use half::{bf16, f16};
 pub use math::{exp, sigmoid};
 
 /// A level of vector instructions that this CPU has.
@@ -93,6 +94,9 @@ impl fmt::Display for Simd {
     }
 }
 
+/// Lanes of the widest vector.
+pub const MAX_LANES: usize = 16;
+
 /// f32 lanes in one register (or a few).
 ///
 /// The unsafe loads and stores are for inner loops whose bounds were checked outside; the others check.
@@ -111,6 +115,16 @@ pub trait Vector:
     /// # Safety
     /// `LANES` elements from `from` must be readable.
     unsafe fn load(from: *const f32) -> Self;
+    /// Reads `LANES` elements, converted exactly.
+    ///
+    /// # Safety
+    /// `LANES` elements from `from` must be readable.
+    unsafe fn load_f16(from: *const f16) -> Self;
+    /// Reads `LANES` elements, converted exactly.
+    ///
+    /// # Safety
+    /// `LANES` elements from `from` must be readable.
+    unsafe fn load_bf16(from: *const bf16) -> Self;
     /// Writes `LANES` elements.
     ///
     /// # Safety
@@ -144,6 +158,8 @@ pub trait Vector:
     fn sum(self) -> f32;
     /// Greatest lane.
     fn max_lane(self) -> f32;
+    /// Transposes the first `LANES` vectors as a square.
+    fn transpose(block: &mut [Self; MAX_LANES]);
 
     /// The lanes of `from`, which holds at most `LANES` elements; absent ones are zero.
     #[inline(always)]

@@ -1,14 +1,15 @@
 //! Products of few rows: dot products that stream the stored weight once.
 //!
-//! Every output is `LANES` partial sums over the input, added by halves, then the input's tail: the same whatever the
-//! number of rows and threads.
+//! Every output is four vectors of partial sums over the input, added by halves, then the input's tail: the same whatever
+//! the number of rows and threads.
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::simd::{Element, Generic, InstructionSet, MAX_LANES, Simd, Vectorized, with_instruction_set};
+use super::element::Element;
 use super::{Linear, MAX_DECODE_ROWS, Rows, Start, with_elements};
+use crate::backend::cpu::simd::{Kernel, Simd, Vector};
 
 /// Weight rows of a task.
 const TASK_ROWS: usize = 64;
@@ -17,11 +18,18 @@ const TASK_ROWS: usize = 64;
 ///
 /// # Safety
 /// `y` is valid for the product's rows at `y_stride` and exclusively its own; the arguments are checked.
-pub(super) unsafe fn compute(set: InstructionSet, linear: &Linear<'_>, y: *mut f32, y_stride: usize) {
-    with_instruction_set(set, Decode { linear, y, y_stride });
+pub(super) unsafe fn compute(simd: Simd, linear: &Linear<'_>, y: *mut f32, y_stride: usize) {
+    let outputs = linear.weight.rows();
+    let decode = Decode { simd, linear, y, y_stride };
+    (0..outputs.div_ceil(TASK_ROWS)).into_par_iter().for_each(|task| {
+        let columns = task * TASK_ROWS..((task + 1) * TASK_ROWS).min(outputs);
+        // SAFETY: passed on to the caller; tasks have disjoint columns.
+        unsafe { decode.compute(columns) };
+    });
 }
 
 struct Decode<'a> {
+    simd: Simd,
     linear: &'a Linear<'a>,
     y: *mut f32,
     y_stride: usize,
@@ -30,21 +38,10 @@ struct Decode<'a> {
 // SAFETY: tasks write disjoint columns of `y`, which the caller borrows exclusively for the product's time.
 unsafe impl Sync for Decode<'_> {}
 
-impl Generic for Decode<'_> {
-    unsafe fn run<S: Simd>(self) {
-        let outputs = self.linear.weight.rows();
-        (0..outputs.div_ceil(TASK_ROWS)).into_par_iter().for_each(|task| {
-            let columns = task * TASK_ROWS..((task + 1) * TASK_ROWS).min(outputs);
-            // SAFETY: passed on to the caller; tasks have disjoint columns.
-            unsafe { self.compute::<S>(columns) };
-        });
-    }
-}
-
 impl Decode<'_> {
     /// # Safety
-    /// As for [`compute`], with the CPU's `S`; nobody else writes these columns.
-    unsafe fn compute<S: Simd>(&self, columns: Range<usize>) {
+    /// As for [`compute()`]; nobody else writes these columns.
+    unsafe fn compute(&self, columns: Range<usize>) {
         let Linear { rows, x, weight, bias, start, low_rank } = *self.linear;
         let mut sums = [[0.0; TASK_ROWS]; MAX_DECODE_ROWS];
         let mut first = 0;
@@ -52,8 +49,7 @@ impl Decode<'_> {
             let (width, scale, count) = (weight.columns, weight.scale, part_rows.len());
             with_elements!(part, values => {
                 let weight = &values[part_rows.start * width..part_rows.end * width];
-                // SAFETY: the CPU has `S`.
-                unsafe { S::run(DotProducts { rows, x, width, weight, scale, sums: &mut sums, first }) };
+                self.simd.run(DotProducts { rows, x, width, weight, scale, sums: &mut sums, first });
             });
             first += count;
         }
@@ -67,10 +63,7 @@ impl Decode<'_> {
             let first = own.start - columns.start;
             let weight = &block.factor
                 [(own.start - block.columns.start) * width..(own.end - block.columns.start) * width];
-            // SAFETY: the CPU has `S`.
-            unsafe {
-                S::run(DotProducts { rows, x, width, weight, scale: block.scale, sums: &mut sums, first })
-            };
+            self.simd.run(DotProducts { rows, x, width, weight, scale: block.scale, sums: &mut sums, first });
         }
         for (row, sums) in sums.iter().enumerate().take(rows) {
             for (column, sum) in columns.clone().zip(sums) {
@@ -105,92 +98,68 @@ struct DotProducts<'a, E> {
     first: usize,
 }
 
-impl<E: Element> Vectorized for DotProducts<'_, E> {
+impl<E: Element> Kernel for DotProducts<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self) {
-        const WEIGHT_ROWS: usize = 4;
+    fn run<V: Vector>(self) {
         let Self { rows, x, width, weight, scale, sums, first } = self;
-        let mut column = first;
-        let mut groups = weight.chunks_exact(WEIGHT_ROWS * width);
-        for group in &mut groups {
+        for (column, weight) in (first..).zip(weight.chunks_exact(width)) {
             let mut row = 0;
-            while row + 4 <= rows {
-                dots::<S, E, WEIGHT_ROWS, 4>(x, row, group, width, scale, sums, column);
-                row += 4;
-            }
             while row < rows {
-                dots::<S, E, WEIGHT_ROWS, 1>(x, row, group, width, scale, sums, column);
-                row += 1;
+                row += match rows - row {
+                    4.. => dots::<V, E, 4>(x, row, weight, scale, sums, column),
+                    2.. => dots::<V, E, 2>(x, row, weight, scale, sums, column),
+                    _ => dots::<V, E, 1>(x, row, weight, scale, sums, column),
+                };
             }
-            column += WEIGHT_ROWS;
-        }
-        for weight_row in groups.remainder().chunks_exact(width) {
-            for row in 0..rows {
-                dots::<S, E, 1, 1>(x, row, weight_row, width, scale, sums, column);
-            }
-            column += 1;
         }
     }
 }
 
-/// `W × X` dot products: weight rows from `column` on with rows of `x` from `row` on.
+/// Dot products of one row of the weight, read front to back as the prefetchers like it, with `X` rows of `x` from `row`
+/// on; returns `X`.
 #[inline(always)]
-fn dots<S: Simd, E: Element, const W: usize, const X: usize>(
+fn dots<V: Vector, E: Element, const X: usize>(
     x: Rows<'_>,
     row: usize,
     weight: &[E],
-    width: usize,
     scale: f32,
     sums: &mut Sums,
     column: usize,
-) {
-    let weight: [&[E]; W] = std::array::from_fn(|i| &weight[i * width..][..width]);
+) -> usize {
+    // Chains of multiply-adds, to hide their latency.
+    const CHAINS: usize = 4;
+    let width = weight.len();
     let x: [&[f32]; X] = std::array::from_fn(|i| &x.values[(row + i) * x.stride..][..width]);
-    let whole = width - width % S::LANES;
-    // SAFETY: every slice holds `width` elements, of which vectors cover the first `whole`.
-    unsafe {
-        let mut partial = [[S::splat(0.0); X]; W];
-        for start in (0..whole).step_by(S::LANES) {
-            let mut inputs = [S::splat(0.0); X];
-            for (input, x) in inputs.iter_mut().zip(&x) {
-                *input = S::load(x.as_ptr().add(start));
-            }
-            for (partial, weight) in partial.iter_mut().zip(&weight) {
-                let weight = E::load::<S>(weight.as_ptr().add(start));
-                for (sum, input) in partial.iter_mut().zip(inputs) {
-                    *sum = S::multiply_add(weight, input, *sum);
-                }
+    let mut partial = [[V::splat(0.0); CHAINS]; X];
+    let mut add = |start: usize, chain: usize| {
+        // SAFETY: every slice holds `width` elements, and start + LANES <= width.
+        unsafe {
+            let weight: V = E::load(weight.as_ptr().add(start));
+            for (partial, x) in partial.iter_mut().zip(&x) {
+                partial[chain] = weight.mul_add(V::load(x.as_ptr().add(start)), partial[chain]);
             }
         }
-        for (i, partial) in partial.iter().enumerate() {
-            for (j, sum) in partial.iter().enumerate() {
-                let mut total = sum_lanes::<S>(*sum);
-                for k in whole..width {
-                    total += weight[i][k].to_f32() * x[j][k];
-                }
-                sums[row + j][column + i] += scale * total;
-            }
+    };
+    let (step, whole) = (CHAINS * V::LANES, width - width % V::LANES);
+    let mut start = 0;
+    while start + step <= whole {
+        for chain in 0..CHAINS {
+            add(start + chain * V::LANES, chain);
         }
+        start += step;
     }
-}
-
-/// The sum of all lanes: the halves added until one lane is left.
-///
-/// # Safety
-/// As for [`Simd`].
-#[inline(always)]
-unsafe fn sum_lanes<S: Simd>(vector: S::Vector) -> f32 {
-    let mut lanes = [0.0; MAX_LANES];
-    // SAFETY: room for the widest vector.
-    unsafe { S::store(lanes.as_mut_ptr(), vector) };
-    let mut half = S::LANES / 2;
-    while half > 0 {
-        for lane in 0..half {
-            lanes[lane] += lanes[lane + half];
-        }
-        half /= 2;
+    while start < whole {
+        add(start, 0);
+        start += V::LANES;
     }
-    lanes[0]
+    for (i, ([a, b, c, d], x)) in partial.into_iter().zip(&x).enumerate() {
+        let mut total = ((a + b) + (c + d)).sum();
+        for k in whole..width {
+            total += weight[k].to_f32() * x[k];
+        }
+        sums[row + i][column] += scale * total;
+    }
+    X
 }

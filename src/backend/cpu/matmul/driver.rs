@@ -16,10 +16,11 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::element::Element;
 use super::pack::{Destination, SPILL, Straight, Transposed};
-use super::simd::{Element, Generic, InstructionSet, Simd, with_instruction_set};
-use super::tile::{MAX_VECTORS, Stretch, Target, Tile};
+use super::tile::{Stretch, Target, Tile, TileShape};
 use super::{LowRank, Rows, Start, Weight, with_elements};
+use crate::backend::cpu::simd::Simd;
 
 /// Longest block of the summed axis.
 const DEPTH_BLOCK: usize = 768;
@@ -43,7 +44,7 @@ pub(super) enum Contiguous {
 
 /// `output [rows, columns] = start + bias + left · right + low-rank term`.
 pub(super) struct Product<'a> {
-    pub set: InstructionSet,
+    pub simd: Simd,
     pub rows: usize,
     pub columns: usize,
     /// Length of the summed axis.
@@ -71,18 +72,13 @@ impl Product<'_> {
     /// `output` is valid for `rows` rows of `columns` elements at `output_stride`, and exclusively the product's; all
     /// operands have the shapes that the fields name (checked by the callers in the module above).
     pub(super) unsafe fn compute(self) {
-        with_instruction_set(self.set, self);
-    }
-}
-
-impl Generic for Product<'_> {
-    unsafe fn run<S: Simd>(self) {
+        let shape = TileShape::of(self.simd);
         if self.rows == 0 || self.columns == 0 {
             return;
         }
         let rank = self.low_rank.map_or(0, |term| term.rank());
         let depth_blocks = self.depth.div_ceil(DEPTH_BLOCK).max(1);
-        let block_depth = self.depth.div_ceil(depth_blocks).next_multiple_of(S::LANES);
+        let block_depth = self.depth.div_ceil(depth_blocks).next_multiple_of(shape.lanes);
         let row_blocks = self.rows.div_ceil(ROW_BLOCK);
         for row_block in 0..row_blocks {
             let rows = share(self.rows, row_blocks, row_block);
@@ -93,13 +89,14 @@ impl Generic for Product<'_> {
                 let pass = Pass {
                     product: &self,
                     rows: rows.clone(),
-                    tiles: rows.len().div_ceil(S::TILE_ROWS),
+                    shape,
+                    tiles: rows.len().div_ceil(shape.rows),
                     depth,
                     rank: if last { rank } else { 0 },
                     first: block == 0,
                 };
                 // SAFETY: passed on to the caller.
-                unsafe { pass.run::<S>() };
+                unsafe { pass.run() };
             }
         }
     }
@@ -113,6 +110,7 @@ fn share(total: usize, parts: usize, number: usize) -> Range<usize> {
 /// One block of rows × one block of the summed axis.
 struct Pass<'a> {
     product: &'a Product<'a>,
+    shape: TileShape,
     rows: Range<usize>,
     /// Tiles that share the rows.
     tiles: usize,
@@ -125,26 +123,23 @@ struct Pass<'a> {
 
 impl Pass<'_> {
     /// # Safety
-    /// As for [`Product::compute`], with the CPU's `S`.
-    unsafe fn run<S: Simd>(&self) {
-        let tile_elements = S::TILE_ROWS * (self.depth.len() + self.rank) + SPILL;
+    /// As for [`Product::compute`].
+    unsafe fn run(&self) {
+        let tile_elements = self.shape.rows * (self.depth.len() + self.rank) + SPILL;
         with_scratch(&LEFT, self.tiles * tile_elements, |left| {
-            let pack = |(tile, packed): (usize, &mut [f32])| {
-                // SAFETY: passed on to the caller.
-                unsafe { self.pack_left::<S>(tile, packed) }
-            };
+            let pack = |(tile, packed): (usize, &mut [f32])| self.pack_left(tile, packed);
             if self.rows.len() * self.depth.len() < PARALLEL_PACK_ELEMENTS {
                 left.chunks_mut(tile_elements).enumerate().for_each(pack);
             } else {
                 left.par_chunks_mut(tile_elements).enumerate().with_min_len(4).for_each(pack);
             }
             let left = &*left;
-            let grid = Grid::choose::<S>(self);
+            let grid = Grid::choose(self);
             (0..grid.groups * grid.row_parts).into_par_iter().with_max_len(1).for_each(|task| {
                 let panels = share(grid.panels, grid.groups, task % grid.groups);
                 let tiles = share(self.tiles, grid.row_parts, task / grid.groups);
                 // SAFETY: passed on to the caller; tasks have disjoint panels or tiles.
-                unsafe { self.compute::<S>(panels, tiles, left, tile_elements) };
+                unsafe { self.compute(panels, tiles, left, tile_elements) };
             });
         });
     }
@@ -155,95 +150,74 @@ impl Pass<'_> {
         self.rows.start + rows.start..self.rows.start + rows.end
     }
 
-    /// # Safety
-    /// The CPU has `S`.
-    unsafe fn pack_left<S: Simd>(&self, tile: usize, packed: &mut [f32]) {
+    fn pack_left(&self, tile: usize, packed: &mut [f32]) {
         let rows = self.tile_rows(tile);
         let (width, depth) = (rows.len(), self.depth.len());
         let Rows { values, stride } = self.product.left;
-        // SAFETY: the CPU has `S`.
-        unsafe {
-            let destination = Destination { to: &mut *packed, width, offset: 0, scale: 1.0 };
-            match self.product.left_contiguous {
-                Contiguous::Summed => S::run(Transposed {
-                    from: &values[rows.start * stride + self.depth.start..],
-                    stride,
-                    count: width,
-                    depth,
-                    destination,
-                }),
-                Contiguous::Kept => S::run(Straight {
-                    from: &values[self.depth.start * stride + rows.start..],
-                    stride,
-                    count: width,
-                    available: self.product.rows - rows.start,
-                    depth,
-                    destination,
-                }),
-            }
-            if let (Some(term), 1..) = (self.product.low_rank, self.rank) {
-                S::run(Transposed {
-                    from: &term.s.values[rows.start * term.s.stride..],
-                    stride: term.s.stride,
-                    count: width,
-                    depth: self.rank,
-                    destination: Destination {
-                        to: &mut packed[depth * width..],
-                        width,
-                        offset: 0,
-                        scale: 1.0,
-                    },
-                });
-            }
+        let destination = Destination { to: &mut *packed, width, offset: 0, scale: 1.0 };
+        match self.product.left_contiguous {
+            Contiguous::Summed => self.product.simd.run(Transposed {
+                from: &values[rows.start * stride + self.depth.start..],
+                stride,
+                count: width,
+                depth,
+                destination,
+            }),
+            Contiguous::Kept => self.product.simd.run(Straight {
+                from: &values[self.depth.start * stride + rows.start..],
+                stride,
+                count: width,
+                available: self.product.rows - rows.start,
+                depth,
+                destination,
+            }),
+        }
+        if let (Some(term), 1..) = (self.product.low_rank, self.rank) {
+            self.product.simd.run(Transposed {
+                from: &term.s.values[rows.start * term.s.stride..],
+                stride: term.s.stride,
+                count: width,
+                depth: self.rank,
+                destination: Destination { to: &mut packed[depth * width..], width, offset: 0, scale: 1.0 },
+            });
         }
     }
 
     /// # Safety
     /// As for [`Product::compute`]; nobody else computes these panels' tiles.
-    unsafe fn compute<S: Simd>(
-        &self,
-        panels: Range<usize>,
-        tiles: Range<usize>,
-        left: &[f32],
-        tile_elements: usize,
-    ) {
-        let panel_elements = MAX_VECTORS * S::LANES * (self.depth.len() + self.rank) + SPILL;
+    unsafe fn compute(&self, panels: Range<usize>, tiles: Range<usize>, left: &[f32], tile_elements: usize) {
+        let panel_elements = self.shape.columns() * (self.depth.len() + self.rank) + SPILL;
         with_scratch(&RIGHT, panels.len() * panel_elements, |right| {
             let mut ranks: [Range<usize>; MAX_GROUP] = Default::default();
             for ((panel, packed), ranks) in
                 panels.clone().zip(right.chunks_mut(panel_elements)).zip(&mut ranks)
             {
-                // SAFETY: passed on to the caller.
-                *ranks = unsafe { self.pack_right::<S>(panel, packed) };
+                *ranks = self.pack_right(panel, packed);
             }
             for tile in tiles {
                 let left = &left[tile * tile_elements..][..tile_elements];
                 for ((panel, right), ranks) in panels.clone().zip(right.chunks(panel_elements)).zip(&ranks) {
                     // SAFETY: passed on to the caller.
-                    unsafe { self.compute_tile::<S>(tile, panel, left, right, ranks) };
+                    unsafe { self.compute_tile(tile, panel, left, right, ranks) };
                 }
             }
         });
     }
 
     /// Columns of panel `panel`.
-    fn panel_columns<S: Simd>(&self, panel: usize) -> Range<usize> {
-        let width = MAX_VECTORS * S::LANES;
+    fn panel_columns(&self, panel: usize) -> Range<usize> {
+        let width = self.shape.columns();
         panel * width..((panel + 1) * width).min(self.product.columns)
     }
 
     /// Packs a panel; returns the ranks that its columns have a part in, packed after the block's depth.
-    ///
-    /// # Safety
-    /// The CPU has `S`.
-    unsafe fn pack_right<S: Simd>(&self, panel: usize, packed: &mut [f32]) -> Range<usize> {
-        let columns = self.panel_columns::<S>(panel);
-        let width = columns.len().next_multiple_of(S::LANES);
-        for offset in (0..width).step_by(S::LANES) {
+    fn pack_right(&self, panel: usize, packed: &mut [f32]) -> Range<usize> {
+        let columns = self.panel_columns(panel);
+        let width = columns.len().next_multiple_of(self.shape.lanes);
+        for offset in (0..width).step_by(self.shape.lanes) {
             let first = columns.start + offset;
-            let count = S::LANES.min(columns.end - first);
-            // SAFETY: passed on to the caller.
-            unsafe { self.pack_right_block::<S>(first, count, packed, width, offset) };
+            let count = self.shape.lanes.min(columns.end - first);
+            self.pack_right_block(first, count, packed, width, offset);
         }
         match self.product.low_rank {
             Some(term) if self.rank > 0 => {
@@ -255,17 +229,7 @@ impl Pass<'_> {
     }
 
     /// Packs `count ≤ LANES` columns from `first` on.
-    ///
-    /// # Safety
-    /// The CPU has `S`.
-    unsafe fn pack_right_block<S: Simd>(
-        &self,
-        first: usize,
-        count: usize,
-        packed: &mut [f32],
-        width: usize,
-        offset: usize,
-    ) {
+    fn pack_right_block(&self, first: usize, count: usize, packed: &mut [f32], width: usize, offset: usize) {
         let weight = self.product.right;
         let (stride, scale) = (weight.columns, weight.scale);
         // Columns of the product are rows of the weight where the summed axis is contiguous, else its columns.
@@ -280,8 +244,7 @@ impl Pass<'_> {
                     let from = &values[rows.start * stride + self.depth.start..];
                     let destination = Destination { to: &mut *packed, width, offset, scale };
                     let depth = self.depth.len();
-                    // SAFETY: passed on to the caller.
-                    unsafe { S::run(Transposed { from, stride, count, depth, destination }) };
+                    self.product.simd.run(Transposed { from, stride, count, depth, destination });
                 }
                 Contiguous::Summed => {
                     // Columns of two parts side by side: rare enough to go one by one.
@@ -296,8 +259,7 @@ impl Pass<'_> {
                     let from = &values[rows.start * stride + first..];
                     let destination = Destination { to: &mut packed[done * width..], width, offset, scale };
                     let (available, depth) = (stride - first, rows.len());
-                    // SAFETY: passed on to the caller.
-                    unsafe { S::run(Straight { from, stride, count, available, depth, destination }) };
+                    self.product.simd.run(Straight { from, stride, count, available, depth, destination });
                 }
             });
             done += rows.len();
@@ -306,7 +268,7 @@ impl Pass<'_> {
 
     /// # Safety
     /// As for [`Product::compute`]; nobody else computes this tile.
-    unsafe fn compute_tile<S: Simd>(
+    unsafe fn compute_tile(
         &self,
         tile: usize,
         panel: usize,
@@ -316,9 +278,9 @@ impl Pass<'_> {
     ) {
         let product = self.product;
         let rows = self.tile_rows(tile);
-        let columns = self.panel_columns::<S>(panel);
-        let vectors = columns.len().div_ceil(S::LANES);
-        let (depth, width) = (self.depth.len(), vectors * S::LANES);
+        let columns = self.panel_columns(panel);
+        let vectors = columns.len().div_ceil(self.shape.lanes);
+        let (depth, width) = (self.depth.len(), vectors * self.shape.lanes);
         let stretches = [
             Stretch { left, right, depth },
             Stretch {
@@ -350,7 +312,7 @@ impl Pass<'_> {
                 addend,
                 addend_stride,
             };
-            Tile { rows: rows.len(), vectors, stretches, target }.compute::<S>();
+            Tile { rows: rows.len(), vectors, stretches, target }.compute(product.simd);
         }
     }
 }
@@ -367,9 +329,9 @@ struct Grid {
 
 impl Grid {
     /// The cut with the shortest expected time of the slowest thread; of equals the one with the largest groups.
-    fn choose<S: Simd>(pass: &Pass<'_>) -> Self {
+    fn choose(pass: &Pass<'_>) -> Self {
         let threads = rayon::current_num_threads();
-        let panel_width = MAX_VECTORS * S::LANES;
+        let panel_width = pass.shape.columns();
         let panels = pass.product.columns.div_ceil(panel_width);
         let panel_bytes = (pass.depth.len() + pass.rank).max(1) * panel_width * size_of::<f32>();
         let max_group = (GROUP_BYTES / panel_bytes).clamp(1, MAX_GROUP).min(panels);

@@ -17,27 +17,23 @@
 //! **Threads.** The products run on the current rayon pool: wrap calls in `ThreadPool::install`. Scratch belongs to the
 //! threads and is kept, so nothing is allocated once the largest shape has been seen.
 
-#[cfg(target_arch = "x86_64")]
-mod avx2;
-#[cfg(target_arch = "x86_64")]
-mod avx512;
 mod decode;
 mod driver;
+mod element;
 mod pack;
-mod portable;
-mod simd;
 #[cfg(test)]
 mod tests;
 mod tile;
 
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use half::{bf16, f16};
 
+use crate::backend::cpu::simd::Simd;
 use crate::dtype::DType;
 use crate::tensor::WeightTensor;
 use driver::{Contiguous, Product};
-pub use simd::InstructionSet;
 
 /// Most parts of a [`Weight`].
 pub const MAX_PARTS: usize = 4;
@@ -355,14 +351,14 @@ pub struct WeightGradient<'a> {
 /// # Panics
 /// Where a slice is shorter than its shape.
 pub fn linear(arguments: Linear<'_>, y: RowsMut<'_>) {
-    linear_with(InstructionSet::best(), arguments, y);
+    linear_with(best_simd(), arguments, y);
 }
 
-fn linear_with(set: InstructionSet, arguments: Linear<'_>, y: RowsMut<'_>) {
+fn linear_with(simd: Simd, arguments: Linear<'_>, y: RowsMut<'_>) {
     arguments.check(&y);
     let Linear { rows, x, weight, bias, start, low_rank } = arguments;
     let product = Product {
-        set,
+        simd,
         rows,
         columns: weight.rows(),
         depth: weight.columns(),
@@ -385,10 +381,10 @@ fn linear_with(set: InstructionSet, arguments: Linear<'_>, y: RowsMut<'_>) {
 /// # Panics
 /// Where a slice is shorter than its shape.
 pub fn linear_backward(arguments: LinearBackward<'_>, dx: RowsMut<'_>) {
-    linear_backward_with(InstructionSet::best(), arguments, dx);
+    linear_backward_with(best_simd(), arguments, dx);
 }
 
-fn linear_backward_with(set: InstructionSet, arguments: LinearBackward<'_>, dx: RowsMut<'_>) {
+fn linear_backward_with(simd: Simd, arguments: LinearBackward<'_>, dx: RowsMut<'_>) {
     let LinearBackward { rows, dy, weight, start, low_rank } = arguments;
     let (inputs, outputs) = (weight.columns(), weight.rows());
     check_rows("dy", dy.values.len(), dy.stride, rows, outputs);
@@ -398,7 +394,7 @@ fn linear_backward_with(set: InstructionSet, arguments: LinearBackward<'_>, dx: 
         term.check(rows, inputs);
     }
     let product = Product {
-        set,
+        simd,
         rows,
         columns: inputs,
         depth: outputs,
@@ -421,10 +417,10 @@ fn linear_backward_with(set: InstructionSet, arguments: LinearBackward<'_>, dx: 
 /// # Panics
 /// Where a slice is shorter than its shape.
 pub fn weight_gradient(arguments: WeightGradient<'_>, gradient: &mut [f32]) {
-    weight_gradient_with(InstructionSet::best(), arguments, gradient);
+    weight_gradient_with(best_simd(), arguments, gradient);
 }
 
-fn weight_gradient_with(set: InstructionSet, arguments: WeightGradient<'_>, gradient: &mut [f32]) {
+fn weight_gradient_with(simd: Simd, arguments: WeightGradient<'_>, gradient: &mut [f32]) {
     let WeightGradient { rows, dy, outputs, x, inputs, scale } = arguments;
     check_rows("dy", dy.values.len(), dy.stride, rows, outputs);
     check_rows("x", x.len(), inputs, rows, inputs);
@@ -433,7 +429,7 @@ fn weight_gradient_with(set: InstructionSet, arguments: WeightGradient<'_>, grad
         return;
     }
     let product = Product {
-        set,
+        simd,
         rows: outputs,
         columns: inputs,
         depth: rows,
@@ -457,10 +453,10 @@ fn weight_gradient_with(set: InstructionSet, arguments: WeightGradient<'_>, grad
 /// # Panics
 /// Where a slice is shorter than its shape, and with more rows.
 pub fn decode(arguments: Linear<'_>, y: RowsMut<'_>) {
-    decode_with(InstructionSet::best(), arguments, y);
+    decode_with(best_simd(), arguments, y);
 }
 
-fn decode_with(set: InstructionSet, arguments: Linear<'_>, y: RowsMut<'_>) {
+fn decode_with(simd: Simd, arguments: Linear<'_>, y: RowsMut<'_>) {
     arguments.check(&y);
     assert!(
         arguments.rows <= MAX_DECODE_ROWS,
@@ -468,7 +464,13 @@ fn decode_with(set: InstructionSet, arguments: Linear<'_>, y: RowsMut<'_>) {
         arguments.rows
     );
     // SAFETY: the shapes are checked, `y` is borrowed exclusively.
-    unsafe { decode::compute(set, &arguments, y.values.as_mut_ptr(), y.stride) };
+    unsafe { decode::compute(simd, &arguments, y.values.as_mut_ptr(), y.stride) };
+}
+
+/// The best instructions of this CPU, detected once.
+fn best_simd() -> Simd {
+    static BEST: OnceLock<Simd> = OnceLock::new();
+    *BEST.get_or_init(Simd::detect)
 }
 
 /// Panics unless `rows` rows of `width` elements at `stride` fit into `elements`.

@@ -4,7 +4,8 @@
 //! operand) or columns (right operand) side by side. Both operands come in both orientations, so two routines do all:
 //! [`Transposed`] where the summed axis is contiguous in memory, [`Straight`] where the other one is.
 
-use super::simd::{Element, MAX_LANES, Simd, Vectorized};
+use super::element::Element;
+use crate::backend::cpu::simd::{Kernel, MAX_LANES, Vector};
 
 /// Elements that a packed operand may spill over its end (a vector is stored where fewer lanes count; the next step's
 /// store overwrites the surplus, and the last one's lands here).
@@ -24,18 +25,13 @@ pub(super) struct Destination<'a> {
 
 impl Destination<'_> {
     /// Stores `vector` as the values of step `step`.
-    ///
-    /// # Safety
-    /// As for [`Simd`].
     #[inline(always)]
-    unsafe fn put<S: Simd>(&mut self, step: usize, vector: S::Vector) {
+    fn put<V: Vector>(&mut self, step: usize, vector: V) {
         let start = step * self.width + self.offset;
-        let target = &mut self.to[start..start + S::LANES];
+        let target = &mut self.to[start..start + V::LANES];
+        let scaled = if self.scale == 1.0 { vector } else { vector * V::splat(self.scale) };
         // SAFETY: `target` holds `LANES` elements.
-        unsafe {
-            let scaled = if self.scale == 1.0 { vector } else { S::multiply(vector, S::splat(self.scale)) };
-            S::store(target.as_mut_ptr(), scaled);
-        }
+        unsafe { scaled.store(target.as_mut_ptr()) };
     }
 }
 
@@ -53,31 +49,32 @@ pub(super) struct Transposed<'a, E> {
     pub destination: Destination<'a>,
 }
 
-impl<E: Element> Vectorized for Transposed<'_, E> {
+impl<E: Element> Kernel for Transposed<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(mut self) {
+    fn run<V: Vector>(mut self) {
         let Self { from, stride, count, depth, .. } = self;
-        assert!((1..=S::LANES).contains(&count));
+        assert!((1..=V::LANES).contains(&count));
         if depth == 0 {
             return;
         }
         let needed = (count - 1) * stride + depth;
         assert!(needed <= from.len());
-        let whole = depth - depth % S::LANES;
-        for start in (0..whole).step_by(S::LANES) {
-            // SAFETY: row < count and start + LANES <= depth, so each load ends within `needed` elements.
-            unsafe {
-                let mut block = [S::splat(0.0); MAX_LANES];
-                for (lane, row) in block.iter_mut().enumerate().take(S::LANES) {
+        let whole = depth - depth % V::LANES;
+        for start in (0..whole).step_by(V::LANES) {
+            {
+                let mut block = [V::splat(0.0); MAX_LANES];
+                for (lane, row) in block.iter_mut().enumerate().take(V::LANES) {
                     // Lanes past the last row repeat it: their values are never used.
                     let source = lane.min(count - 1) * stride + start;
-                    *row = E::load::<S>(from.as_ptr().add(source));
+                    // SAFETY: the source row is less than `count` and start + LANES <= depth, so the load ends within
+                    // `needed` elements.
+                    *row = unsafe { E::load(from.as_ptr().add(source)) };
                 }
-                S::transpose(&mut block);
-                for (step, column) in block.iter().enumerate().take(S::LANES) {
-                    self.destination.put::<S>(start + step, *column);
+                V::transpose(&mut block);
+                for (step, column) in block.iter().enumerate().take(V::LANES) {
+                    self.destination.put(start + step, *column);
                 }
             }
         }
@@ -86,8 +83,7 @@ impl<E: Element> Vectorized for Transposed<'_, E> {
             for (row, lane) in lanes.iter_mut().enumerate().take(count) {
                 *lane = from[row * stride + step].to_f32();
             }
-            // SAFETY: `lanes` holds `MAX_LANES >= LANES` elements.
-            unsafe { self.destination.put::<S>(step, S::load(lanes.as_ptr())) };
+            self.destination.put(step, V::from_slice(&lanes));
         }
     }
 }
@@ -108,24 +104,22 @@ pub(super) struct Straight<'a, E> {
     pub destination: Destination<'a>,
 }
 
-impl<E: Element> Vectorized for Straight<'_, E> {
+impl<E: Element> Kernel for Straight<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(mut self) {
+    fn run<V: Vector>(mut self) {
         let Self { from, stride, count, available, depth, .. } = self;
-        assert!((1..=S::LANES).contains(&count) && count <= available);
+        assert!((1..=V::LANES).contains(&count) && count <= available);
         if depth == 0 {
             return;
         }
-        if available >= S::LANES {
-            assert!((depth - 1) * stride + S::LANES <= from.len());
+        if available >= V::LANES {
+            assert!((depth - 1) * stride + V::LANES <= from.len());
             for step in 0..depth {
                 // SAFETY: the load of the last step ends inside `from`, as asserted.
-                unsafe {
-                    let vector = E::load::<S>(from.as_ptr().add(step * stride));
-                    self.destination.put::<S>(step, vector);
-                }
+                let vector: V = unsafe { E::load(from.as_ptr().add(step * stride)) };
+                self.destination.put(step, vector);
             }
         } else {
             for step in 0..depth {
@@ -133,8 +127,7 @@ impl<E: Element> Vectorized for Straight<'_, E> {
                 for (lane, value) in lanes.iter_mut().zip(&from[step * stride..][..count]) {
                     *lane = value.to_f32();
                 }
-                // SAFETY: `lanes` holds `MAX_LANES >= LANES` elements.
-                unsafe { self.destination.put::<S>(step, S::load(lanes.as_ptr())) };
+                self.destination.put(step, V::from_slice(&lanes));
             }
         }
     }

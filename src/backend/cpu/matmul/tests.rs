@@ -44,7 +44,7 @@ impl Stored {
 
     fn to_f64(&self) -> Vec<f64> {
         with_elements!(self.elements(), values => {
-            values.iter().map(|value| f64::from(simd::Element::to_f32(*value))).collect()
+            values.iter().map(|value| f64::from(element::Element::to_f32(*value))).collect()
         })
     }
 }
@@ -130,14 +130,7 @@ impl Case {
     }
 
     /// The forward with everything that it can do: `rows` rows from `first` on.
-    fn forward(
-        &self,
-        set: InstructionSet,
-        first: usize,
-        rows: usize,
-        everything: bool,
-        few: bool,
-    ) -> Vec<f32> {
+    fn forward(&self, simd: Simd, first: usize, rows: usize, everything: bool, few: bool) -> Vec<f32> {
         let blocks = self.up_blocks();
         let (stride, s_stride) = (self.inputs + GAP, self.rank() + GAP);
         let residual_stride = self.inputs.max(self.outputs()) + GAP;
@@ -155,14 +148,14 @@ impl Case {
         let mut y = vec![f32::NAN; rows * y_stride];
         let output = RowsMut { values: &mut y, stride: y_stride };
         if few {
-            decode_with(set, linear, output)
+            decode_with(simd, linear, output)
         } else {
-            linear_with(set, linear, output)
+            linear_with(simd, linear, output)
         }
         y
     }
 
-    fn backward(&self, set: InstructionSet, first: usize, rows: usize) -> Vec<f32> {
+    fn backward(&self, simd: Simd, first: usize, rows: usize) -> Vec<f32> {
         let rank = self.rank();
         let (stride, s_stride) = (self.outputs() + GAP, rank + GAP);
         let blocks =
@@ -175,7 +168,7 @@ impl Case {
         });
         let dx_stride = self.inputs + GAP;
         let mut dx = vec![f32::NAN; rows * dx_stride];
-        linear_backward_with(set, backward, RowsMut { values: &mut dx, stride: dx_stride });
+        linear_backward_with(simd, backward, RowsMut { values: &mut dx, stride: dx_stride });
         dx
     }
 }
@@ -277,12 +270,12 @@ fn forward_exact(case: &Case, weight: &[f64], row: usize, column: usize, everyth
 
 #[test]
 fn linear_equals_float64() {
-    for set in InstructionSet::available() {
+    for simd in Simd::available() {
         for case in cases() {
             let (weight, outputs) = (case.weight_f64(), case.outputs());
             for everything in [false, true] {
-                let name = format!("{} {}x{}x{outputs} {everything}", set.name(), case.rows, case.inputs);
-                let y = case.forward(set, 0, case.rows, everything, false);
+                let name = format!("{} {}x{}x{outputs} {everything}", simd.name(), case.rows, case.inputs);
+                let y = case.forward(simd, 0, case.rows, everything, false);
                 assert_close(&name, &y, outputs + GAP, outputs, |row, column| {
                     forward_exact(&case, &weight, row, column, everything)
                 });
@@ -293,17 +286,17 @@ fn linear_equals_float64() {
 
 #[test]
 fn decode_equals_float64_whatever_its_rows() {
-    for set in InstructionSet::available() {
+    for simd in Simd::available() {
         for case in cases() {
             let (weight, outputs) = (case.weight_f64(), case.outputs());
             let rows = case.rows.min(MAX_DECODE_ROWS);
-            let y = case.forward(set, 0, rows, true, true);
-            let name = format!("{} decode {rows}x{}x{outputs}", set.name(), case.inputs);
+            let y = case.forward(simd, 0, rows, true, true);
+            let name = format!("{} decode {rows}x{}x{outputs}", simd.name(), case.inputs);
             assert_close(&name, &y, outputs + GAP, outputs, |row, column| {
                 forward_exact(&case, &weight, row, column, true)
             });
             for row in 0..rows {
-                let alone = case.forward(set, row, 1, true, true);
+                let alone = case.forward(simd, row, 1, true, true);
                 assert_eq!(
                     bits(&alone),
                     bits(&y[row * (outputs + GAP)..][..outputs + GAP]),
@@ -316,11 +309,11 @@ fn decode_equals_float64_whatever_its_rows() {
 
 #[test]
 fn linear_backward_equals_float64() {
-    for set in InstructionSet::available() {
+    for simd in Simd::available() {
         for case in cases() {
             let (weight, outputs, inputs) = (case.weight_f64(), case.outputs(), case.inputs);
-            let dx = case.backward(set, 0, case.rows);
-            let name = format!("{} backward {}x{outputs}x{inputs}", set.name(), case.rows);
+            let dx = case.backward(simd, 0, case.rows);
+            let name = format!("{} backward {}x{outputs}x{inputs}", simd.name(), case.rows);
             assert_close(&name, &dx, inputs + GAP, inputs, |row, column| {
                 let mut exact = Exact::default();
                 for k in 0..outputs {
@@ -339,7 +332,7 @@ fn linear_backward_equals_float64() {
 
 #[test]
 fn weight_gradient_adds_to_what_is_there() {
-    for set in InstructionSet::available() {
+    for simd in Simd::available() {
         for case in cases() {
             let (outputs, inputs, stride) = (case.outputs(), case.inputs, case.outputs() + GAP);
             let x = &case.x[..case.rows * inputs];
@@ -347,8 +340,8 @@ fn weight_gradient_adds_to_what_is_there() {
             let mut gradient = before.clone();
             let dy = Rows { values: &case.dy, stride };
             let arguments = WeightGradient { rows: case.rows, dy, outputs, x, inputs, scale: SCALE };
-            weight_gradient_with(set, arguments, &mut gradient);
-            let name = format!("{} gradient {}x{outputs}x{inputs}", set.name(), case.rows);
+            weight_gradient_with(simd, arguments, &mut gradient);
+            let name = format!("{} gradient {}x{outputs}x{inputs}", simd.name(), case.rows);
             assert_close(&name, &gradient, inputs, inputs, |row, column| {
                 let mut exact = Exact::default();
                 exact.add(f64::from(before[row * inputs + column]));
@@ -371,7 +364,7 @@ fn bits_do_not_depend_on_threads_or_other_rows() {
     let pools: Vec<_> = (1..=3)
         .map(|threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool"))
         .collect();
-    for set in InstructionSet::available() {
+    for simd in Simd::available() {
         for case in cases() {
             let run = || {
                 let mut gradient = vec![0.5; case.outputs() * case.inputs];
@@ -379,8 +372,8 @@ fn bits_do_not_depend_on_threads_or_other_rows() {
                 let x = &case.x[..case.rows * case.inputs];
                 let (rows, outputs, inputs) = (case.rows, case.outputs(), case.inputs);
                 let arguments = WeightGradient { rows, dy, outputs, x, inputs, scale: 1.0 };
-                weight_gradient_with(set, arguments, &mut gradient);
-                [case.forward(set, 0, case.rows, true, false), case.backward(set, 0, case.rows), gradient]
+                weight_gradient_with(simd, arguments, &mut gradient);
+                [case.forward(simd, 0, case.rows, true, false), case.backward(simd, 0, case.rows), gradient]
                     .map(|values| bits(&values))
             };
             let expected = pools[0].install(run);
@@ -389,14 +382,14 @@ fn bits_do_not_depend_on_threads_or_other_rows() {
             }
             for row in [0, case.rows / 2, case.rows - 1] {
                 let (y_stride, dx_stride) = (case.outputs() + GAP, case.inputs + GAP);
-                let y = bits(&case.forward(set, row, 1, true, false));
+                let y = bits(&case.forward(simd, row, 1, true, false));
                 assert_eq!(
                     y[..],
                     expected[0][row * y_stride..][..y_stride],
                     "row {row} of {} alone",
                     case.rows
                 );
-                let dx = bits(&case.backward(set, row, 1));
+                let dx = bits(&case.backward(simd, row, 1));
                 assert_eq!(
                     dx[..],
                     expected[1][row * dx_stride..][..dx_stride],
@@ -412,7 +405,7 @@ fn bits_do_not_depend_on_threads_or_other_rows() {
 fn start_from_the_output_adds_to_it() {
     let case = Case::new(9, 33, &[40], &[DType::F16], [0, 0]);
     let x = Rows { values: &case.x, stride: case.inputs + GAP };
-    let product = case.forward(InstructionSet::best(), 0, 9, false, false);
+    let product = case.forward(best_simd(), 0, 9, false, false);
     let mut y = case.residual[..9 * 43].to_vec();
     let linear = Linear { start: Start::Output, ..Linear::new(9, x, case.weight()) };
     super::linear(linear, RowsMut { values: &mut y, stride: 43 });

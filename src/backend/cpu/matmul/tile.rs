@@ -2,12 +2,46 @@
 
 use std::mem::MaybeUninit;
 
-use super::simd::{MAX_LANES, Simd, Vectorized};
+use crate::backend::cpu::simd::{Kernel, MAX_LANES, Simd, Vector};
 
 /// Vectors side by side in the widest tile.
 pub(super) const MAX_VECTORS: usize = 2;
 /// Columns of the widest tile of any instruction set.
 const MAX_WIDTH: usize = MAX_VECTORS * MAX_LANES;
+
+/// The largest tile of an instruction set.
+#[derive(Clone, Copy)]
+pub(super) struct TileShape {
+    /// Most rows.
+    pub rows: usize,
+    /// Lanes of a vector, of which a tile has up to [`MAX_VECTORS`] side by side.
+    pub lanes: usize,
+}
+
+impl TileShape {
+    /// The largest tile of `simd`.
+    pub(super) fn of(simd: Simd) -> Self {
+        struct Shape;
+        impl Kernel for Shape {
+            type Output = TileShape;
+            #[inline(always)]
+            fn run<V: Vector>(self) -> TileShape {
+                TileShape { rows: tile_rows::<V>(), lanes: V::LANES }
+            }
+        }
+        simd.run(Shape)
+    }
+
+    /// Columns of the widest tile.
+    pub(super) fn columns(self) -> usize {
+        MAX_VECTORS * self.lanes
+    }
+}
+
+/// Rows whose sums fit into the registers beside two vectors of the right operand and one of the left.
+const fn tile_rows<V: Vector>() -> usize {
+    (V::REGISTERS - MAX_VECTORS - 1) / MAX_VECTORS
+}
 
 /// A stretch of the summed axis: packed operands, `left [depth][rows]` and `right [depth][vectors · lanes]`.
 #[derive(Clone, Copy)]
@@ -39,7 +73,7 @@ pub(super) struct Target {
 
 /// One tile: sums over both stretches, in turn, in the same registers, then writes.
 pub(super) struct Tile<'a> {
-    /// Rows, from 1 to `TILE_ROWS`.
+    /// Rows, from 1 to [`TileShape::rows`].
     pub rows: usize,
     /// Vectors side by side, from 1 to [`MAX_VECTORS`].
     pub vectors: usize,
@@ -53,14 +87,13 @@ impl Tile<'_> {
     /// Computes the tile.
     ///
     /// # Safety
-    /// The CPU has `S`; `target` is valid for `rows` rows of `columns` elements, and nobody else uses its outputs.
-    pub(super) unsafe fn compute<S: Simd>(self) {
+    /// `target` is valid for `rows` rows of `columns` elements, and nobody else uses its outputs.
+    pub(super) unsafe fn compute(self, simd: Simd) {
         macro_rules! dispatch {
             ($($rows:literal)*) => {
                 match (self.rows, self.vectors) {
-                    // SAFETY: passed on to the caller.
-                    $(($rows, 1) => unsafe { S::run(Sized::<$rows, 1>(self)) },
-                      ($rows, _) => unsafe { S::run(Sized::<$rows, 2>(self)) },)*
+                    $(($rows, 1) => simd.run(Sized::<$rows, 1>(self)),
+                      ($rows, _) => simd.run(Sized::<$rows, 2>(self)),)*
                     _ => unreachable!("tiles have 1 to 14 rows"),
                 }
             };
@@ -71,31 +104,31 @@ impl Tile<'_> {
 
 struct Sized<'a, const ROWS: usize, const VECTORS: usize>(Tile<'a>);
 
-impl<const ROWS: usize, const VECTORS: usize> Vectorized for Sized<'_, ROWS, VECTORS> {
+impl<const ROWS: usize, const VECTORS: usize> Kernel for Sized<'_, ROWS, VECTORS> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self) {
-        if ROWS > S::TILE_ROWS {
+    fn run<V: Vector>(self) {
+        if ROWS > tile_rows::<V>() {
             unreachable!("no such tile");
         }
         let Tile { stretches, target, .. } = self.0;
-        let width = VECTORS * S::LANES;
+        let width = VECTORS * V::LANES;
         // SAFETY: the asserts bound every load; the target is valid by the contract of `compute`.
         unsafe {
-            let mut sums = [[S::splat(0.0); VECTORS]; ROWS];
+            let mut sums = [[V::splat(0.0); VECTORS]; ROWS];
             for Stretch { left, right, depth } in stretches {
                 assert!(left.len() >= depth * ROWS && right.len() >= depth * width);
                 let (mut left, mut right) = (left.as_ptr(), right.as_ptr());
                 for _ in 0..depth {
-                    let mut columns = [S::splat(0.0); VECTORS];
+                    let mut columns = [V::splat(0.0); VECTORS];
                     for (vector, column) in columns.iter_mut().enumerate() {
-                        *column = S::load(right.add(vector * S::LANES));
+                        *column = V::load(right.add(vector * V::LANES));
                     }
                     for (row, sums) in sums.iter_mut().enumerate() {
-                        let value = S::splat(*left.add(row));
+                        let value = V::splat(*left.add(row));
                         for (sum, column) in sums.iter_mut().zip(columns) {
-                            *sum = S::multiply_add(value, column, *sum);
+                            *sum = value.mul_add(column, *sum);
                         }
                     }
                     left = left.add(ROWS);
@@ -107,10 +140,10 @@ impl<const ROWS: usize, const VECTORS: usize> Vectorized for Sized<'_, ROWS, VEC
             let stored = stored.as_mut_ptr().cast::<f32>();
             for (row, sums) in sums.iter().enumerate() {
                 for (vector, sum) in sums.iter().enumerate() {
-                    S::store(stored.add(row * MAX_WIDTH + vector * S::LANES), *sum);
+                    sum.store(stored.add(row * MAX_WIDTH + vector * V::LANES));
                 }
             }
-            write::<S, VECTORS>(ROWS, stored, target);
+            write::<V, VECTORS>(ROWS, stored, target);
         }
     }
 }
@@ -120,9 +153,9 @@ impl<const ROWS: usize, const VECTORS: usize> Vectorized for Sized<'_, ROWS, VEC
 /// # Safety
 /// As for [`Tile::compute`].
 #[inline(always)]
-unsafe fn write<S: Simd, const VECTORS: usize>(rows: usize, sums: *mut f32, target: Target) {
+unsafe fn write<V: Vector, const VECTORS: usize>(rows: usize, sums: *mut f32, target: Target) {
     let Target { output, output_stride, columns, bias, addend, addend_stride } = target;
-    let whole = columns == VECTORS * S::LANES;
+    let whole = columns == VECTORS * V::LANES;
     // SAFETY: whole rows are read and written in place; of a shorter one only the `columns` elements that exist are
     // touched, by way of copies with room for whole vectors.
     unsafe {
@@ -133,10 +166,10 @@ unsafe fn write<S: Simd, const VECTORS: usize>(rows: usize, sums: *mut f32, targ
             let output = output.add(row * output_stride);
             let addend = if addend.is_null() { addend } else { addend.add(row * addend_stride) };
             if whole {
-                write_row::<S, VECTORS>(sums, output, bias, addend);
+                write_row::<V, VECTORS>(sums, output, bias, addend);
             } else {
                 let addend = copy(addend, &mut addend_copy, columns);
-                write_row::<S, VECTORS>(sums, sums, bias, addend);
+                write_row::<V, VECTORS>(sums, sums, bias, addend);
                 output.copy_from_nonoverlapping(sums, columns);
             }
         }
@@ -160,23 +193,23 @@ unsafe fn copy(from: *const f32, row: &mut [f32; MAX_WIDTH], columns: usize) -> 
 /// # Safety
 /// `sums`, `output` (which may be one) and, unless null, `bias` and `addend` are valid for whole vectors.
 #[inline(always)]
-unsafe fn write_row<S: Simd, const VECTORS: usize>(
+unsafe fn write_row<V: Vector, const VECTORS: usize>(
     sums: *const f32,
     output: *mut f32,
     bias: *const f32,
     addend: *const f32,
 ) {
-    for offset in (0..VECTORS * S::LANES).step_by(S::LANES) {
+    for offset in (0..VECTORS * V::LANES).step_by(V::LANES) {
         // SAFETY: passed on to the caller.
         unsafe {
-            let mut value = S::load(sums.add(offset));
+            let mut value = V::load(sums.add(offset));
             if !bias.is_null() {
-                value = S::add(value, S::load(bias.add(offset)));
+                value = value + V::load(bias.add(offset));
             }
             if !addend.is_null() {
-                value = S::add(value, S::load(addend.add(offset)));
+                value = value + V::load(addend.add(offset));
             }
-            S::store(output.add(offset), value);
+            value.store(output.add(offset));
         }
     }
 }

@@ -3,7 +3,9 @@
 use std::array;
 use std::ops::{Add, Div, Mul, Sub};
 
-use super::Vector;
+use half::{bf16, f16};
+
+use super::{MAX_LANES, Vector};
 
 #[derive(Clone, Copy)]
 pub struct F32x8([f32; 8]);
@@ -35,6 +37,18 @@ impl Vector for F32x8 {
     unsafe fn load(from: *const f32) -> Self {
         // SAFETY: the caller's; `[f32; 8]` has the alignment of f32.
         Self(unsafe { from.cast::<[f32; 8]>().read() })
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const f16) -> Self {
+        // SAFETY: as in `load`.
+        Self(array::from_fn(|lane| unsafe { *from.add(lane) }.to_f32()))
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const bf16) -> Self {
+        // SAFETY: as in `load`.
+        Self(array::from_fn(|lane| unsafe { *from.add(lane) }.to_f32()))
     }
 
     #[inline(always)]
@@ -113,5 +127,13 @@ impl Vector for F32x8 {
     #[inline(always)]
     fn max_lane(self) -> f32 {
         self.0.iter().fold(f32::NEG_INFINITY, |greatest, &lane| greatest.max(lane))
+    }
+
+    #[inline(always)]
+    fn transpose(block: &mut [Self; MAX_LANES]) {
+        let rows = *block;
+        for (lane, row) in block.iter_mut().take(Self::LANES).enumerate() {
+            *row = Self(array::from_fn(|source| rows[source].0[lane]));
+        }
     }
 }

@@ -7,7 +7,9 @@
 use std::arch::x86_64::*;
 use std::ops::{Add, Div, Mul, Sub};
 
-use super::{Kernel, Vector};
+use half::{bf16, f16};
+
+use super::{Kernel, MAX_LANES, Vector};
 
 /// Runs `kernel` over eight lanes.
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -65,6 +67,17 @@ impl Vector for F32x8 {
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
         Self(unsafe { _mm256_loadu_ps(from) })
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const f16) -> Self {
+        Self(unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) })
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const bf16) -> Self {
+        let wide = unsafe { _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast())) };
+        Self(unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide)) })
     }
 
     #[inline(always)]
@@ -140,6 +153,30 @@ impl Vector for F32x8 {
             _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps::<1>(two, two)))
         }
     }
+
+    #[inline(always)]
+    fn transpose(block: &mut [Self; MAX_LANES]) {
+        unsafe {
+            // 2×2 of single lanes, 2×2 of pairs, then the 128-bit halves.
+            let mut pairs = [_mm256_setzero_ps(); 8];
+            for i in 0..4 {
+                pairs[2 * i] = _mm256_unpacklo_ps(block[2 * i].0, block[2 * i + 1].0);
+                pairs[2 * i + 1] = _mm256_unpackhi_ps(block[2 * i].0, block[2 * i + 1].0);
+            }
+            let mut quads = [_mm256_setzero_ps(); 8];
+            for i in 0..2 {
+                for j in 0..2 {
+                    let (low, high) = (pairs[4 * i + j], pairs[4 * i + j + 2]);
+                    quads[4 * i + 2 * j] = _mm256_shuffle_ps::<0x44>(low, high);
+                    quads[4 * i + 2 * j + 1] = _mm256_shuffle_ps::<0xEE>(low, high);
+                }
+            }
+            for i in 0..4 {
+                block[i] = Self(_mm256_permute2f128_ps::<0x20>(quads[i], quads[i + 4]));
+                block[i + 4] = Self(_mm256_permute2f128_ps::<0x31>(quads[i], quads[i + 4]));
+            }
+        }
+    }
 }
 
 /// The mask of the first `count` of sixteen lanes.
@@ -161,6 +198,17 @@ impl Vector for F32x16 {
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
         Self(unsafe { _mm512_loadu_ps(from) })
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const f16) -> Self {
+        Self(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) })
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const bf16) -> Self {
+        let wide = unsafe { _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast())) };
+        Self(unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide)) })
     }
 
     #[inline(always)]
@@ -232,6 +280,37 @@ impl Vector for F32x16 {
         unsafe {
             let low = _mm512_castps512_ps256(self.0);
             F32x8(_mm256_max_ps(low, _mm512_extractf32x8_ps::<1>(self.0))).max_lane()
+        }
+    }
+
+    #[inline(always)]
+    fn transpose(block: &mut [Self; MAX_LANES]) {
+        unsafe {
+            // 2×2 of single lanes, 2×2 of pairs, then twice the 128-bit quarters.
+            let mut pairs = [_mm512_setzero_ps(); 16];
+            for i in 0..8 {
+                pairs[2 * i] = _mm512_unpacklo_ps(block[2 * i].0, block[2 * i + 1].0);
+                pairs[2 * i + 1] = _mm512_unpackhi_ps(block[2 * i].0, block[2 * i + 1].0);
+            }
+            let mut quads = [_mm512_setzero_ps(); 16];
+            for i in 0..4 {
+                for j in 0..2 {
+                    let (low, high) = (pairs[4 * i + j], pairs[4 * i + j + 2]);
+                    quads[4 * i + 2 * j] = _mm512_shuffle_ps::<0x44>(low, high);
+                    quads[4 * i + 2 * j + 1] = _mm512_shuffle_ps::<0xEE>(low, high);
+                }
+            }
+            // quads[4i + c] holds, in quarter q, rows 4i..4i+4 of column 4q + c.
+            for c in 0..4 {
+                let even_01 = _mm512_shuffle_f32x4::<0x88>(quads[c], quads[4 + c]);
+                let odd_01 = _mm512_shuffle_f32x4::<0xDD>(quads[c], quads[4 + c]);
+                let even_23 = _mm512_shuffle_f32x4::<0x88>(quads[8 + c], quads[12 + c]);
+                let odd_23 = _mm512_shuffle_f32x4::<0xDD>(quads[8 + c], quads[12 + c]);
+                block[c] = Self(_mm512_shuffle_f32x4::<0x88>(even_01, even_23));
+                block[4 + c] = Self(_mm512_shuffle_f32x4::<0x88>(odd_01, odd_23));
+                block[8 + c] = Self(_mm512_shuffle_f32x4::<0xDD>(even_01, even_23));
+                block[12 + c] = Self(_mm512_shuffle_f32x4::<0xDD>(odd_01, odd_23));
+            }
         }
     }
 }
