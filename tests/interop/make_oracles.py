@@ -2,9 +2,7 @@
 
     python tests/interop/make_oracles.py [--out tests/fixtures/oracles]
 
-Float64 values are true float64. transformers asks for float32 inside norms, rotary tables and softmax whatever the
-model's dtype is, so its modules are shown a `torch` in which `float32` means `float64`; every tensor that an operation
-then returns is checked to be no float32. Nothing here is computed by our own formulas.
+Float64 values are true float64 (see true_float64.py). Nothing here is computed by our own formulas.
 """
 
 import argparse
@@ -17,15 +15,10 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
-from transformers import modeling_rope_utils
 from transformers.models.llama import modeling_llama
-from transformers.models.mistral import modeling_mistral
-from transformers.models.qwen2 import modeling_qwen2
-from transformers.models.qwen3 import modeling_qwen3
 
-PATCHED_MODULES = [modeling_rope_utils, modeling_llama, modeling_mistral, modeling_qwen2, modeling_qwen3]
+from true_float64 import RefuseFloat32, TrueFloat64
 
 # 3 query heads of width 16 on one key-value head; an inner width that is no multiple of 16.
 TINY = dict(
@@ -113,39 +106,6 @@ ROPES = {
     # The original length is not given: it is max_position_embeddings.
     "yarn_no_original_length": (64, 4096, dict(rope_type="yarn", rope_theta=10000.0, factor=2.0)),
 }
-
-
-class Float64Torch:
-    """Stands for the module `torch`, except that float32 is float64."""
-
-    float = float32 = torch.float64
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-
-class RefuseFloat32(TorchDispatchMode):
-    """Fails on the first operation that returns a float32 tensor, but for position numbers, which it holds exactly."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
-                whole_numbers = torch.equal(tensor, tensor.round())
-                assert whole_numbers, f"{function} returned float32"
-        return result
-
-
-class TrueFloat64:
-    """While entered, the patched modules of transformers compute in float64."""
-
-    def __enter__(self):
-        for module in PATCHED_MODULES:
-            module.torch = Float64Torch()
-
-    def __exit__(self, *_):
-        for module in PATCHED_MODULES:
-            module.torch = torch
 
 
 def version_4(config: dict) -> dict:
