@@ -2,12 +2,12 @@
 
     python check_adapter.py BASE ADAPTER LOGITS.safetensors
 
-LOGITS holds `input_ids` (i32 [rows, tokens], no padding) and our `logits` (f32 [rows, tokens, vocabulary]) for them, as
-`cargo run --release --example logits` writes it. Fails (exit 1)
+LOGITS holds `input_ids` (i32 [rows, tokens], no padding), our `logits` (f32 [rows, tokens, vocabulary]) and `losses`
+(f32 [rows, tokens - 1]) for them, as `cargo run --release --example logits` writes it. Fails (exit 1)
 - on any warning, whether by the module `warnings` or in the log of transformers or PEFT;
 - where a tensor of the adapter file is not in the loaded model, or differs from it;
 - where the adapter changes nothing;
-- where our logits are further from true float64 than 4 times what PEFT's own float32 is.
+- where our logits or losses are further from true float64 than 4 times what PEFT's own float32 logits are.
 Without LOGITS it makes the first three checks.
 """
 
@@ -49,11 +49,15 @@ def float64_logits(base: Path, adapter: Path, input_ids: torch.Tensor) -> torch.
             return model(input_ids=input_ids, use_cache=False).logits
 
 
-def largest(difference: torch.Tensor) -> str:
-    """The largest absolute value and where it stands."""
-    flat = int(difference.abs().argmax())
-    place = [int(axis) for axis in torch.unravel_index(torch.tensor(flat), difference.shape)]
-    return f"{float(difference.abs().max()):.3e} at [row, token, id] = {place}"
+def next_token_losses(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy [rows, tokens - 1] of each next token."""
+    return torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), input_ids[:, 1:], reduction="none")
+
+
+def largest(error: torch.Tensor) -> str:
+    """The largest element and where it stands."""
+    place = [int(axis) for axis in torch.unravel_index(error.argmax(), error.shape)]
+    return f"{float(error.max()):.3e} at {place}"
 
 
 def main() -> None:
@@ -92,14 +96,17 @@ def main() -> None:
     if not arguments.logits:
         return
 
-    ours = tensors["logits"].double()
     exact = float64_logits(arguments.base, arguments.adapter, input_ids)
+    peft_error = (theirs.double() - exact).abs()
+    logits_error = (tensors["logits"].double() - exact).abs()
+    losses_error = (tensors["losses"].double() - next_token_losses(exact, input_ids)).abs()
     print(f"against float64, logits up to {float(exact.abs().max()):.1f}:")
-    print(f"  PEFT in float32: {largest(theirs.double() - exact)}")
-    print(f"  ours:            {largest(ours - exact)}")
-    allowed = ALLOWED_TIMES_PEFT_ERROR * float((theirs.double() - exact).abs().max())
-    if not float((ours - exact).abs().max()) <= allowed:  # also where ours is NaN
-        sys.exit(f"our logits differ by more than {allowed:.3e}")
+    print(f"  PEFT's float32 logits: {largest(peft_error)}")
+    print(f"  our logits (decoding): {largest(logits_error)}")
+    print(f"  our losses (batch):    {largest(losses_error)}")
+    allowed = ALLOWED_TIMES_PEFT_ERROR * float(peft_error.max())
+    if not (float(logits_error.max()) <= allowed and float(losses_error.max()) <= allowed):  # also where ours is NaN
+        sys.exit(f"ours differ by more than {allowed:.3e}")
 
 
 if __name__ == "__main__":
