@@ -34,7 +34,9 @@ fn main() -> Result<()> {
     let mut model = Transformer::load_with_adapter(Arc::new(CpuBackend::new(None)?), &base, &adapter)?;
     let vocabulary = base.config().vocabulary;
     let rows: Vec<Vec<u32>> = (0..ROWS)
-        .map(|row| (0..TOKENS).map(|token| ((row * 7919 + token * 104_729 + 3) % vocabulary) as u32).collect())
+        .map(|row| {
+            (0..TOKENS).map(|token| ((row * 7919 + token * 104_729 + 3) % vocabulary) as u32).collect()
+        })
         .collect();
 
     let mut batch = Batch::default();
