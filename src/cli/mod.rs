@@ -4,6 +4,8 @@ pub mod device;
 mod evaluate;
 mod generate;
 mod import;
+mod model;
+mod output;
 mod train;
 
 use clap::{Parser, Subcommand};

@@ -1,0 +1,55 @@
+//! The answers to test cases as a table.
+
+use comfy_table::{ContentArrangement, Table, presets};
+
+use super::super::output::for_terminal;
+use super::{Answer, Prepared};
+
+/// One row a case; below, how many answers are exactly the expected ones.
+pub(super) fn render(
+    prepared: &[Prepared],
+    answers: &[Answer],
+    base_answers: Option<&[Answer]>,
+    has_adapter: bool,
+) -> String {
+    let has_expected = prepared.iter().any(|prepared| prepared.case.expected.is_some());
+    let mut header = vec!["hash", "instruction"];
+    if has_expected {
+        header.push("expected");
+    }
+    header.push(if has_adapter { "with adapter" } else { "answer" });
+    if base_answers.is_some() {
+        header.push("without");
+    }
+    let mut table = Table::new();
+    table
+        .load_preset(presets::UTF8_FULL)
+        .set_content_arrangement(ContentArrangement::Dynamic)
+        .set_header(header);
+    for (place, (Prepared { case, .. }, answer)) in prepared.iter().zip(answers).enumerate() {
+        let mut row = vec![case.hash.as_str(), &case.instruction];
+        if has_expected {
+            row.push(case.expected.as_deref().unwrap_or_default());
+        }
+        row.push(&answer.text);
+        if let Some(base_answers) = base_answers {
+            row.push(&base_answers[place].text);
+        }
+        table.add_row(row.into_iter().map(|cell| for_terminal(cell.trim())));
+    }
+    let mut text = table.to_string();
+    if has_expected {
+        let expected = || prepared.iter().filter_map(|prepared| prepared.case.expected.as_deref());
+        let exact = |answers: &[Answer]| {
+            let hits = prepared.iter().zip(answers).filter(|(prepared, answer)| {
+                prepared.case.expected.as_deref().is_some_and(|expected| answer.is_exact(expected))
+            });
+            hits.count()
+        };
+        text += &format!("\nexact answers: {} of {}", exact(answers), expected().count());
+        if let Some(base_answers) = base_answers {
+            text += &format!(" with the adapter, {} without", exact(base_answers));
+        }
+    }
+    text
+}

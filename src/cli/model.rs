@@ -1,0 +1,63 @@
+//! Which model: base and adapter, shared by the verbs that use one.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use crate::backend::Backend;
+use crate::checkpoint::adapter::{Adapter, read_adapter};
+use crate::checkpoint::base::BaseModel;
+use crate::error::{Error, Result};
+use crate::model::Transformer;
+
+/// Arguments that choose a model.
+#[derive(Clone, Debug, Args)]
+pub struct ModelArgs {
+    /// Base model: a folder, or a hub id `org/name[@revision]`; without it, the one that the adapter names.
+    #[arg(short, long, value_name = "MODEL", required_unless_present = "adapter")]
+    pub model: Option<String>,
+    /// Adapter folder, as fastlora or PEFT writes it.
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+}
+
+/// The files of a model, read and checked.
+pub(super) struct ModelFiles {
+    pub name: String,
+    pub base: BaseModel,
+    pub adapter: Option<Adapter>,
+}
+
+impl ModelArgs {
+    /// Reads the adapter, finds the base (downloading it if need be) and opens it.
+    pub(super) fn open(&self) -> Result<ModelFiles> {
+        let adapter = self.adapter.as_deref().map(read_adapter).transpose()?;
+        let named_by_adapter = adapter.as_ref().and_then(|adapter| {
+            let revision = adapter.config.revision.as_deref();
+            let name = adapter.config.base_model.clone()?;
+            Some(revision.map_or(name.clone(), |revision| format!("{name}@{revision}")))
+        });
+        let name = self.model.clone().or(named_by_adapter).ok_or_else(|| {
+            Error::config("the adapter does not name its base model").hint("name it with -m MODEL")
+        })?;
+        let base = BaseModel::open(&name)?;
+        Ok(ModelFiles { name, base, adapter })
+    }
+
+    /// Base and adapter as they were named, for `--json`.
+    pub(super) fn to_json(&self, files: &ModelFiles) -> Value {
+        json!({ "model": files.name, "adapter": self.adapter })
+    }
+}
+
+impl ModelFiles {
+    /// Puts the model on `backend`.
+    pub(super) fn load<B: Backend>(&self, backend: Arc<B>) -> Result<Transformer<B>> {
+        match &self.adapter {
+            Some(adapter) => Transformer::load_with_adapter(backend, &self.base, adapter),
+            None => Transformer::load(backend, &self.base, None),
+        }
+    }
+}
