@@ -1,14 +1,133 @@
 //! `fastlora evaluate`.
 
 use clap::Args;
+use comfy_table::{CellAlignment, Table, presets};
+use serde_json::json;
 
 use super::Cli;
-use crate::error::Result;
+use super::device::DeviceArgs;
+use super::model::ModelArgs;
+use super::output::print_line;
+use crate::config::{DataSource, LossOn, OnBadRecord, Overlong};
+use crate::data::{LoadOptions, Outcome, RecordContent, load};
+use crate::error::{Error, Result, escape_control};
+use crate::evaluation::{Evaluation, Figures};
+use crate::tokens::{BatchOptions, SampleOptions, Tokenizer, tokenise};
+use crate::training::{Split, evaluate};
 
 /// Arguments of `fastlora evaluate`.
 #[derive(Debug, Args)]
-pub struct EvaluateArgs {}
+pub struct EvaluateArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Data files: JSON or JSONL, plain, `.gz` or `.zst`.
+    #[arg(required = true, value_name = "DATA")]
+    data: Vec<DataSource>,
+    /// Longest sample in tokens.
+    #[arg(long, value_name = "TOKENS", default_value_t = 512)]
+    max_length: usize,
+    /// What happens to a longer sample.
+    #[arg(long, value_enum, default_value_t)]
+    overlong: Overlong,
+    /// Which tokens carry loss.
+    #[arg(long, value_enum, default_value_t)]
+    loss_on: LossOn,
+    /// What happens to a record that cannot be used.
+    #[arg(long, value_enum, default_value_t)]
+    on_bad_record: OnBadRecord,
+    /// Samples computed at once.
+    #[arg(long, value_name = "SAMPLES", default_value_t = 8)]
+    batch_size: usize,
+    /// Field that holds the instruction; without it, the usual names are tried.
+    #[arg(long, value_name = "KEY")]
+    instruction_key: Option<String>,
+    /// Field that holds the output; without it, the usual names are tried.
+    #[arg(long, value_name = "KEY")]
+    output_key: Option<String>,
+    /// Field that holds the hash; without it, the usual names are tried.
+    #[arg(long, value_name = "KEY")]
+    hash_key: Option<String>,
+    #[command(flatten)]
+    device: DeviceArgs,
+}
 
-pub(super) fn run(_args: &EvaluateArgs, _cli: &Cli) -> Result<()> {
-    Ok(())
+pub(super) fn run(args: &EvaluateArgs, cli: &Cli) -> Result<()> {
+    args.device.validate()?;
+    for (name, value) in [("max-length", args.max_length), ("batch-size", args.batch_size)] {
+        if value == 0 {
+            return Err(Error::config("0, expected at least 1").at(format!("--{name}")));
+        }
+    }
+    let options = LoadOptions {
+        instruction_key: args.instruction_key.clone(),
+        output_key: args.output_key.clone(),
+        hash_key: args.hash_key.clone(),
+        on_bad_record: args.on_bad_record,
+    };
+    let dataset = load(&args.data, &options)?;
+    let files = args.model.open()?;
+    let needs_tokenizer =
+        dataset.records.iter().any(|record| matches!(record.content, RecordContent::Instruction { .. }));
+    let tokenizer = needs_tokenizer.then(|| Tokenizer::from_folder(files.base.folder())).transpose()?;
+    let sample_options = SampleOptions {
+        max_length: args.max_length,
+        overlong: args.overlong,
+        loss_on: args.loss_on,
+        on_bad_record: args.on_bad_record,
+        embedding_rows: files.base.config().vocabulary,
+    };
+    let samples = tokenise(&dataset, tokenizer.as_ref(), &sample_options)?;
+    samples.accounting.log();
+    let batch_options =
+        BatchOptions { batch_size: args.batch_size, gradient_accumulation_steps: 1, shuffle: false, seed: 0 };
+    let split = Split::new(&samples, batch_options)?;
+
+    let mut model = files.load(args.device.backend()?)?;
+    let evaluation = evaluate(&mut model, &split)?;
+    if cli.json {
+        let mut object = args.model.to_json(&files);
+        object["data"] = args.data.iter().map(|source| source.path.display().to_string()).collect();
+        object["overall"] = evaluation.overall().to_json();
+        object["by_hash"] =
+            evaluation.by_hash().iter().map(|(hash, figures)| (hash.clone(), figures.to_json())).collect();
+        let accounting = &samples.accounting;
+        object["records"] = json!({
+            "used": accounting.used,
+            "truncated": accounting.count(Outcome::Truncated),
+            "skipped": accounting.count(Outcome::Skipped),
+            "dropped": accounting.count(Outcome::Dropped),
+        });
+        print_line(&format!("{object:#}"))
+    } else {
+        print_line(&table(&evaluation).to_string())
+    }
+}
+
+/// One row for each hash, then one for all.
+fn table(evaluation: &Evaluation) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_FULL_CONDENSED);
+    table.set_header(["hash", "samples", "labelled tokens", "loss", "perplexity", "token accuracy"]);
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    for (hash, figures) in evaluation.by_hash() {
+        table.add_row(row(&escape_control(hash), figures));
+    }
+    table.add_row(row("all", &evaluation.overall()));
+    table
+}
+
+fn row(name: &str, figures: &Figures) -> [String; 6] {
+    let number = |value: Option<f64>, decimals: usize| {
+        value.map_or("–".to_string(), |value| format!("{value:.decimals$}"))
+    };
+    [
+        name.to_string(),
+        figures.samples.to_string(),
+        figures.labelled_tokens.to_string(),
+        number(figures.loss(), 4),
+        number(figures.perplexity(), 3),
+        figures.token_accuracy().map_or("–".to_string(), |accuracy| format!("{:.1} %", 100.0 * accuracy)),
+    ]
 }
