@@ -1,14 +1,15 @@
 //! Which model: base and adapter, shared by the verbs that use one.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
 use serde_json::{Value, json};
 
 use crate::backend::Backend;
-use crate::checkpoint::adapter::{Adapter, read_adapter};
+use crate::checkpoint::adapter::{Adapter, AdapterConfig, read_adapter};
 use crate::checkpoint::base::BaseModel;
+use crate::checkpoint::hub;
 use crate::error::{Error, Result};
 use crate::model::Transformer;
 
@@ -34,21 +35,30 @@ impl ModelArgs {
     /// Reads the adapter, finds the base (downloading it if need be) and opens it.
     pub(super) fn open(&self) -> Result<ModelFiles> {
         let adapter = self.adapter.as_deref().map(read_adapter).transpose()?;
-        let named_by_adapter = adapter.as_ref().and_then(|adapter| {
-            let revision = adapter.config.revision.as_deref();
-            let name = adapter.config.base_model.clone()?;
-            Some(revision.map_or(name.clone(), |revision| format!("{name}@{revision}")))
-        });
-        let name = self.model.clone().or(named_by_adapter).ok_or_else(|| {
-            Error::config("the adapter does not name its base model").hint("name it with -m MODEL")
-        })?;
-        let base = BaseModel::open(&name)?;
+        let name = match (&self.model, &adapter) {
+            (Some(name), _) => name.clone(),
+            (None, Some(adapter)) => base_of(adapter)?,
+            (None, None) => return Err(Error::config("no model was named").hint("name it with -m MODEL")),
+        };
+        let base = BaseModel::open(hub::resolve(&name)?.folder)?;
         Ok(ModelFiles { name, base, adapter })
     }
 
     /// Base and adapter as they were named, for `--json`.
     pub(super) fn to_json(&self, files: &ModelFiles) -> Value {
         json!({ "model": files.name, "adapter": self.adapter })
+    }
+}
+
+/// The base that an adapter names, as [`hub::resolve`] takes it.
+fn base_of(adapter: &Adapter) -> Result<String> {
+    let AdapterConfig { base_model, revision, .. } = &adapter.config;
+    match (base_model, revision) {
+        (None, _) => {
+            Err(Error::model("the adapter does not name its base model").hint("name it with -m MODEL"))
+        }
+        (Some(name), Some(revision)) if !Path::new(name).is_dir() => Ok(format!("{name}@{revision}")),
+        (Some(name), _) => Ok(name.clone()),
     }
 }
 
