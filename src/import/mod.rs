@@ -1,8 +1,8 @@
 //! A GGUF file becomes a Hugging Face model folder: weights dequantised, tokenizer included.
 //!
 //! Reads GGUF 2 and 3 with F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K tensors of the architectures
-//! llama and qwen2 with byte-level or SentencePiece BPE tokenizers. Anything else is refused by name before anything is written. Memory
-//! holds one tensor at a time, and the folder appears whole or not at all.
+//! llama and qwen2, with byte-level or SentencePiece BPE tokenizers. Anything else is refused by name before anything is
+//! written. Memory holds one tensor at a time, and the folder appears whole or not at all.
 
 mod architecture;
 mod dequantize;

@@ -390,6 +390,22 @@ proptest! {
         }
     }
 
+    /// Scores, pieces and types of a SentencePiece vocabulary are damaged.
+    #[test]
+    fn damaged_vocabularies_never_panic(
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..20),
+    ) {
+        let mut bytes = std::fs::read(fixture("gguf/sentence_piece.gguf")).unwrap();
+        for (place, value) in changes {
+            let place = place.index(bytes.len());
+            bytes[place] = value;
+        }
+        let converted = parse(&bytes).and_then(|gguf| tokenizer::convert(&gguf, 700, 256).map(drop));
+        if let Err(error) = converted {
+            prop_assert_eq!(error.kind(), ErrorKind::Model, "{}", error);
+        }
+    }
+
     /// Rows of a head go back to where the model's authors had them: undone by the converter's own permutation.
     #[test]
     fn interleaved_rows_return(heads in 1_usize..5, half in 1_usize..5, columns in 1_usize..4) {
