@@ -2,7 +2,7 @@
 //!
 //! The cache is the one that `huggingface_hub` keeps, in its layout, so that both tools share what either has fetched.
 //! The few requests are made here and not by the crate `hf-hub`, which knows neither `HF_HUB_CACHE`, `HF_TOKEN` nor
-//! `HF_HUB_OFFLINE`, neither resumes nor verifies a download, and reports a gated model as a bare status.
+//! `HF_HUB_OFFLINE`, does not compare what it received with the hash, and reports a gated model as a bare status.
 
 mod cache;
 mod client;

@@ -193,11 +193,19 @@ fn checked(answer: Result<Response<Body>, ureq::Error>, address: &str) -> Result
         }
         Ok(answer) => Ok(answer),
         Err(error) => {
+            use ureq::Error::{ConnectionFailed, Io, Protocol, Timeout};
+            let distrusted = error.to_string().contains("certificate");
             let transient =
-                !matches!(error, ureq::Error::BadUri(_) | ureq::Error::Http(_) | ureq::Error::Rustls(_));
-            let error = Error::io("cannot reach the hub").at(address).caused_by(error).hint(
-                "check the network, HF_ENDPOINT and the proxy; with HF_HUB_OFFLINE=1 only the cache is used",
-            );
+                matches!(error, Io(_) | Timeout(_) | ConnectionFailed | Protocol(_)) && !distrusted;
+            let hint = match distrusted {
+                true => {
+                    "behind a proxy with a certificate of its own, set SSL_CERT_FILE to its root certificates"
+                }
+                false => {
+                    "check the network, HF_ENDPOINT and the proxy; with HF_HUB_OFFLINE=1 only the cache is used"
+                }
+            };
+            let error = Error::io("cannot reach the hub").at(address).caused_by(error).hint(hint);
             Err(Failure { error, transient })
         }
     }
