@@ -249,7 +249,7 @@ fn fault_33_a_line_of_100_megabytes_is_one_record() {
     let dataset = load_text("a.jsonl", &content).unwrap();
     assert_eq!((dataset.records.len(), dataset.records[1].origin.line), (2, 2));
     let error = load_text("a.jsonl", &content[..content.len() - 1]).unwrap_err();
-    assert_eq!(place(&error), "a.jsonl:2:34");
+    assert_eq!(place(&error), "a.jsonl:2:35");
 }
 
 #[test]
