@@ -14,6 +14,8 @@ pub mod tokens;
 
 pub mod batch;
 
+pub mod device;
+
 pub mod backend;
 pub mod checkpoint;
 pub mod model;

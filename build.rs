@@ -1,0 +1,30 @@
+//! Compiles the one list of kernel files: by nvcc into fatbins that the binary embeds, and, with the feature `emulator`,
+//! by the C++ compiler into the libraries that run them on the CPU.
+
+#[path = "build/compile.rs"]
+mod compile;
+#[path = "build/emulator.rs"]
+mod emulator;
+#[path = "build/nvcc.rs"]
+mod nvcc;
+
+use std::path::PathBuf;
+
+/// Every kernel file, `kernels/NAME.cu`.
+const KERNELS: &[&str] = &[];
+
+fn main() {
+    for path in ["build.rs", "build", "kernels"] {
+        println!("cargo:rerun-if-changed={path}");
+    }
+    let variables =
+        ["FASTLORA_CUDA", "NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "VIRTUAL_ENV", "CXX", "NVCC_CCBIN"];
+    for variable in variables {
+        println!("cargo:rerun-if-env-changed={variable}");
+    }
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    nvcc::build(KERNELS, &out);
+    if std::env::var_os("CARGO_FEATURE_EMULATOR").is_some() {
+        emulator::build(KERNELS, &out);
+    }
+}

@@ -1,0 +1,147 @@
+// The running block: its threads, warps and barriers, and what the runtime's files ask of each other.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "runtime.h"
+
+#ifndef EMULATOR_CHECKED
+#define EMULATOR_CHECKED 0
+#endif
+
+namespace emulator {
+
+// True in the checker build: shadow memory and vector clocks (checker.cpp) watch every access of the kernel.
+constexpr bool checked = EMULATOR_CHECKED;
+
+enum class State : uint8_t { runnable, in_collective, at_barrier, exited };
+
+// cp.async of one thread: copies in order of issue, cut into groups by commit.
+struct AsyncCopies {
+    struct Copy {
+        unsigned char* shared;
+        const void* global;
+        int bytes;
+        Location where;
+    };
+    std::vector<Copy> copies;
+    std::vector<size_t> group_ends;  // copies issued when each group was committed
+    size_t groups_landed = 0, copies_landed = 0;
+    void clear() {
+        copies.clear();
+        group_ends.clear();
+        groups_landed = copies_landed = 0;
+    }
+};
+
+struct Thread : Indices {
+    void* stack_pointer;
+    State state;
+    Location where;
+    // Arguments of the collective or barrier in which the thread waits.
+    Collective kind;
+    unsigned mask;
+    void* arguments;
+    int barrier_id;
+    AsyncCopies async_copies;
+    uint32_t* clock;  // checker: the thread's vector clock, one entry a thread
+};
+
+struct Warp {
+    unsigned runnable, present, exited, arrived;  // lane masks; `arrived` waits in a collective
+    int priority;
+};
+
+struct Barrier {
+    int expected, arrived;
+    std::vector<Thread*> waiting;
+    std::vector<uint32_t> clock;
+};
+
+struct Launch {
+    const Kernel* kernel;
+    void** arguments;
+    dim3 grid, block;
+    uint32_t dynamic_shared_bytes;
+    uint32_t id;
+    uint64_t seed;  // 0: threads run in order; else every choice is random
+};
+
+constexpr int max_threads = 1024, max_warps = 32, barrier_count = 16;
+
+struct Block {
+    const Launch* launch;
+    int thread_count;
+    uint32_t linear_index;
+    int alive;
+    std::vector<Thread> threads;
+    Warp warps[max_warps];
+    unsigned runnable_warps;
+    int current_warp;
+    Barrier barriers[barrier_count];
+    // Schedule.
+    uint64_t random_state;
+    bool random, by_priority;
+    uint64_t switches;  // since the process began; the watchdog's sign of progress
+    bool running;
+    void* main_stack_pointer;
+};
+extern Block block;
+inline Thread* self() { return static_cast<Thread*>(current); }
+
+uint64_t random_number();
+// Gives other warps a turn once in `odds` calls on average.
+void maybe_yield(int odds);
+
+// Runs one block of `launch` until every thread exited or an error ended it.
+void run_block(const Launch& launch, uint64_t linear_index);
+[[noreturn]] void abandon_block();
+
+// ---- errors.cpp
+// A finding after which the block can go on; the launch still fails.
+void report(const char* format, ...) __attribute__((format(printf, 1, 2), cold));
+void add_message(const std::string& message);
+std::string describe_location(Location where);
+void clear_messages();
+const char* messages();
+bool any_message();
+void install_signal_handlers();
+void start_watchdog();
+void stop_watchdog();
+bool is_stack(uintptr_t address);  // scheduler.cpp
+
+// ---- memory.cpp: one reserved range of addresses for all device memory, one arena for the block's shared memory.
+struct Allocation {
+    uintptr_t address;
+    size_t bytes;
+    uintptr_t mapping;
+    size_t mapping_bytes;
+    bool freed;
+};
+constexpr size_t global_range_bytes = size_t{1} << 36;
+constexpr size_t shared_arena_bytes = 256 << 10, shared_end = 252 << 10, static_shared_begin = 4096;
+constexpr uint32_t max_shared_bytes = 227 << 10;
+extern uintptr_t global_range;
+extern unsigned char* shared_arena;
+inline bool is_global(uintptr_t address) { return address - global_range < global_range_bytes; }
+inline bool is_shared(uintptr_t address) {
+    return address - reinterpret_cast<uintptr_t>(shared_arena) < shared_arena_bytes;
+}
+void reserve_memory();
+const Allocation* find_allocation(uintptr_t address);  // the last one that starts at or below `address`
+void* allocate(size_t bytes);
+bool release(void* address);
+bool is_inside_allocation(const void* address, size_t bytes);
+uint32_t shared_offset(const void* address);  // fails outside shared memory
+void begin_shared_memory(uint32_t dynamic_bytes);
+struct SharedVariable {
+    const void* key;
+    uint32_t offset, bytes;
+};
+extern std::vector<SharedVariable> shared_variables;  // static ones seen in this block
+extern uint32_t dynamic_shared_offset;                // 0 until the kernel asked for it
+
+// ---- async_copy.cpp
+void check_copies_at_exit(const Thread& thread);
+
+}  // namespace emulator

@@ -1,0 +1,336 @@
+// The race checker: every plain access of a kernel arrives here through __tsan_read*/__tsan_write*, every primitive's
+// through checker.h. Each two bytes of memory have a shadow cell that remembers the last write and some reads as
+// (thread, clock) pairs; an access is ordered after another thread's if its own vector clock has reached that thread's.
+// Two kernels' threads that touch neighbouring bytes of one cell would look like a race: our types are 2 bytes or more.
+#include "checker.h"
+
+#include <dlfcn.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+
+namespace emulator::checker {
+
+constexpr size_t cell_bytes = 2;
+
+enum Flags : uint8_t { initialised = 1, in_flight = 2, by_atomic = 4 };
+
+// ---- clocks
+
+static Clock clocks;  // one row of thread_count entries a thread
+
+uint32_t* thread_clock(int thread) { return &clocks[size_t(thread) * block.thread_count]; }
+
+static void merge(uint32_t* into, const uint32_t* from) {
+    for (int i = 0; i < block.thread_count; i++) into[i] = std::max(into[i], from[i]);
+}
+
+void release(Thread* thread, Clock& into) {
+    into.resize(block.thread_count, 0);
+    merge(into.data(), thread->clock);
+    thread->clock[thread->linear]++;  // what the thread does from here on is not covered
+}
+
+void acquire(Thread* thread, const Clock& from) { merge(thread->clock, from.data()); }
+
+void synchronise(Thread* lanes, unsigned mask) {
+    Clock together;
+    for (unsigned rest = mask; rest; rest &= rest - 1) release(&lanes[__builtin_ctz(rest)], together);
+    for (unsigned rest = mask; rest; rest &= rest - 1) acquire(&lanes[__builtin_ctz(rest)], together);
+}
+
+// ---- places in the code, packed in 32 bits: an offset into this library, or a primitive's call site
+
+using Place = uint32_t;
+constexpr Place is_call_site = 0x80000000u;
+static std::vector<Location> call_sites;
+
+static Place place_of(Location where) {
+    static size_t last = 0;  // accesses of one line come in rows
+    const auto matches = [&](const Location& site) { return site.line == where.line && site.file == where.file; };
+    if (last < call_sites.size() && matches(call_sites[last])) return is_call_site | Place(last);
+    last = std::find_if(call_sites.begin(), call_sites.end(), matches) - call_sites.begin();
+    if (last == call_sites.size()) call_sites.push_back(where);
+    return is_call_site | Place(last);
+}
+
+static uintptr_t library_base() {
+    static const uintptr_t base = [] {
+        Dl_info library;
+        return dladdr(reinterpret_cast<void*>(&library_base), &library) ? uintptr_t(library.dli_fbase) : 0;
+    }();
+    return base;
+}
+static Place place_of(void* return_address) { return Place(uintptr_t(return_address) - 1 - library_base()); }
+
+static std::string describe(Place place) {
+    if (place & is_call_site) return describe_location(call_sites[place & ~is_call_site]);
+    return describe_code(library_base() + place);
+}
+
+// ---- device memory
+
+struct GlobalCell {
+    uint32_t write_launch, write_block, write_clock;
+    uint32_t read_launch, read_block, read_clock;
+    uint16_t writer, reader;
+    uint8_t flags;
+};
+static GlobalCell* global_cells = nullptr;
+static GlobalCell* global_cell(uintptr_t address) { return &global_cells[(address - global_range) / cell_bytes]; }
+
+void reserve_shadow() {
+    const size_t bytes = global_range_bytes / cell_bytes * sizeof(GlobalCell);
+    global_cells = static_cast<GlobalCell*>(
+        mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+}
+
+void forget(uintptr_t mapping, size_t bytes) {
+    // The mapping is whole pages, and so are its cells.
+    madvise(global_cell(mapping), bytes / cell_bytes * sizeof(GlobalCell), MADV_DONTNEED);
+}
+
+void initialised_by_host(const void* address, size_t bytes) {
+    if (!bytes) return;
+    const uintptr_t first = uintptr_t(address);
+    for (GlobalCell* cell = global_cell(first); cell <= global_cell(first + bytes - 1); cell++)
+        *cell = {0, 0, 0, 0, 0, 0, 0, 0, initialised};
+}
+
+static void check_global_bounds(uintptr_t address, size_t bytes, const char* action, Place place) {
+    const Allocation* near = find_allocation(address);
+    const bool inside = near && !near->freed && address >= near->address &&
+                        address + bytes <= near->address + near->bytes;
+    if (!inside)
+        fail("global %s of %zu bytes out of bounds: byte %lld of an allocation of %zu bytes%s at %s", action, bytes,
+             near ? static_cast<long long>(address - near->address) : -1LL, near ? near->bytes : 0,
+             near && near->freed ? ", already freed" : "", describe(place).c_str());
+    const bool vector = bytes <= 16 && (bytes & (bytes - 1)) == 0;
+    if (vector && address % bytes) report("misaligned global %s of %zu bytes at %s", action, bytes, describe(place).c_str());
+}
+
+static void global_read(uintptr_t address, size_t bytes, Place place) {
+    check_global_bounds(address, bytes, "read", place);
+    const Thread& thread = *self();
+    const uint32_t launch = block.launch->id;
+    for (GlobalCell *cell = global_cell(address), *last = global_cell(address + bytes - 1); cell <= last; cell++) {
+        if (!(cell->flags & initialised)) {
+            report("read of uninitialised global memory at %s", describe(place).c_str());
+            cell->flags |= initialised;  // report once
+        }
+        if (cell->write_launch == launch && !(cell->flags & by_atomic)) {
+            const bool other_block = cell->write_block != block.linear_index;
+            if (other_block || cell->write_clock > thread.clock[cell->writer]) {
+                report("global race: read at %s of what block %u thread %u writes in the same launch",
+                       describe(place).c_str(), cell->write_block, cell->writer);
+                cell->write_launch = 0;
+            }
+        }
+        // One reader is remembered: keep the old one unless it is known to be over.
+        const bool replaceable = cell->read_launch != launch ||
+                                 (cell->read_block == block.linear_index &&
+                                  (cell->reader == thread.linear || cell->read_clock <= thread.clock[cell->reader]));
+        if (replaceable) {
+            cell->read_launch = launch;
+            cell->read_block = block.linear_index;
+            cell->reader = static_cast<uint16_t>(thread.linear);
+            cell->read_clock = thread.clock[thread.linear];
+        }
+    }
+}
+
+static void global_write(uintptr_t address, size_t bytes, Place place, bool atomic) {
+    check_global_bounds(address, bytes, atomic ? "atomic" : "write", place);
+    const Thread& thread = *self();
+    const uint32_t launch = block.launch->id;
+    for (GlobalCell *cell = global_cell(address), *last = global_cell(address + bytes - 1); cell <= last; cell++) {
+        if (atomic && !(cell->flags & initialised))
+            report("atomic on uninitialised global memory at %s", describe(place).c_str());
+        const bool both_atomic = atomic && (cell->flags & by_atomic);
+        const auto unordered = [&](uint32_t other_block, uint16_t other, uint32_t clock) {
+            return other_block != block.linear_index || (other != thread.linear && clock > thread.clock[other]);
+        };
+        if (cell->write_launch == launch && !both_atomic &&
+            unordered(cell->write_block, cell->writer, cell->write_clock))
+            report("global race: %s overwrites what block %u thread %u wrote in the same launch",
+                   describe(place).c_str(), cell->write_block, cell->writer);
+        if (cell->read_launch == launch && !atomic && unordered(cell->read_block, cell->reader, cell->read_clock)) {
+            report("global race: %s overwrites what block %u thread %u may still be reading",
+                   describe(place).c_str(), cell->read_block, cell->reader);
+            cell->read_launch = 0;
+        }
+        cell->write_launch = launch;
+        cell->write_block = block.linear_index;
+        cell->writer = static_cast<uint16_t>(thread.linear);
+        cell->write_clock = thread.clock[thread.linear];
+        cell->flags = initialised | (atomic ? by_atomic : 0);
+    }
+}
+
+// ---- shared memory
+
+constexpr int remembered_readers = 4;
+struct SharedCell {
+    uint32_t block_stamp;  // cells of earlier blocks count as blank
+    uint32_t write_clock;
+    Place write_place;
+    uint16_t writer;
+    uint8_t flags, reader_count;
+    uint16_t readers[remembered_readers];
+    uint32_t read_clocks[remembered_readers];
+};
+static std::vector<SharedCell> shared_cells;
+static uint32_t block_stamp = 0;
+
+void begin_block() {
+    clocks.assign(size_t(block.thread_count) * block.thread_count, 0);
+    for (int i = 0; i < block.thread_count; i++) thread_clock(i)[i] = 1;
+    shared_cells.resize(shared_arena_bytes / cell_bytes);
+    block_stamp++;
+}
+
+static SharedCell& shared_cell(size_t offset) {
+    SharedCell& cell = shared_cells[offset / cell_bytes];
+    if (cell.block_stamp != block_stamp) {
+        cell = SharedCell{};
+        cell.block_stamp = block_stamp;
+    }
+    return cell;
+}
+
+static void check_shared_bounds(size_t offset, size_t bytes, const char* action, Place place) {
+    const auto holds = [&](size_t begin, size_t length) { return offset >= begin && offset + bytes <= begin + length; };
+    bool inside = dynamic_shared_offset && holds(dynamic_shared_offset, block.launch->dynamic_shared_bytes);
+    for (const SharedVariable& variable : shared_variables) inside |= holds(variable.offset, variable.bytes);
+    if (!inside)
+        fail("shared %s of %zu bytes out of bounds: byte %lld of the dynamic %u at %s", action, bytes,
+             static_cast<long long>(offset) - static_cast<long long>(dynamic_shared_offset),
+             block.launch->dynamic_shared_bytes, describe(place).c_str());
+    const bool vector = bytes <= 16 && (bytes & (bytes - 1)) == 0;
+    if (vector && offset % bytes) report("misaligned shared %s of %zu bytes at %s", action, bytes, describe(place).c_str());
+}
+
+static void remember_reader(SharedCell& cell, const Thread& thread) {
+    int slot = -1;
+    for (int i = 0; i < cell.reader_count; i++) {
+        if (cell.readers[i] == thread.linear) { slot = i; break; }
+        if (cell.read_clocks[i] <= thread.clock[cell.readers[i]]) slot = i;  // that read is over
+    }
+    if (slot < 0) slot = cell.reader_count < remembered_readers ? cell.reader_count++ : random_number() % remembered_readers;
+    cell.readers[slot] = static_cast<uint16_t>(thread.linear);
+    cell.read_clocks[slot] = thread.clock[thread.linear];
+}
+
+static void shared_read(const Thread& thread, size_t offset, size_t bytes, Place place) {
+    check_shared_bounds(offset, bytes, "read", place);
+    for (size_t at = offset & ~(cell_bytes - 1); at < offset + bytes; at += cell_bytes) {
+        SharedCell& cell = shared_cell(at);
+        if (cell.flags & in_flight) {
+            report("shared memory read at %s while a cp.async to it is in flight (issued at %s)", describe(place).c_str(),
+                   describe(cell.write_place).c_str());
+            cell.flags &= ~in_flight;
+        } else if (!(cell.flags & initialised)) {
+            report("read of uninitialised shared memory at %s", describe(place).c_str());
+            cell.flags |= initialised;
+        } else {
+            if (cell.writer != thread.linear && cell.write_clock > thread.clock[cell.writer]) {
+                report("shared race: read at %s of thread %u's write at %s without a barrier between",
+                       describe(place).c_str(), cell.writer, describe(cell.write_place).c_str());
+                cell.write_clock = 0;
+            }
+            remember_reader(cell, thread);
+        }
+    }
+}
+
+static void check_shared_write(const SharedCell& cell, const Thread& thread, Place place) {
+    if (cell.flags & in_flight)
+        return report("shared memory written at %s while a cp.async to it is in flight", describe(place).c_str());
+    if ((cell.flags & initialised) && cell.writer != thread.linear && cell.write_clock > thread.clock[cell.writer])
+        return report("shared race: %s overwrites thread %u's write at %s without a barrier between",
+                      describe(place).c_str(), cell.writer, describe(cell.write_place).c_str());
+    for (int i = 0; i < cell.reader_count; i++)
+        if (cell.readers[i] != thread.linear && cell.read_clocks[i] > thread.clock[cell.readers[i]])
+            return report("shared race: %s overwrites what thread %u may still be reading", describe(place).c_str(),
+                          cell.readers[i]);
+}
+
+static void shared_write(size_t offset, size_t bytes, Place place, uint8_t flags) {
+    check_shared_bounds(offset, bytes, "write", place);
+    const Thread& thread = *self();
+    for (size_t at = offset & ~(cell_bytes - 1); at < offset + bytes; at += cell_bytes) {
+        SharedCell& cell = shared_cell(at);
+        check_shared_write(cell, thread, place);
+        cell.reader_count = 0;
+        cell.flags = initialised | flags;
+        cell.writer = static_cast<uint16_t>(thread.linear);
+        cell.write_clock = thread.clock[thread.linear];
+        cell.write_place = place;
+    }
+}
+
+// ---- the primitives' accesses
+
+void shared_read(const Thread& reader, const void* address, size_t bytes, Location where) {
+    shared_read(reader, shared_offset(address), bytes, place_of(where));
+}
+
+void async_copy_issued(const void* shared, const void* global, int bytes, Location where) {
+    const Place place = place_of(where);
+    if (bytes) global_read(uintptr_t(global), bytes, place);
+    shared_write(shared_offset(shared), 16, place, in_flight);
+}
+
+// The data is visible to its own thread from here, to others after the next barrier.
+void async_copy_landed(const void* shared, size_t bytes, Location where) {
+    const Thread& thread = *self();
+    const size_t offset = shared_offset(shared);
+    for (size_t at = offset; at < offset + bytes; at += cell_bytes) {
+        SharedCell& cell = shared_cell(at);
+        cell.flags = initialised;
+        cell.reader_count = 0;
+        cell.writer = static_cast<uint16_t>(thread.linear);
+        cell.write_clock = thread.clock[thread.linear];
+        cell.write_place = place_of(where);
+    }
+}
+
+void atomic_access(const void* address, size_t bytes, Location where) {
+    const uintptr_t first = uintptr_t(address);
+    if (is_global(first)) global_write(first, bytes, place_of(where), true);
+    else check_shared_bounds(shared_offset(address), bytes, "atomic", place_of(where));
+}
+
+// ---- what g++ calls at each access
+
+static void plain_access(void* address, size_t bytes, bool write, void* return_address) {
+    if (!block.running || !bytes) return;
+    const uintptr_t first = uintptr_t(address);
+    if (is_global(first)) {
+        if (write) global_write(first, bytes, place_of(return_address), false);
+        else global_read(first, bytes, place_of(return_address));
+    } else if (is_shared(first)) {
+        const size_t offset = first - uintptr_t(shared_arena);
+        if (write) shared_write(offset, bytes, place_of(return_address), 0);
+        else shared_read(*self(), offset, bytes, place_of(return_address));
+    }
+}
+
+}  // namespace emulator::checker
+
+using emulator::checker::plain_access;
+#define ACCESS_HOOKS(bytes) \
+    extern "C" void __tsan_read##bytes(void* p) { plain_access(p, bytes, false, __builtin_return_address(0)); } \
+    extern "C" void __tsan_write##bytes(void* p) { plain_access(p, bytes, true, __builtin_return_address(0)); } \
+    extern "C" void __tsan_unaligned_read##bytes(void* p) { plain_access(p, bytes, false, __builtin_return_address(0)); } \
+    extern "C" void __tsan_unaligned_write##bytes(void* p) { plain_access(p, bytes, true, __builtin_return_address(0)); }
+ACCESS_HOOKS(1)
+ACCESS_HOOKS(2)
+ACCESS_HOOKS(4)
+ACCESS_HOOKS(8)
+ACCESS_HOOKS(16)
+extern "C" void __tsan_read_range(void* p, size_t n) { plain_access(p, n, false, __builtin_return_address(0)); }
+extern "C" void __tsan_write_range(void* p, size_t n) { plain_access(p, n, true, __builtin_return_address(0)); }
+extern "C" void __tsan_init() {}
+extern "C" void __tsan_func_entry(void*) {}
+extern "C" void __tsan_func_exit() {}

@@ -1,0 +1,34 @@
+// The checker build's view of memory. Kernels are compiled by g++ with -fsanitize=thread, which calls __tsan_read/write
+// at every access; checker.cpp defines those calls itself (the sanitizer's runtime is not linked).
+#pragma once
+#include <string>
+#include <vector>
+
+#include "block.h"
+
+namespace emulator::checker {
+
+using Clock = std::vector<uint32_t>;
+
+// ---- happens-before: thread i's clock counts its own releases at [i] and what it has seen of the others elsewhere.
+uint32_t* thread_clock(int thread);
+void release(Thread* thread, Clock& into);
+void acquire(Thread* thread, const Clock& from);
+void synchronise(Thread* lanes, unsigned mask);
+
+// ---- life
+void reserve_shadow();
+void begin_block();
+void forget(uintptr_t mapping, size_t bytes);
+void initialised_by_host(const void* address, size_t bytes);
+
+// ---- accesses by primitives (plain loads and stores come in through __tsan_*)
+void shared_read(const Thread& reader, const void* address, size_t bytes, Location where);
+void async_copy_issued(const void* shared, const void* global, int bytes, Location where);
+void async_copy_landed(const void* shared, size_t bytes, Location where);
+void atomic_access(const void* address, size_t bytes, Location where);
+
+// "file:line" of an address in the kernels' code, by addr2line: slow, for messages only. In both builds.
+std::string describe_code(uintptr_t program_counter);
+
+}  // namespace emulator::checker

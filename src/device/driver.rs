@@ -1,0 +1,504 @@
+//! An NVIDIA GPU through the CUDA driver, loaded at run time: the binary builds and starts without it.
+//!
+//! The only file that names `cudarc`. Its functions panic where the driver library or a symbol is missing, so
+//! [`check_library`] asks first.
+
+use std::collections::HashMap;
+use std::ffi::{CStr, CString, c_void};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute};
+
+use super::{Argument, Device, Launch, Limits, Memory, check_range};
+use crate::error::{Error, Result};
+
+/// The kernels that the build script compiled: `CUDA_VERSION` and `MODULES`.
+mod compiled {
+    include!(concat!(env!("OUT_DIR"), "/cuda_modules.rs"));
+}
+
+/// What the oldest supported GPU, Ampere, calls its compute capability.
+const OLDEST_COMPUTE_CAPABILITY: (u32, u32) = (8, 0);
+
+/// True if the binary holds GPU kernels.
+pub fn is_compiled_in() -> bool {
+    !compiled::MODULES.is_empty()
+}
+
+/// A GPU and one stream on it.
+#[derive(Clone)]
+pub struct Driver {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+    modules: Vec<sys::CUmodule>,
+    functions: Mutex<HashMap<String, Function>>,
+    /// The latest launch: a fault inside a kernel surfaces in a later call, whose error names it.
+    last_launch: Mutex<String>,
+    name: String,
+    limits: Limits,
+}
+
+#[derive(Clone, Copy)]
+struct Function(sys::CUfunction);
+
+// SAFETY: CUDA handles may be used from any thread once the context is current there, which every method sees to.
+unsafe impl Send for Function {}
+// SAFETY: as above.
+unsafe impl Send for Inner {}
+// SAFETY: as above; the driver locks its own state.
+unsafe impl Sync for Inner {}
+
+/// Every driver function used below (cudarc looks them up one by one, and panics).
+const SYMBOLS: &[&str] = &[
+    "cuInit",
+    "cuDriverGetVersion",
+    "cuDeviceGetCount",
+    "cuDeviceGet",
+    "cuDeviceGetName",
+    "cuDeviceGetAttribute",
+    "cuDeviceTotalMem_v2",
+    "cuDevicePrimaryCtxRetain",
+    "cuDevicePrimaryCtxRelease_v2",
+    "cuCtxSetCurrent",
+    "cuStreamCreate",
+    "cuStreamSynchronize",
+    "cuStreamDestroy_v2",
+    "cuModuleLoadData",
+    "cuModuleGetFunction",
+    "cuModuleUnload",
+    "cuFuncGetAttribute",
+    "cuFuncSetAttribute",
+    "cuMemAlloc_v2",
+    "cuMemFree_v2",
+    "cuMemGetInfo_v2",
+    "cuMemsetD8Async",
+    "cuMemcpyHtoDAsync_v2",
+    "cuMemcpyDtoHAsync_v2",
+    "cuMemcpyDtoDAsync_v2",
+    "cuLaunchKernel",
+    "cuEventCreate",
+    "cuEventRecord",
+    "cuEventSynchronize",
+    "cuEventElapsedTime",
+    "cuEventDestroy_v2",
+    "cuGetErrorName",
+    "cuGetErrorString",
+];
+
+/// Faults 58: no driver library, or one that lacks what is needed.
+fn check_library() -> Result<()> {
+    // SAFETY: loading libcuda runs its initialisers, as any CUDA program does.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(Error::device("no NVIDIA driver: libcuda.so.1 cannot be loaded")
+            .hint("install the NVIDIA driver, or use `--device cpu`"));
+    }
+    for symbol in SYMBOLS {
+        // SAFETY: the library is there; the symbol is only looked up, not called.
+        let found = unsafe { sys::culib().get::<*const c_void>(symbol.as_bytes()).is_ok() };
+        if !found {
+            return Err(Error::device(format!("the NVIDIA driver library has no `{symbol}`")).hint(
+                "it is a stub or too old: install a current driver, and keep stubs off LD_LIBRARY_PATH",
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// "13.0" for 13000.
+fn version_text(version: i32) -> String {
+    format!("{}.{}", version / 1000, version % 1000 / 10)
+}
+
+fn check_version() -> Result<()> {
+    let mut version = 0;
+    // SAFETY: writes one int; needs no initialisation.
+    unsafe { sys::cuDriverGetVersion(&mut version) }
+        .result()
+        .map_err(|error| failed("read the driver's version", error))?;
+    if version >= compiled::CUDA_VERSION {
+        return Ok(());
+    }
+    let (found, wanted) = (version_text(version), version_text(compiled::CUDA_VERSION));
+    Err(Error::device(format!("the NVIDIA driver supports CUDA {found}, and this build needs {wanted}"))
+        .hint("install a newer driver, or build with an older nvcc"))
+}
+
+/// Our words for a driver's error.
+fn failed(action: &str, error: DriverError) -> Error {
+    // SAFETY of the reads: both functions return static strings.
+    let text = |found: std::result::Result<&CStr, DriverError>| {
+        found.map_or_else(|_| format!("{:?}", error.0), |text| text.to_string_lossy().into_owned())
+    };
+    let message = format!("cannot {action}: {} ({})", text(error.error_string()), text(error.error_name()));
+    match error.0 {
+        sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+            Error::device(message).hint("use a smaller batch or a larger GPU")
+        }
+        sys::CUresult::CUDA_ERROR_NO_DEVICE => {
+            Error::device(message).hint("check nvidia-smi and CUDA_VISIBLE_DEVICES")
+        }
+        _ => Error::device(message),
+    }
+}
+
+impl Driver {
+    /// Opens GPU `index` among those that `CUDA_VISIBLE_DEVICES` shows.
+    pub fn new(index: u32) -> Result<Self> {
+        if !is_compiled_in() {
+            return Err(Error::device(
+                "this build has no CUDA kernels: nvcc was not found when it was compiled",
+            )
+            .hint("install CUDA's nvcc, or run scripts/get-nvcc, and build again"));
+        }
+        check_library()?;
+        check_version()?;
+        result::init().map_err(|error| failed("start CUDA", error))?;
+        let count = result::device::get_count().map_err(|error| failed("count the GPUs", error))?;
+        let ordinal = i32::try_from(index).ok().filter(|&ordinal| ordinal < count).ok_or_else(|| {
+            Error::device(format!("there is no GPU {index}: CUDA shows {count}"))
+                .hint("they count from 0; CUDA_VISIBLE_DEVICES may hide some")
+        })?;
+        let device = result::device::get(ordinal).map_err(|error| failed("open the GPU", error))?;
+        let name = result::device::get_name(device).map_err(|error| failed("read the GPU's name", error))?;
+        let limits = read_limits(device).map_err(|error| failed("read the GPU's properties", error))?;
+        if limits.compute_capability < OLDEST_COMPUTE_CAPABILITY {
+            let (major, minor) = limits.compute_capability;
+            return Err(Error::device(format!(
+                "{name} has compute capability {major}.{minor}; 8.0 (Ampere) is needed"
+            )));
+        }
+        let inner = open(device, name, limits)?;
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Free and total device memory in bytes.
+    pub fn memory_info(&self) -> Result<(usize, usize)> {
+        self.enter()?;
+        result::mem_get_info().map_err(|error| failed("read the free memory", error))
+    }
+
+    /// Makes the context current on this thread.
+    fn enter(&self) -> Result<()> {
+        self.inner.enter().map_err(|error| failed("use the GPU", error))
+    }
+
+    /// An error of a call that may report an earlier launch's fault.
+    fn failed_after_launch(&self, action: &str, error: DriverError) -> Error {
+        let last = self.inner.last_launch.lock().unwrap_or_else(PoisonError::into_inner);
+        let error = failed(action, error);
+        if last.is_empty() { error } else { error.at(format!("after {last}")) }
+    }
+
+    fn function(&self, name: &str) -> Result<Function> {
+        let mut functions = self.inner.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = functions.get(name) {
+            return Ok(*found);
+        }
+        let c_name = CString::new(name).map_err(|_| Error::internal("a kernel's name holds NUL"))?;
+        let function = self
+            .inner
+            .modules
+            .iter()
+            // SAFETY: the modules are loaded as long as Inner lives.
+            .find_map(|&module| unsafe { result::module::get_function(module, c_name.clone()) }.ok())
+            .ok_or_else(|| Error::internal(format!("there is no kernel `{name}`")))?;
+        allow_all_shared_memory(function, self.inner.limits)
+            .map_err(|error| failed("prepare a kernel", error).at(name))?;
+        functions.insert(name.to_owned(), Function(function));
+        Ok(Function(function))
+    }
+}
+
+impl Inner {
+    fn enter(&self) -> std::result::Result<(), DriverError> {
+        // SAFETY: the context is retained until Inner drops.
+        unsafe { result::ctx::set_current(self.context) }
+    }
+}
+
+fn read_limits(device: sys::CUdevice) -> std::result::Result<Limits, DriverError> {
+    // SAFETY: the device handle comes from cuDeviceGet.
+    let attribute =
+        |which| unsafe { result::device::get_attribute(device, which) }.map(|value| value.max(0) as u32);
+    Ok(Limits {
+        compute_capability: (
+            attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        ),
+        multiprocessor_count: attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+        shared_bytes_per_block: attribute(
+            CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+        )?,
+        // SAFETY: as above.
+        total_memory_bytes: unsafe { result::device::total_mem(device) }? as u64,
+    })
+}
+
+/// Retains the primary context, loads every module and makes the stream.
+fn open(device: sys::CUdevice, name: String, limits: Limits) -> Result<Inner> {
+    // SAFETY: the device handle is valid; Inner's drop releases what was retained, also when a later step fails.
+    let context = unsafe { result::primary_ctx::retain(device) }
+        .map_err(|error| failed("make a CUDA context", error))?;
+    let mut inner = Inner {
+        device,
+        context,
+        stream: std::ptr::null_mut(),
+        modules: Vec::new(),
+        functions: Mutex::default(),
+        last_launch: Mutex::default(),
+        name,
+        limits,
+    };
+    inner.enter().map_err(|error| failed("use the GPU", error))?;
+    inner.stream = result::stream::create(result::stream::StreamKind::NonBlocking)
+        .map_err(|error| failed("make a CUDA stream", error))?;
+    for (module_name, image) in compiled::MODULES {
+        // SAFETY: the image is a whole fatbin written by nvcc.
+        let module = unsafe { result::module::load_data(image.as_ptr().cast()) }
+            .map_err(|error| failed("load compiled kernels", error).at(*module_name))?;
+        inner.modules.push(module);
+    }
+    Ok(inner)
+}
+
+/// Above 48 KiB a kernel must ask for dynamic shared memory: allow what the device has.
+fn allow_all_shared_memory(
+    function: sys::CUfunction,
+    limits: Limits,
+) -> std::result::Result<(), DriverError> {
+    use CUfunction_attribute::{
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES,
+    };
+    // SAFETY: the function comes from a loaded module.
+    unsafe {
+        let fixed = result::function::get_function_attribute(function, CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?;
+        let dynamic = limits.shared_bytes_per_block as i32 - fixed;
+        result::function::set_function_attribute(
+            function,
+            CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+            dynamic,
+        )
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // Errors are ignored: after a lost device nothing can be released, and there is nobody left to tell.
+        // SAFETY: all handles are ours and used nowhere after this; the stream is idle before it goes.
+        unsafe {
+            if self.enter().is_ok() {
+                if !self.stream.is_null() {
+                    let _ = result::stream::synchronize(self.stream);
+                    let _ = result::stream::destroy(self.stream);
+                }
+                for &module in &self.modules {
+                    let _ = result::module::unload(module);
+                }
+            }
+            let _ = result::primary_ctx::release(self.device);
+        }
+    }
+}
+
+/// Memory of a GPU.
+pub struct DriverMemory {
+    inner: Arc<Inner>,
+    address: sys::CUdeviceptr,
+    bytes: usize,
+}
+
+impl std::fmt::Debug for DriverMemory {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "{} bytes at {:#x}", self.bytes, self.address)
+    }
+}
+
+impl Memory for DriverMemory {
+    fn address(&self) -> u64 {
+        self.address
+    }
+
+    fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for DriverMemory {
+    fn drop(&mut self) {
+        // SAFETY: the address came from cuMemAlloc and is freed once; the driver waits for work that uses it.
+        unsafe {
+            if self.inner.enter().is_ok() {
+                let _ = result::free_sync(self.address);
+            }
+        }
+    }
+}
+
+/// A CUDA event.
+pub struct DriverEvent {
+    inner: Arc<Inner>,
+    event: sys::CUevent,
+}
+
+impl Drop for DriverEvent {
+    fn drop(&mut self) {
+        // SAFETY: the event is ours and used nowhere after this.
+        unsafe {
+            if self.inner.enter().is_ok() {
+                let _ = result::event::destroy(self.event);
+            }
+        }
+    }
+}
+
+impl Device for Driver {
+    type Memory = DriverMemory;
+    type Event = DriverEvent;
+
+    fn description(&self) -> String {
+        let (major, minor) = self.inner.limits.compute_capability;
+        let gibibytes = self.inner.limits.total_memory_bytes as f64 / (1u64 << 30) as f64;
+        format!("{} (compute capability {major}.{minor}, {gibibytes:.0} GiB)", self.inner.name)
+    }
+
+    fn limits(&self) -> Limits {
+        self.inner.limits
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<DriverMemory> {
+        self.enter()?;
+        // The driver refuses zero bytes.
+        // SAFETY: the context is current.
+        let address = unsafe { result::malloc_sync(bytes.max(16)) }.map_err(|error| {
+            self.failed_after_launch(&format!("allocate {bytes} bytes of GPU memory"), error)
+        })?;
+        Ok(DriverMemory { inner: self.inner.clone(), address, bytes })
+    }
+
+    fn upload(&self, bytes: &[u8], memory: &mut DriverMemory, offset: usize) -> Result<()> {
+        check_range(memory, offset, bytes.len())?;
+        self.enter()?;
+        // SAFETY: the range is inside the allocation, and the slice outlives the copy because it is waited for.
+        unsafe {
+            result::memcpy_htod_async(memory.address + offset as u64, bytes, self.inner.stream)
+                .and_then(|()| result::stream::synchronize(self.inner.stream))
+        }
+        .map_err(|error| self.failed_after_launch("copy to the GPU", error))
+    }
+
+    fn download(&self, memory: &DriverMemory, offset: usize, into: &mut [u8]) -> Result<()> {
+        check_range(memory, offset, into.len())?;
+        self.enter()?;
+        // SAFETY: as in upload.
+        unsafe {
+            result::memcpy_dtoh_async(into, memory.address + offset as u64, self.inner.stream)
+                .and_then(|()| result::stream::synchronize(self.inner.stream))
+        }
+        .map_err(|error| self.failed_after_launch("copy from the GPU", error))
+    }
+
+    fn fill(&self, memory: &mut DriverMemory, range: Range<usize>, byte: u8) -> Result<()> {
+        check_range(memory, range.start, range.len())?;
+        self.enter()?;
+        let address = memory.address + range.start as u64;
+        // SAFETY: the range is inside the allocation; memory that is freed later waits for the stream.
+        unsafe { result::memset_d8_async(address, byte, range.len(), self.inner.stream) }
+            .map_err(|error| self.failed_after_launch("fill GPU memory", error))
+    }
+
+    fn copy(
+        &self,
+        from: &DriverMemory,
+        range: Range<usize>,
+        to: &mut DriverMemory,
+        offset: usize,
+    ) -> Result<()> {
+        check_range(from, range.start, range.len())?;
+        check_range(to, offset, range.len())?;
+        self.enter()?;
+        let (target, source) = (to.address + offset as u64, from.address + range.start as u64);
+        // SAFETY: as in fill.
+        unsafe { result::memcpy_dtod_async(target, source, range.len(), self.inner.stream) }
+            .map_err(|error| self.failed_after_launch("copy inside the GPU", error))
+    }
+
+    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+        self.enter()?;
+        let function = self.function(launch.kernel)?;
+        let mut arguments: Vec<_> = launch.arguments.iter().map(Argument::value_pointer).collect();
+        let [x, y, z] = launch.grid;
+        // SAFETY: the caller vouches for the addresses; the values are copied before the call returns.
+        unsafe {
+            result::launch_kernel(
+                function.0,
+                (x, y, z),
+                (launch.threads, 1, 1),
+                launch.dynamic_shared_bytes,
+                self.inner.stream,
+                &mut arguments,
+            )
+        }
+        .map_err(|error| failed("launch", error).at(launch.to_string()))?;
+        *self.inner.last_launch.lock().unwrap_or_else(PoisonError::into_inner) = launch.to_string();
+        Ok(())
+    }
+
+    fn record_event(&self) -> Result<DriverEvent> {
+        self.enter()?;
+        // Not CU_EVENT_DISABLE_TIMING: these events measure time.
+        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT)
+            .map_err(|error| failed("make a CUDA event", error))?;
+        let event = DriverEvent { inner: self.inner.clone(), event };
+        // SAFETY: both handles are alive.
+        unsafe { result::event::record(event.event, self.inner.stream) }
+            .map_err(|error| self.failed_after_launch("record a CUDA event", error))?;
+        Ok(event)
+    }
+
+    fn milliseconds_between(&self, start: &DriverEvent, end: &DriverEvent) -> Result<f32> {
+        self.enter()?;
+        // SAFETY: both events are recorded and alive.
+        unsafe {
+            result::event::synchronize(end.event)
+                .and_then(|()| result::event::elapsed(start.event, end.event))
+        }
+        .map_err(|error| self.failed_after_launch("read a CUDA event", error))
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the stream is alive.
+        unsafe { result::stream::synchronize(self.inner.stream) }
+            .map_err(|error| self.failed_after_launch("finish the GPU's work", error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+
+    #[test]
+    fn fault_58_without_a_driver_the_error_says_what_to_do() {
+        match Driver::new(0) {
+            Ok(driver) => assert!(driver.limits().compute_capability >= OLDEST_COMPUTE_CAPABILITY),
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::Device);
+                assert!(error.hint_text().is_some(), "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn versions_read_as_people_write_them() {
+        assert_eq!(version_text(13000), "13.0");
+        assert_eq!(version_text(12080), "12.8");
+    }
+}

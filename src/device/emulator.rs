@@ -1,0 +1,298 @@
+//! The kernels on the CPU, for tests: `kernels/emulator/README.md` says what it finds and what it cannot see.
+//!
+//! The build script makes two libraries of the same kernels: fast, and with the race checker compiled in.
+
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+use libloading::Library;
+
+use super::{Argument, Device, Launch, Limits, Memory, check_range};
+use crate::error::{Error, Result};
+
+/// Which of the two libraries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flavour {
+    /// 2–4 GFLOP/s a core; finds what shows as NaN, a wrong value, a fault or a deadlock.
+    Fast,
+    /// About five times slower; also finds races, uninitialised reads and exact bounds.
+    Checked,
+}
+
+impl Flavour {
+    fn library(self) -> &'static str {
+        match self {
+            Flavour::Fast => env!("FASTLORA_EMULATOR_FAST"),
+            Flavour::Checked => env!("FASTLORA_EMULATOR_CHECKED"),
+        }
+    }
+}
+
+/// The emulator as a [`Device`].
+#[derive(Clone)]
+pub struct Emulator {
+    functions: Arc<Functions>,
+    flavour: Flavour,
+    seed: u64,
+}
+
+type KernelHandle = *const c_void;
+
+/// The interface of `kernels/emulator/interface.cpp`.
+struct Functions {
+    allocate: unsafe extern "C" fn(usize) -> *mut c_void,
+    release: unsafe extern "C" fn(*mut c_void) -> bool,
+    upload: unsafe extern "C" fn(*mut c_void, *const c_void, usize) -> bool,
+    download: unsafe extern "C" fn(*mut c_void, *const c_void, usize) -> bool,
+    fill: unsafe extern "C" fn(*mut c_void, c_int, usize) -> bool,
+    copy: unsafe extern "C" fn(*mut c_void, *const c_void, usize) -> bool,
+    kernel: unsafe extern "C" fn(*const c_char) -> KernelHandle,
+    kernel_signature: unsafe extern "C" fn(KernelHandle) -> *const c_char,
+    kernel_name: unsafe extern "C" fn(usize) -> *const c_char,
+    #[allow(clippy::type_complexity)]
+    launch: unsafe extern "C" fn(
+        KernelHandle,
+        *const u32,
+        *const u32,
+        u32,
+        u64,
+        *mut *mut c_void,
+        *mut c_char,
+        usize,
+    ) -> bool,
+    // Dropped last: the pointers above lead into it.
+    _library: Library,
+}
+
+impl Functions {
+    fn load(path: &str) -> Result<Self, libloading::Error> {
+        // SAFETY: our own library; its initialisers only link the kernels into a list. The signatures are those of
+        // interface.cpp, which is compiled by the same build.
+        unsafe {
+            let library = Library::new(path)?;
+            Ok(Self {
+                allocate: *library.get(b"emulator_allocate")?,
+                release: *library.get(b"emulator_release")?,
+                upload: *library.get(b"emulator_upload")?,
+                download: *library.get(b"emulator_download")?,
+                fill: *library.get(b"emulator_fill")?,
+                copy: *library.get(b"emulator_copy")?,
+                kernel: *library.get(b"emulator_kernel")?,
+                kernel_signature: *library.get(b"emulator_kernel_signature")?,
+                kernel_name: *library.get(b"emulator_kernel_name")?,
+                launch: *library.get(b"emulator_launch")?,
+                _library: library,
+            })
+        }
+    }
+}
+
+impl Emulator {
+    /// Loads a library. The seed picks the schedule of the threads; 0 runs them in order.
+    pub fn new(flavour: Flavour, seed: u64) -> Result<Self> {
+        if !(is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c"))
+        {
+            return Err(Error::device("the emulator needs a processor with AVX2, FMA and F16C"));
+        }
+        let path = flavour.library();
+        let functions = Functions::load(path).map_err(|error| {
+            Error::device("cannot load the emulator").at(path).hint("build again").caused_by(error)
+        })?;
+        Ok(Self { functions: Arc::new(functions), flavour, seed })
+    }
+
+    /// The same device with another schedule.
+    pub fn with_seed(&self, seed: u64) -> Self {
+        Self { seed, ..self.clone() }
+    }
+
+    /// The names of all kernels.
+    pub fn kernel_names(&self) -> Vec<String> {
+        // SAFETY: the function accepts any index, and returns null or a string that lives as long as the library.
+        let name = |index| unsafe {
+            let name = (self.functions.kernel_name)(index);
+            (!name.is_null()).then(|| CStr::from_ptr(name).to_string_lossy().into_owned())
+        };
+        (0..).map_while(name).collect()
+    }
+
+    /// The kernel's handle, after checking the arguments against its parameters.
+    fn find(&self, launch: &Launch<'_>) -> Result<KernelHandle> {
+        let name = CString::new(launch.kernel).map_err(|_| Error::internal("a kernel's name holds NUL"))?;
+        // SAFETY: the name is a C string; the handle is null or lives as long as the library.
+        let handle = unsafe { (self.functions.kernel)(name.as_ptr()) };
+        if handle.is_null() {
+            return Err(Error::internal(format!("there is no kernel `{}`", launch.kernel)));
+        }
+        // SAFETY: the handle is valid and signatures are static C strings.
+        let signature = unsafe { CStr::from_ptr((self.functions.kernel_signature)(handle)) };
+        let given: String = launch.arguments.iter().map(kind_of).collect();
+        if given.as_bytes() != signature.to_bytes() {
+            let expected = signature.to_string_lossy();
+            return Err(Error::internal(format!(
+                "arguments of kinds `{given}`, the kernel has `{expected}`"
+            ))
+            .at(launch.to_string()));
+        }
+        Ok(handle)
+    }
+}
+
+/// The letters of `parameter_kind` in `kernels/emulator/runtime.h`.
+fn kind_of(argument: &Argument) -> char {
+    match argument {
+        Argument::Address(_) => 'p',
+        Argument::F32(_) => 'f',
+        Argument::I32(_) => 'i',
+        Argument::U32(_) => 'u',
+        Argument::I64(_) => 'l',
+    }
+}
+
+/// Memory of the emulated device: ends at a guard page, starts as NaN.
+pub struct EmulatorMemory {
+    functions: Arc<Functions>,
+    address: *mut c_void,
+    bytes: usize,
+}
+
+// SAFETY: the address is only used through the library's functions, which lock.
+unsafe impl Send for EmulatorMemory {}
+// SAFETY: as above; shared references only read the address.
+unsafe impl Sync for EmulatorMemory {}
+
+impl std::fmt::Debug for EmulatorMemory {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "{} bytes at {:?}", self.bytes, self.address)
+    }
+}
+
+impl EmulatorMemory {
+    fn at(&self, offset: usize) -> *mut c_void {
+        self.address.wrapping_byte_add(offset)
+    }
+}
+
+impl Memory for EmulatorMemory {
+    fn address(&self) -> u64 {
+        self.address as u64
+    }
+
+    fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for EmulatorMemory {
+    fn drop(&mut self) {
+        // SAFETY: the address came from the library's allocate and is released once.
+        let released = unsafe { (self.functions.release)(self.address) };
+        debug_assert!(released, "memory was released twice");
+    }
+}
+
+fn copied(done: bool) -> Result<()> {
+    if done { Ok(()) } else { Err(Error::internal("the emulator refused a copy outside its memory")) }
+}
+
+impl Device for Emulator {
+    type Memory = EmulatorMemory;
+    type Event = Instant;
+
+    fn description(&self) -> String {
+        format!("emulator ({:?}, seed {})", self.flavour, self.seed)
+    }
+
+    fn limits(&self) -> Limits {
+        // A small Ampere: more multiprocessors would only make tests slower.
+        Limits {
+            compute_capability: (8, 0),
+            multiprocessor_count: 4,
+            shared_bytes_per_block: 163 << 10,
+            total_memory_bytes: 64 << 30,
+        }
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<EmulatorMemory> {
+        // SAFETY: any size is allowed.
+        let address = unsafe { (self.functions.allocate)(bytes) };
+        if address.is_null() {
+            return Err(Error::device(format!("the emulator has no {bytes} bytes left")));
+        }
+        Ok(EmulatorMemory { functions: self.functions.clone(), address, bytes })
+    }
+
+    fn upload(&self, bytes: &[u8], memory: &mut EmulatorMemory, offset: usize) -> Result<()> {
+        check_range(memory, offset, bytes.len())?;
+        // SAFETY: the range is inside the allocation, and the slice is readable.
+        copied(unsafe { (self.functions.upload)(memory.at(offset), bytes.as_ptr().cast(), bytes.len()) })
+    }
+
+    fn download(&self, memory: &EmulatorMemory, offset: usize, into: &mut [u8]) -> Result<()> {
+        check_range(memory, offset, into.len())?;
+        // SAFETY: the range is inside the allocation, and the slice is writable.
+        copied(unsafe { (self.functions.download)(into.as_mut_ptr().cast(), memory.at(offset), into.len()) })
+    }
+
+    fn fill(&self, memory: &mut EmulatorMemory, range: Range<usize>, byte: u8) -> Result<()> {
+        check_range(memory, range.start, range.len())?;
+        // SAFETY: the range is inside the allocation.
+        copied(unsafe { (self.functions.fill)(memory.at(range.start), c_int::from(byte), range.len()) })
+    }
+
+    fn copy(
+        &self,
+        from: &EmulatorMemory,
+        range: Range<usize>,
+        to: &mut EmulatorMemory,
+        offset: usize,
+    ) -> Result<()> {
+        check_range(from, range.start, range.len())?;
+        check_range(to, offset, range.len())?;
+        // SAFETY: both ranges are inside their allocations.
+        copied(unsafe { (self.functions.copy)(to.at(offset), from.at(range.start), range.len()) })
+    }
+
+    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+        let kernel = self.find(launch)?;
+        let mut arguments: Vec<_> = launch.arguments.iter().map(Argument::value_pointer).collect();
+        let mut message = vec![0u8; 16 << 10];
+        let block = [launch.threads, 1, 1];
+        // SAFETY: the arguments' kinds were compared with the kernel's parameters; a kernel that leaves its memory is
+        // stopped by guard pages and reported; message is writable for its whole length.
+        let done = unsafe {
+            (self.functions.launch)(
+                kernel,
+                launch.grid.as_ptr(),
+                block.as_ptr(),
+                launch.dynamic_shared_bytes,
+                self.seed,
+                arguments.as_mut_ptr(),
+                message.as_mut_ptr().cast(),
+                message.len(),
+            )
+        };
+        if done {
+            return Ok(());
+        }
+        let text =
+            CStr::from_bytes_until_nul(&message).unwrap_or_default().to_string_lossy().trim_end().to_owned();
+        Err(Error::device(text).at(format!("{launch} on {}", self.description())))
+    }
+
+    fn record_event(&self) -> Result<Instant> {
+        Ok(Instant::now())
+    }
+
+    fn milliseconds_between(&self, start: &Instant, end: &Instant) -> Result<f32> {
+        Ok(end.saturating_duration_since(*start).as_secs_f32() * 1e3)
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,176 @@
+//! A compute device as bytes, kernel names and grids: [`driver`] speaks to an NVIDIA GPU, [`emulator`] runs the same
+//! kernels on the CPU, for tests. Shapes live a level higher, in the backend.
+//!
+//! All work of a device is ordered: copies and launches run one after the other, as on one CUDA stream.
+
+pub mod driver;
+#[cfg(feature = "emulator")]
+pub mod emulator;
+
+use std::fmt;
+use std::ops::Range;
+
+use crate::error::{Error, Result};
+
+/// What the hardware allows, for choosing grids.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Compute capability, such as (8, 0).
+    pub compute_capability: (u32, u32),
+    /// Streaming multiprocessors.
+    pub multiprocessor_count: u32,
+    /// Shared memory that one block may have, in bytes.
+    pub shared_bytes_per_block: u32,
+    /// Memory of the device, in bytes.
+    pub total_memory_bytes: u64,
+}
+
+/// Device memory, freed when dropped.
+pub trait Memory: fmt::Debug + Send + Sync {
+    /// Its first byte's address on the device, a multiple of 16 at least.
+    fn address(&self) -> u64;
+    /// Its length.
+    fn bytes(&self) -> usize;
+}
+
+/// One argument of a kernel; the variant must match the parameter's type.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Argument {
+    /// A pointer.
+    Address(u64),
+    /// `float`.
+    F32(f32),
+    /// `int`.
+    I32(i32),
+    /// `unsigned`.
+    U32(u32),
+    /// `long long`.
+    I64(i64),
+}
+
+impl Argument {
+    /// The start of `memory`.
+    pub fn of(memory: &impl Memory) -> Self {
+        Argument::Address(memory.address())
+    }
+
+    /// Where the argument's value lies, as the driver's launch call wants it.
+    fn value_pointer(&self) -> *mut std::ffi::c_void {
+        let pointer: *const u8 = match self {
+            Argument::Address(value) => (value as *const u64).cast(),
+            Argument::F32(value) => (value as *const f32).cast(),
+            Argument::I32(value) => (value as *const i32).cast(),
+            Argument::U32(value) => (value as *const u32).cast(),
+            Argument::I64(value) => (value as *const i64).cast(),
+        };
+        pointer.cast_mut().cast()
+    }
+}
+
+impl fmt::Display for Argument {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Argument::Address(0) => formatter.write_str("null"),
+            Argument::Address(_) => formatter.write_str("memory"),
+            Argument::F32(value) => write!(formatter, "{value:?}"),
+            Argument::I32(value) => write!(formatter, "{value}"),
+            Argument::U32(value) => write!(formatter, "{value}"),
+            Argument::I64(value) => write!(formatter, "{value}"),
+        }
+    }
+}
+
+/// A kernel with its grid and arguments. Displays as CUDA writes it, so that an error tells name and shape.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch<'a> {
+    /// The exported name.
+    pub kernel: &'a str,
+    /// Blocks in x, y and z.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub threads: u32,
+    /// Dynamic shared memory of a block.
+    pub dynamic_shared_bytes: u32,
+    /// In the order of the kernel's parameters.
+    pub arguments: &'a [Argument],
+}
+
+impl fmt::Display for Launch<'_> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [x, y, z] = self.grid;
+        let arguments: Vec<String> = self.arguments.iter().map(Argument::to_string).collect();
+        write!(formatter, "{}<<<({x},{y},{z}), {}", self.kernel, self.threads)?;
+        write!(formatter, ", {}>>>({})", self.dynamic_shared_bytes, arguments.join(", "))
+    }
+}
+
+/// Allocation, copies, launches and time. Handles are cheap to clone and name the same device.
+pub trait Device: Clone + Send + Sync + 'static {
+    /// Its memory.
+    type Memory: Memory;
+    /// A point in its work.
+    type Event;
+
+    /// The device's name, for the log.
+    fn description(&self) -> String;
+    /// What the hardware allows.
+    fn limits(&self) -> Limits;
+    /// New memory with undefined contents. Zero bytes are allowed.
+    fn allocate(&self, bytes: usize) -> Result<Self::Memory>;
+    /// Copies `bytes` to `memory` from byte `offset` on; `bytes` may be reused when it returns.
+    fn upload(&self, bytes: &[u8], memory: &mut Self::Memory, offset: usize) -> Result<()>;
+    /// Waits for the work so far and copies from byte `offset` of `memory`.
+    fn download(&self, memory: &Self::Memory, offset: usize, into: &mut [u8]) -> Result<()>;
+    /// Sets every byte of a range.
+    fn fill(&self, memory: &mut Self::Memory, range: Range<usize>, byte: u8) -> Result<()>;
+    /// Copies `range` of `from` to byte `offset` of `to`.
+    fn copy(
+        &self,
+        from: &Self::Memory,
+        range: Range<usize>,
+        to: &mut Self::Memory,
+        offset: usize,
+    ) -> Result<()>;
+    /// Starts a kernel. On a GPU a fault inside it is reported by a later call.
+    ///
+    /// # Safety
+    /// The arguments' addresses must be of live memory of this device that covers what the kernel reads and writes, and
+    /// stay so until the work is done.
+    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()>;
+    /// Marks the end of the work so far.
+    fn record_event(&self) -> Result<Self::Event>;
+    /// Waits for `end` and tells the device's time since `start`.
+    fn milliseconds_between(&self, start: &Self::Event, end: &Self::Event) -> Result<f32>;
+    /// Waits for all work.
+    fn synchronize(&self) -> Result<()>;
+}
+
+/// Refuses a copy that leaves its memory, before it reaches the device.
+fn check_range(memory: &impl Memory, offset: usize, bytes: usize) -> Result<()> {
+    match offset.checked_add(bytes) {
+        Some(end) if end <= memory.bytes() => Ok(()),
+        _ => Err(Error::internal(format!(
+            "copy of {bytes} bytes at byte {offset} leaves device memory of {} bytes",
+            memory.bytes()
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_launch_reads_as_in_cuda() {
+        let arguments =
+            [Argument::Address(4096), Argument::I32(64), Argument::F32(1e-5), Argument::Address(0)];
+        let launch = Launch {
+            kernel: "rms_norm_f16",
+            grid: [4, 1, 1],
+            threads: 256,
+            dynamic_shared_bytes: 0,
+            arguments: &arguments,
+        };
+        assert_eq!(launch.to_string(), "rms_norm_f16<<<(4,1,1), 256, 0>>>(memory, 64, 1e-5, null)");
+    }
+}

@@ -1,0 +1,257 @@
+//! The emulator's own tests: kernels with one planted mistake each (`kernels/emulator/planted_faults.cu`), every one of
+//! which must be found, and the same kernels without mistakes, which must not be accused.
+#![cfg(feature = "emulator")]
+
+use fastlora::device::emulator::{Emulator, EmulatorMemory, Flavour};
+use fastlora::device::{Argument, Device, Launch, Memory};
+use fastlora::error::Result;
+
+const THREADS: u32 = 128;
+const OUT_ELEMENTS: usize = 512;
+/// Schedules tried for each fault. A race that no schedule of the fast build shows is the checker's to find, and the
+/// checker needs few.
+const SEEDS: u64 = 12;
+
+fn memory_of<T: bytemuck::NoUninit>(device: &Emulator, values: &[T]) -> EmulatorMemory {
+    let bytes = bytemuck::cast_slice(values);
+    let mut memory = device.allocate(bytes.len()).unwrap();
+    device.upload(bytes, &mut memory, 0).unwrap();
+    memory
+}
+
+fn floats_of(device: &Emulator, memory: &EmulatorMemory) -> Vec<f32> {
+    let mut values = vec![0f32; memory.bytes() / 4];
+    device.download(memory, 0, bytemuck::cast_slice_mut(&mut values)).unwrap();
+    values
+}
+
+fn launch(device: &Emulator, kernel: &str, blocks: u32, shared: u32, arguments: &[Argument]) -> Result<()> {
+    let launch =
+        Launch { kernel, grid: [blocks, 1, 1], threads: THREADS, dynamic_shared_bytes: shared, arguments };
+    // SAFETY: the emulator's memory is guarded; these kernels are meant to go wrong.
+    unsafe { device.launch(&launch) }
+}
+
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum FoundBy {
+    /// Already the fast build shows it, in at least one schedule.
+    Fast,
+    /// Only the checker sees it.
+    Checker,
+}
+
+struct Fault {
+    kernel: &'static str,
+    blocks: u32,
+    dynamic_shared_bytes: u32,
+    takes_input: bool,
+    out_is_initialised: bool,
+    /// What the checker's message must say.
+    message: &'static str,
+    found_by: FoundBy,
+}
+
+fn fault(kernel: &'static str, message: &'static str, found_by: FoundBy) -> Fault {
+    Fault {
+        kernel,
+        blocks: 1,
+        dynamic_shared_bytes: 0,
+        takes_input: false,
+        out_is_initialised: true,
+        message,
+        found_by,
+    }
+}
+
+fn small_faults() -> Vec<Fault> {
+    use FoundBy::{Checker, Fast};
+    let input = |fault: Fault| Fault { takes_input: true, ..fault };
+    vec![
+        fault("missing_syncwarp", "shared", Fast),
+        fault("exit_before_barrier", "at barrier 0 (127 of 128 arrived)", Fast),
+        fault("barrier_in_branch", "at barrier 0 (64 of 128 arrived)", Fast),
+        fault("shuffle_in_branch", "exited", Fast),
+        fault("mma_in_branch", "exited", Fast),
+        input(fault("lockstep_reduction", "shared race", Fast)),
+        input(fault("buffer_reused_too_early", "may still be reading", Fast)),
+        input(fault("uninitialised_partial", "uninitialised shared memory", Fast)),
+        Fault { blocks: 3, ..fault("unsynchronised_sum", "global race", Checker) },
+        Fault { blocks: 3, ..fault("overlapping_blocks", "global race", Checker) },
+        fault("spin", "watchdog", Fast),
+        fault("shared_out_of_bounds", "out of bounds", Checker),
+        Fault { dynamic_shared_bytes: 256, ..fault("dynamic_shared_too_small", "out of bounds", Fast) },
+        fault("global_write_past_end", "out of bounds", Fast),
+        fault("global_read_past_end", "out of bounds", Fast),
+        fault("misaligned_vector", "misaligned", Checker),
+        Fault {
+            out_is_initialised: false,
+            ..fault("uninitialised_global", "uninitialised global memory", Checker)
+        },
+        fault("stack_overflow", "stack overflowed", Fast),
+        input(fault("copy_without_commit", "in flight", Fast)),
+        input(fault("copy_without_barrier", "shared", Fast)),
+        input(fault("copy_misaligned", "not 16-byte aligned", Fast)),
+    ]
+}
+
+impl Fault {
+    /// The message of a failed launch; else whether what it wrote shows the mistake.
+    fn run(&self, device: &Emulator) -> (Option<String>, bool) {
+        let input = memory_of(device, &[1f32; OUT_ELEMENTS]);
+        let out = if self.out_is_initialised {
+            memory_of(device, &[0f32; OUT_ELEMENTS])
+        } else {
+            device.allocate(OUT_ELEMENTS * 4).unwrap()
+        };
+        let mut arguments = vec![Argument::of(&out)];
+        if self.takes_input {
+            arguments.insert(0, Argument::of(&input));
+        }
+        let kernel = format!("planted_{}", self.kernel);
+        let message = launch(device, &kernel, self.blocks, self.dynamic_shared_bytes, &arguments)
+            .err()
+            .map(|e| e.to_string());
+        let values = floats_of(device, &out);
+        let first = values[0];
+        let wrong = values[..THREADS as usize].iter().any(|value| value.is_nan() || *value != first)
+            || matches!(self.kernel, "lockstep_reduction" if first != THREADS as f32)
+            || matches!(self.kernel, "buffer_reused_too_early" if first != 128.0 * 32.0);
+        // This kernel's warps write four different values by design.
+        let wrong = if self.kernel == "missing_syncwarp" { values.iter().any(|v| v.is_nan()) } else { wrong };
+        (message, wrong)
+    }
+}
+
+#[test]
+fn every_small_fault_is_found() {
+    let fast = Emulator::new(Flavour::Fast, 0).unwrap();
+    let checked = Emulator::new(Flavour::Checked, 0).unwrap();
+    let mut missed = Vec::new();
+    for fault in small_faults() {
+        let (message, _) = fault.run(&checked.with_seed(1));
+        let message = message.unwrap_or_default();
+        if !message.contains(fault.message) {
+            missed.push(format!("{}: the checker said `{message}`", fault.kernel));
+        }
+        // A spinning kernel costs seconds of processor time each run.
+        let seeds = if fault.kernel == "spin" { 1 } else { SEEDS };
+        let noticed = (1..=seeds).any(|seed| {
+            let (message, wrong) = fault.run(&fast.with_seed(seed));
+            message.is_some() || wrong
+        });
+        if fault.found_by == FoundBy::Fast && !noticed {
+            missed.push(format!("{}: no schedule of the fast build shows it", fault.kernel));
+        }
+    }
+    assert!(missed.is_empty(), "{}", missed.join("\n"));
+}
+
+/// The pipelined matmul of the planted faults: C[rows][64] = A · Bᵀ over small integers, so that sums are exact.
+struct Pipeline {
+    rows: usize,
+    depth: usize,
+}
+
+impl Pipeline {
+    fn a(&self, row: usize, k: usize) -> f32 {
+        ((row * 7 + k * 3) % 5) as f32 - 2.0
+    }
+
+    fn b(&self, column: usize, k: usize) -> f32 {
+        ((column * 5 + k * 11) % 7) as f32 - 3.0
+    }
+
+    fn expected(&self) -> Vec<f32> {
+        let element =
+            |index: usize| (0..self.depth).map(|k| self.a(index / 64, k) * self.b(index % 64, k)).sum();
+        (0..self.rows * 64).map(element).collect()
+    }
+
+    fn run(&self, device: &Emulator, fault: &str) -> (Option<String>, Vec<f32>) {
+        let half = half::f16::from_f32;
+        let a: Vec<_> =
+            (0..self.rows * self.depth).map(|i| half(self.a(i / self.depth, i % self.depth))).collect();
+        let b: Vec<_> = (0..64 * self.depth).map(|i| half(self.b(i / self.depth, i % self.depth))).collect();
+        let (a, b) = (memory_of(device, &a), memory_of(device, &b));
+        let c = device.allocate(self.rows * 64 * 4).unwrap();
+        let arguments = [
+            Argument::of(&a),
+            Argument::of(&b),
+            Argument::of(&c),
+            Argument::I32(self.rows as i32),
+            Argument::I32(self.depth as i32),
+        ];
+        let blocks = self.rows.div_ceil(64) as u32;
+        let result = launch(device, &format!("planted_pipeline_{fault}"), blocks, 0, &arguments);
+        (result.err().map(|error| error.to_string()), floats_of(device, &c))
+    }
+}
+
+#[test]
+fn every_fault_of_a_pipelined_matmul_is_found() {
+    let faults = [
+        ("no_barrier", FoundBy::Fast),
+        ("waits_for_too_few", FoundBy::Fast),
+        ("no_wait", FoundBy::Fast),
+        ("overwrites_read_stage", FoundBy::Fast),
+        ("swapped_fragment", FoundBy::Fast),
+        ("reads_row_too_many", FoundBy::Fast),
+        ("writes_row_too_many", FoundBy::Fast),
+        ("copies_left_at_exit", FoundBy::Fast),
+    ];
+    // Seven steps: more than twice the three stages, so that every stage is reused. 70 rows: a ragged second block.
+    let pipeline = Pipeline { rows: 70, depth: 112 };
+    let expected = pipeline.expected();
+    let fast = Emulator::new(Flavour::Fast, 0).unwrap();
+    let checked = Emulator::new(Flavour::Checked, 0).unwrap();
+    let mut missed = Vec::new();
+    for (name, found_by) in faults {
+        let (message, values) = pipeline.run(&checked.with_seed(1), name);
+        if message.is_none() && values == expected {
+            missed.push(format!("{name}: not found by the checker"));
+        }
+        let noticed = (1..=SEEDS).any(|seed| {
+            let (message, values) = pipeline.run(&fast.with_seed(seed), name);
+            message.is_some() || values != expected
+        });
+        if found_by == FoundBy::Fast && !noticed {
+            missed.push(format!("{name}: no schedule of the fast build shows it"));
+        }
+    }
+    assert!(missed.is_empty(), "{}", missed.join("\n"));
+}
+
+#[test]
+fn a_correct_pipeline_is_not_accused_and_does_not_depend_on_the_schedule() {
+    for (flavour, seeds) in [(Flavour::Fast, 40), (Flavour::Checked, 6)] {
+        let device = Emulator::new(flavour, 0).unwrap();
+        for (rows, depth) in [(70, 112), (64, 16), (1, 32), (129, 48)] {
+            let pipeline = Pipeline { rows, depth };
+            let expected = pipeline.expected();
+            for seed in 0..seeds {
+                let (message, values) = pipeline.run(&device.with_seed(seed), "none");
+                assert_eq!(message, None, "{flavour:?}, {rows} rows, depth {depth}, seed {seed}");
+                assert!(values == expected, "{flavour:?}, {rows} rows, depth {depth}, seed {seed}");
+            }
+        }
+    }
+}
+
+#[test]
+fn arguments_are_compared_with_the_kernels_parameters() {
+    let device = Emulator::new(Flavour::Fast, 0).unwrap();
+    let out = memory_of(&device, &[0f32; OUT_ELEMENTS]);
+    let error = launch(&device, "planted_spin", 1, 0, &[Argument::of(&out), Argument::I32(1)]).unwrap_err();
+    assert!(error.to_string().contains("arguments of kinds `pi`, the kernel has `p`"), "{error}");
+    let error = launch(&device, "no_such_kernel", 1, 0, &[]).unwrap_err();
+    assert!(error.to_string().contains("no kernel `no_such_kernel`"), "{error}");
+}
+
+#[test]
+fn copies_outside_memory_are_refused() {
+    let device = Emulator::new(Flavour::Fast, 0).unwrap();
+    let mut memory = device.allocate(10).unwrap();
+    assert!(device.upload(&[0; 4], &mut memory, 7).is_err());
+    assert!(device.download(&memory, usize::MAX, &mut [0; 2]).is_err());
+    assert!(device.upload(&[1, 2, 3], &mut memory, 7).is_ok());
+}
