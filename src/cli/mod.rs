@@ -34,7 +34,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Train an adapter.
-    Train(train::TrainArgs),
+    Train(Box<train::TrainArgs>),
     /// Generate text, with or without an adapter.
     Generate(generate::GenerateArgs),
     /// Measure loss, perplexity and token accuracy on data.
