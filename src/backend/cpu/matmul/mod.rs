@@ -16,6 +16,12 @@
 //!
 //! **Threads.** The products run on the current rayon pool: wrap calls in `ThreadPool::install`. Scratch belongs to the
 //! threads and is kept, so nothing is allocated once the largest shape has been seen.
+//!
+//! **Speed** (2 cores of Zen 5, AVX-512, f16 weights of SmolLM2-135M, November 2026, by processor time on a busy machine;
+//! the peak is 524 GFLOP/s on registers alone). Forward and backward reach 86–90 % of the peak with 128 rows, 84–94 %
+//! with 1024 (77 % in the gate|up backward) and 70–78 % with 40 (one thread); a rank-16 term in the same pass costs 1–5 %.
+//! The `gemm` crate 0.19 and Debian's OpenBLAS reach 42–50 % (they choose no AVX-512 kernels here). Decoding one row reads
+//! 40–50 GB/s where plain reading does 52. `benches/matmul.rs` measures the products, its peer and the peak.
 
 mod decode;
 mod driver;

@@ -1,0 +1,236 @@
+//! The CPU backend's matrix products at the shapes of SmolLM2-135M, with the `gemm` crate as peer (its frozen weight
+//! unpacked to f32 scratch first, as it reads no halves by rows).
+//!
+//! `cargo bench --bench matmul -- [FILTER]`, on all cores (`RAYON_NUM_THREADS` for fewer). The throughput column is
+//! multiply-adds a second (two operations each); `peak` is what the cores do on registers alone.
+
+use std::hint::black_box;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use fastlora::backend::cpu::matmul::{
+    Elements, Linear, LinearBackward, LowRank, LowRankBlock, Rows, RowsMut, Weight, WeightGradient, decode,
+    linear, linear_backward, weight_gradient,
+};
+use fastlora::backend::cpu::simd::{Kernel, Simd, Vector};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+
+/// (inputs, outputs) of q|k|v, o, gate|up and down.
+const LINEARS: [(usize, usize); 4] = [(576, 960), (576, 576), (576, 3072), (1536, 576)];
+const RANK: usize = 16;
+
+/// Multiply-adds in 12 independent chains: enough to hide their latency, few enough for sixteen registers.
+struct Chains(usize);
+
+impl Chains {
+    const COUNT: usize = 12;
+}
+
+impl Kernel for Chains {
+    type Output = (usize, f32);
+
+    #[inline(always)]
+    fn run<V: Vector>(self) -> (usize, f32) {
+        let (factor, addend) = (V::splat(black_box(0.999)), V::splat(black_box(0.001)));
+        let mut sums = [V::splat(0.5); Chains::COUNT];
+        for _ in 0..self.0 {
+            for sum in &mut sums {
+                *sum = sum.mul_add(factor, addend);
+            }
+        }
+        (V::LANES, sums.into_iter().fold(V::splat(0.0), |total, sum| total + sum).sum())
+    }
+}
+
+fn peak(criterion: &mut Criterion) {
+    const STEPS: usize = 100_000;
+    let simd = Simd::detect();
+    let (lanes, _) = simd.run(Chains(1));
+    let mut group = criterion.benchmark_group("peak");
+    let multiply_adds = STEPS * Chains::COUNT * lanes * rayon::current_num_threads();
+    group.throughput(Throughput::Elements(multiply_adds as u64));
+    group.bench_function(simd.name(), |bencher| {
+        bencher.iter(|| rayon::broadcast(|_| simd.run(Chains(STEPS))));
+    });
+}
+
+fn values(elements: usize) -> Vec<f32> {
+    (0..elements).map(|element| (element * 7 % 13) as f32 / 13.0 - 0.5).collect()
+}
+
+fn halves(elements: usize) -> Vec<f16> {
+    (0..elements).map(|element| f16::from_f32((element * 5 % 11) as f32 / 11.0 - 0.5)).collect()
+}
+
+fn training(criterion: &mut Criterion) {
+    for rows in [40, 128, 1024, 2048] {
+        for (inputs, outputs) in LINEARS {
+            let shape = format!("{rows}x{inputs}x{outputs}");
+            let (x, dy, s) = (values(rows * inputs), values(rows * outputs), values(rows * RANK));
+            let (a, b) = (values(RANK * inputs), values(outputs * RANK));
+            let stored = halves(inputs * outputs);
+            let weight = Weight::new(inputs, [Elements::F16(&stored)]);
+            let mut unpacked = vec![0.0; inputs * outputs];
+            let (mut y, mut dx, mut down) =
+                (vec![0.0; rows * outputs], vec![0.0; rows * inputs], vec![0.0; rows * RANK]);
+            let (x_rows, dy_rows) =
+                (Rows { values: &x, stride: inputs }, Rows { values: &dy, stride: outputs });
+            let s_rows = Rows { values: &s, stride: RANK };
+            let (x_stride, y_stride) = (inputs as isize, outputs as isize);
+            let parallelism = gemm::Parallelism::Rayon(0);
+
+            let mut group = criterion.benchmark_group("forward");
+            group.throughput(Throughput::Elements((rows * inputs * outputs) as u64));
+            group.bench_function(BenchmarkId::new("ours", &shape), |bencher| {
+                let y = &mut y;
+                bencher.iter(|| {
+                    linear(Linear::new(rows, x_rows, weight), RowsMut { values: &mut *y, stride: outputs });
+                });
+            });
+            group.bench_function(BenchmarkId::new("ours with low rank", &shape), |bencher| {
+                let blocks = [LowRankBlock { factor: &b, scale: 2.0, columns: 0..outputs, ranks: 0..RANK }];
+                let low_rank = Some(LowRank { s: s_rows, blocks: &blocks });
+                let y = &mut y;
+                bencher.iter(|| {
+                    let arguments = Linear { low_rank, ..Linear::new(rows, x_rows, weight) };
+                    linear(arguments, RowsMut { values: &mut *y, stride: outputs });
+                });
+            });
+            group.bench_function(BenchmarkId::new("gemm crate", &shape), |bencher| {
+                bencher.iter(|| {
+                    stored.convert_to_f32_slice(&mut unpacked);
+                    // SAFETY: the buffers have the shapes [rows, outputs], [rows, inputs] and [outputs, inputs].
+                    unsafe {
+                        gemm::gemm(
+                            rows,
+                            outputs,
+                            inputs,
+                            y.as_mut_ptr(),
+                            1,
+                            y_stride,
+                            false,
+                            x.as_ptr(),
+                            1,
+                            x_stride,
+                            unpacked.as_ptr(),
+                            x_stride,
+                            1,
+                            0.0,
+                            1.0,
+                            false,
+                            false,
+                            false,
+                            parallelism,
+                        );
+                    }
+                });
+            });
+            group.finish();
+
+            let mut group = criterion.benchmark_group("backward");
+            group.throughput(Throughput::Elements((rows * inputs * outputs) as u64));
+            group.bench_function(BenchmarkId::new("ours", &shape), |bencher| {
+                let dx = &mut dx;
+                bencher.iter(|| {
+                    let arguments = LinearBackward::new(rows, dy_rows, weight);
+                    linear_backward(arguments, RowsMut { values: &mut *dx, stride: inputs });
+                });
+            });
+            group.bench_function(BenchmarkId::new("gemm crate", &shape), |bencher| {
+                bencher.iter(|| {
+                    stored.convert_to_f32_slice(&mut unpacked);
+                    // SAFETY: the buffers have the shapes [rows, inputs], [rows, outputs] and [outputs, inputs].
+                    unsafe {
+                        gemm::gemm(
+                            rows,
+                            inputs,
+                            outputs,
+                            dx.as_mut_ptr(),
+                            1,
+                            x_stride,
+                            false,
+                            dy.as_ptr(),
+                            1,
+                            y_stride,
+                            unpacked.as_ptr(),
+                            1,
+                            x_stride,
+                            0.0,
+                            1.0,
+                            false,
+                            false,
+                            false,
+                            parallelism,
+                        );
+                    }
+                });
+            });
+            group.finish();
+
+            let mut group = criterion.benchmark_group("adapter");
+            group.throughput(Throughput::Elements((rows * RANK * inputs) as u64));
+            group.bench_function(BenchmarkId::new("s = x·Aᵀ", &shape), |bencher| {
+                let down = &mut down;
+                bencher.iter(|| {
+                    let arguments = Linear::new(rows, x_rows, Weight::f32(inputs, &a));
+                    linear(arguments, RowsMut { values: &mut *down, stride: RANK });
+                });
+            });
+            group.bench_function(BenchmarkId::new("dA += dsᵀ·x", &shape), |bencher| {
+                let mut gradient = vec![0.0; RANK * inputs];
+                bencher.iter(|| {
+                    let arguments =
+                        WeightGradient { rows, dy: s_rows, outputs: RANK, x: &x, inputs, scale: 1.0 };
+                    weight_gradient(arguments, &mut gradient);
+                });
+            });
+            group.throughput(Throughput::Elements((rows * RANK * outputs) as u64));
+            group.bench_function(BenchmarkId::new("ds = dy·B", &shape), |bencher| {
+                let down = &mut down;
+                bencher.iter(|| {
+                    let arguments = LinearBackward::new(rows, dy_rows, Weight::f32(RANK, &b).scaled(2.0));
+                    linear_backward(arguments, RowsMut { values: &mut *down, stride: RANK });
+                });
+            });
+            group.bench_function(BenchmarkId::new("dB += dyᵀ·s", &shape), |bencher| {
+                let mut gradient = vec![0.0; outputs * RANK];
+                bencher.iter(|| {
+                    let arguments =
+                        WeightGradient { rows, dy: dy_rows, outputs, x: &s, inputs: RANK, scale: 2.0 };
+                    weight_gradient(arguments, &mut gradient);
+                });
+            });
+            group.finish();
+        }
+    }
+}
+
+/// Decoding reads each weight once a token: bytes a second, from memory (the copies exceed every cache).
+fn decoding(criterion: &mut Criterion) {
+    const BYTES: usize = 256 << 20;
+    let mut group = criterion.benchmark_group("decode");
+    group.sample_size(20);
+    for (inputs, outputs) in LINEARS.into_iter().chain([(576, 49152)]) {
+        let elements = inputs * outputs;
+        let stored = halves(BYTES / size_of::<f16>() / elements * elements);
+        group.throughput(Throughput::Bytes(size_of_val(&stored[..]) as u64));
+        for rows in [1, 4, 8] {
+            let (x, mut y) = (values(rows * inputs), vec![0.0; rows * outputs]);
+            group.bench_function(
+                BenchmarkId::from_parameter(format!("{rows}x{inputs}x{outputs}")),
+                |bencher| {
+                    bencher.iter(|| {
+                        for weight in stored.chunks_exact(elements) {
+                            let weight = Weight::new(inputs, [Elements::F16(weight)]);
+                            let arguments = Linear::new(rows, Rows { values: &x, stride: inputs }, weight);
+                            decode(arguments, RowsMut { values: &mut y, stride: outputs });
+                        }
+                    });
+                },
+            );
+        }
+    }
+}
+
+criterion_group!(benches, peak, training, decoding);
+criterion_main!(benches);
