@@ -19,20 +19,23 @@ use super::Dropout;
 /// Output words of one call, and the features that share it.
 pub const FEATURES_PER_CALL: usize = 4;
 
-/// Philox4x32 with ten rounds.
-pub fn philox4x32_10(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
+/// Philox4x32 with ten rounds, of `N` counters under one key: word `w` of counter `n` is `[w][n]`.
+#[inline(always)]
+pub fn philox4x32_10<const N: usize>(mut counters: [[u32; N]; 4], mut key: [u32; 2]) -> [[u32; N]; 4] {
     for _ in 0..10 {
-        let first = u64::from(counter[0]) * 0xD251_1F53;
-        let second = u64::from(counter[2]) * 0xCD9E_8D57;
-        counter = [
-            (second >> 32) as u32 ^ counter[1] ^ key[0],
-            second as u32,
-            (first >> 32) as u32 ^ counter[3] ^ key[1],
-            first as u32,
-        ];
+        let before = counters;
+        // One plain loop over the counters, which compilers turn into vector instructions.
+        for n in 0..N {
+            let first = u64::from(before[0][n]) * 0xD251_1F53;
+            let second = u64::from(before[2][n]) * 0xCD9E_8D57;
+            counters[0][n] = (second >> 32) as u32 ^ before[1][n] ^ key[0];
+            counters[1][n] = second as u32;
+            counters[2][n] = (first >> 32) as u32 ^ before[3][n] ^ key[1];
+            counters[3][n] = first as u32;
+        }
         key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
     }
-    counter
+    counters
 }
 
 /// The least word that keeps an element: `⌊probability · 2³²⌋`.
@@ -40,27 +43,28 @@ pub fn threshold(probability: f32) -> u64 {
     (f64::from(probability) * 4_294_967_296.0) as u64
 }
 
-/// The words of the four features from `4 · feature_group`.
-pub fn words(
+/// The words of `4·N` features from `4 · first_group` on: that of feature `4 · (first_group + n) + w` is `[w][n]`.
+#[inline(always)]
+pub fn words<const N: usize>(
     dropout: Dropout,
     sample: usize,
     position: usize,
     input_index: u32,
-    feature_group: usize,
-) -> [u32; 4] {
-    let counter = [
-        feature_group as u32,
-        position as u32,
-        sample as u32,
-        (input_index & 0xFFFF) | (dropout.epoch << 16),
+    first_group: usize,
+) -> [[u32; N]; 4] {
+    let counters = [
+        std::array::from_fn(|n| (first_group + n) as u32),
+        [position as u32; N],
+        [sample as u32; N],
+        [(input_index & 0xFFFF) | (dropout.epoch << 16); N],
     ];
-    philox4x32_10(counter, [dropout.seed as u32, (dropout.seed >> 32) as u32])
+    philox4x32_10(counters, [dropout.seed as u32, (dropout.seed >> 32) as u32])
 }
 
 /// Whether the element survives.
 pub fn keep(dropout: Dropout, sample: usize, position: usize, input_index: u32, feature: usize) -> bool {
-    let words = words(dropout, sample, position, input_index, feature / FEATURES_PER_CALL);
-    u64::from(words[feature % FEATURES_PER_CALL]) >= threshold(dropout.probability)
+    let words = words::<1>(dropout, sample, position, input_index, feature / FEATURES_PER_CALL);
+    u64::from(words[feature % FEATURES_PER_CALL][0]) >= threshold(dropout.probability)
 }
 
 #[cfg(test)]
@@ -80,7 +84,9 @@ mod tests {
             ),
         ];
         for (counter, key, expected) in answers {
-            assert_eq!(philox4x32_10(counter, key), expected);
+            assert_eq!(philox4x32_10(counter.map(|word| [word]), key), expected.map(|word: u32| [word]));
+            let among_others = philox4x32_10(counter.map(|word| [5, word, 9]), key);
+            assert_eq!(among_others.map(|words| words[1]), expected);
         }
     }
 

@@ -11,7 +11,8 @@ use super::matmul::{
     WeightGradient, decode, linear, linear_backward, weight_gradient,
 };
 use super::memory::AlignedFloats;
-use super::rows::places;
+use super::rows::{Place, places};
+use super::simd::simd_fn;
 use crate::backend::dropout::{self, FEATURES_PER_CALL};
 use crate::backend::{Dropout, LinearGroup, LinearInput};
 use crate::error::{Error, Result};
@@ -200,22 +201,40 @@ impl CpuBackend {
         to: &mut [f32],
     ) {
         let width = group.in_features;
-        let threshold = dropout::threshold(dropout.probability);
-        let factor = 1.0 / (1.0 - dropout.probability);
         self.threads.for_row_blocks(to, width, |first, to| {
             if let Some(from) = from {
                 to.copy_from_slice(&from[first * width..][..to.len()]);
             }
             for (row, place) in to.chunks_exact_mut(width).zip(places(input.batch, first)) {
-                for (features, values) in row.chunks_mut(FEATURES_PER_CALL).enumerate() {
-                    let words =
-                        dropout::words(dropout, place.sample, place.position, group.input_index, features);
-                    for (value, word) in values.iter_mut().zip(words) {
-                        *value = if u64::from(word) >= threshold { *value * factor } else { 0.0 };
-                    }
-                }
+                drop_row(self.simd, dropout, place, group.input_index, row);
             }
         });
+    }
+}
+
+/// Calls of the generator that run side by side.
+const CALLS: usize = 16;
+
+simd_fn! {
+    /// Zeroes the dropped features of a row and scales the others by `1/(1-p)`.
+    fn drop_row<V>(simd: Simd, dropout: Dropout, place: Place, input_index: u32, row: &mut [f32]) -> () {
+        let Ok(threshold) = u32::try_from(dropout::threshold(dropout.probability)) else {
+            return row.fill(0.0);
+        };
+        let factor = 1.0 / (1.0 - dropout.probability);
+        for (number, values) in row.chunks_mut(CALLS * FEATURES_PER_CALL).enumerate() {
+            let words =
+                dropout::words::<CALLS>(dropout, place.sample, place.position, input_index, number * CALLS);
+            let mut factors = [0.0; CALLS * FEATURES_PER_CALL];
+            for (feature, slot) in factors.iter_mut().enumerate() {
+                let word = words[feature % FEATURES_PER_CALL][feature / FEATURES_PER_CALL];
+                *slot = if word >= threshold { factor } else { 0.0 };
+            }
+            for (value, factor) in values.iter_mut().zip(factors) {
+                // Not a product with zero: what is dropped is zero even where it was not finite.
+                *value = if factor == 0.0 { 0.0 } else { *value * factor };
+            }
+        }
     }
 }
 
