@@ -298,3 +298,21 @@ fn json_errors_are_objects() {
     assert_eq!(object["error"]["exit_code"], 2);
     assert_eq!(object["error"]["where"], "--temperature");
 }
+
+/// The real model, where `scripts/quickstart` has put it.
+#[test]
+fn smollm2_answers_in_its_chat_format() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/smollm2-135m-instruct");
+    if !folder.join("model.safetensors").exists() {
+        println!("skipped: models/smollm2-135m-instruct is not there");
+        return;
+    }
+    let prompt = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n";
+    let options = ["-m", folder.to_str().unwrap(), "--raw", "--prompt", prompt, "--max-new-tokens", "40"];
+    let object = json_of(&options);
+    let answer = &object["cases"][0]["answer"];
+    assert_eq!(object["cases"][0]["prompt_token_count"], 16);
+    assert_eq!(answer["text"], "The capital of France is Paris.");
+    assert_eq!(answer["stop_reason"], "eos");
+    assert_eq!(stdout_of(&options), "The capital of France is Paris.\n");
+}
