@@ -18,6 +18,8 @@ const FLAGS: &[&str] = &[
     "-fno-gnu-unique",
     // Kernels read halves through wider vectors, as CUDA allows.
     "-fno-strict-aliasing",
+    // The two libraries optimise differently; contracted differently, their bits would differ.
+    "-ffp-contract=off",
     "-Wall",
     "-Wno-unknown-pragmas",
     "-Wno-unused-function",

@@ -1,0 +1,45 @@
+// Rows by index: the embedding's gather, and the labelled rows' gather and scatter.
+//
+//   gather     out[i] = table[index[i]]
+//   scatter    out[index[i]] = in[i]; the other rows keep what they hold (zero them first), indices must differ
+//
+// in, out [count, width], table [*, width] in 16-bit elements, width a multiple of 8; no arithmetic, so f16 and bf16 share
+// a kernel. A thread moves 16 bytes. An index is at most 2³¹ − 1; offsets are 64-bit.
+#include "common/halves.h"
+
+constexpr int rows_threads = 256;
+
+struct RowVector {
+    bool inside;
+    long long row;
+    int vector;
+};
+
+DEVICE RowVector find_row_vector(int count, int vectors_per_row) {
+    const long long linear = static_cast<long long>(blockIdx.x) * rows_threads + threadIdx.x;
+    return {linear < static_cast<long long>(count) * vectors_per_row, linear / vectors_per_row,
+            static_cast<int>(linear % vectors_per_row)};
+}
+
+// Grid of both: ceil(count · width / 8 / 256) blocks.
+extern "C" __global__ void __launch_bounds__(rows_threads)
+    gather_rows(const uint4* __restrict__ table, const unsigned* __restrict__ index, uint4* __restrict__ out, int count,
+                int width) {
+    const int vectors_per_row = width / vector_width;
+    const RowVector at = find_row_vector(count, vectors_per_row);
+    if (!at.inside) return;
+    out[at.row * vectors_per_row + at.vector] =
+        table[static_cast<long long>(index[at.row]) * vectors_per_row + at.vector];
+}
+REGISTER_KERNEL(gather_rows);
+
+extern "C" __global__ void __launch_bounds__(rows_threads)
+    scatter_rows(const uint4* __restrict__ in, const unsigned* __restrict__ index, uint4* __restrict__ out, int count,
+                 int width) {
+    const int vectors_per_row = width / vector_width;
+    const RowVector at = find_row_vector(count, vectors_per_row);
+    if (!at.inside) return;
+    out[static_cast<long long>(index[at.row]) * vectors_per_row + at.vector] =
+        in[at.row * vectors_per_row + at.vector];
+}
+REGISTER_KERNEL(scatter_rows);

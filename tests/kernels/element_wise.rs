@@ -1,0 +1,189 @@
+//! gated_silu.cu, rows.cu, convert.cu
+
+use fastlora::device::Argument;
+
+use crate::harness::*;
+
+fn sigmoid(x: f64) -> f64 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+/// Relative f32 error of the kernel's sigmoid: the exponent's argument is rounded, so e^x errs by up to |x| roundings, and
+/// the special-function unit adds 2 ulp.
+fn sigmoid_error(x: f64) -> f64 {
+    F32_ROUNDOFF * (2.0 * x.abs() + 12.0)
+}
+
+/// (rows, width): one vector, several blocks, a ragged last block.
+const SHAPES: [(usize, usize); 3] = [(1, 8), (5, 104), (33, 256)];
+
+#[test]
+fn gated_silu_matches_float64() {
+    for half in HALVES {
+        for (rows, width) in SHAPES {
+            let name = format!("gated_silu_{} {rows}×{width}", half.suffix());
+            let mut random = Random(width as u64);
+            let gate_up = random.halves(half, rows * 2 * width, 8.0);
+            let dact = random.halves(half, rows * width, 1.0);
+            let blocks = (rows * width / 8).div_ceil(256);
+            let outputs = run_everywhere(&name, |device| {
+                let (gate_up, dact) = (upload(device, &gate_up), upload(device, &dact));
+                let act = poisoned::<u16>(device, rows * width);
+                let shape = [Argument::I32(rows as i32), Argument::I32(width as i32)];
+                let arguments = [Argument::of(&gate_up), Argument::of(&act), shape[0], shape[1]];
+                launch(device, &format!("gated_silu_forward_{}", half.suffix()), blocks, 256, &arguments);
+                let arguments = [Argument::of(&dact), Argument::of(&gate_up), shape[0], shape[1]];
+                launch(device, &format!("gated_silu_backward_{}", half.suffix()), blocks, 256, &arguments);
+                let mut outputs: Vec<u16> = download(device, &act);
+                outputs.extend(download::<u16>(device, &gate_up));
+                outputs
+            });
+            let (gate_up, dact) = (half.decode_all(&gate_up), half.decode_all(&dact));
+            let mut act = Vec::new();
+            let mut gradient = vec![Expected { value: 0.0, tolerance: 0.0 }; rows * 2 * width];
+            for row in 0..rows {
+                for column in 0..width {
+                    let g = gate_up[row * 2 * width + column];
+                    let u = gate_up[row * 2 * width + width + column];
+                    let d = dact[row * width + column];
+                    let (s, error) = (sigmoid(g), sigmoid_error(g));
+                    let expect = |value: f64, magnitude: f64| Expected {
+                        value,
+                        tolerance: half.unit_roundoff() * (value.abs() + error * magnitude)
+                            + half.underflow()
+                            + error * magnitude,
+                    };
+                    act.push(expect(g * s * u, (g * s * u).abs()));
+                    let slope = s * (1.0 + g * (1.0 - s));
+                    // 1 − s loses s's relative error where s is near 1.
+                    let slope_magnitude = s * (1.0 + g.abs());
+                    gradient[row * 2 * width + column] =
+                        expect(d * u * slope, (d * u * slope_magnitude).abs());
+                    gradient[row * 2 * width + width + column] = expect(d * g * s, (d * g * s).abs());
+                }
+            }
+            assert_close(&name, width, &half.decode_all(&outputs[..rows * width]), &act);
+            let backward = half.decode_all(&outputs[rows * width..]);
+            assert_close(&format!("{name}, gradient"), 2 * width, &backward, &gradient);
+        }
+    }
+}
+
+#[test]
+fn rows_are_gathered_and_scattered_bit_for_bit() {
+    let (table_rows, width) = (23, 72);
+    let table: Vec<u16> = (0..table_rows * width).map(|i| i as u16).collect();
+    // A gather may repeat rows; a scatter may not.
+    let index: Vec<u32> = vec![22, 0, 7, 7, 3, 19, 11];
+    let blocks = (index.len() * width / 8).div_ceil(256);
+    let shape = [Argument::I32(index.len() as i32), Argument::I32(width as i32)];
+    let gathered = run_everywhere("gather_rows", |device| {
+        let (table, index_memory) = (upload(device, &table), upload(device, &index));
+        let out = poisoned::<u16>(device, index.len() * width);
+        let arguments =
+            [Argument::of(&table), Argument::of(&index_memory), Argument::of(&out), shape[0], shape[1]];
+        launch(device, "gather_rows", blocks, 256, &arguments);
+        download::<u16>(device, &out)
+    });
+    for (i, &row) in index.iter().enumerate() {
+        assert_eq!(gathered[i * width..][..width], table[row as usize * width..][..width], "gather, row {i}");
+    }
+
+    let targets: Vec<u32> = vec![22, 0, 7, 8, 3, 19, 11];
+    let scattered = run_everywhere("scatter_rows", |device| {
+        let (packed, index_memory) = (upload(device, &gathered), upload(device, &targets));
+        let out = upload(device, &vec![0u16; table_rows * width]);
+        let arguments =
+            [Argument::of(&packed), Argument::of(&index_memory), Argument::of(&out), shape[0], shape[1]];
+        launch(device, "scatter_rows", blocks, 256, &arguments);
+        download::<u16>(device, &out)
+    });
+    for row in 0..table_rows {
+        let expected = match targets.iter().position(|&target| target as usize == row) {
+            Some(i) => &gathered[i * width..][..width],
+            None => &vec![0; width],
+        };
+        assert_eq!(scattered[row * width..][..width], *expected, "scatter, row {row}");
+    }
+}
+
+#[test]
+fn conversions_round_to_nearest_even() {
+    let mut random = Random(5);
+    let mut floats = random.floats(1000, 300.0);
+    floats.extend([
+        0.0,
+        -0.0,
+        65504.0,
+        65520.0,
+        1e-8,
+        6e-8,
+        2f32.powi(-14),
+        1e38,
+        f32::INFINITY,
+        1.0 + 2f32.powi(-11),
+    ]);
+    let count = [Argument::I64(floats.len() as i64)];
+    for half in HALVES {
+        let kernel = format!("convert_f32_to_{}", half.suffix());
+        let halves = run_everywhere(&kernel, |device| {
+            let (input, out) = (upload(device, &floats), poisoned::<u16>(device, floats.len()));
+            launch(device, &kernel, 2, 256, &[Argument::of(&input), Argument::of(&out), count[0]]);
+            download::<u16>(device, &out)
+        });
+        let expected: Vec<u16> = floats.iter().map(|&value| half.encode(f64::from(value))).collect();
+        assert_eq!(halves, expected, "{kernel}");
+        let kernel = format!("convert_{}_to_f32", half.suffix());
+        let back = run_everywhere(&kernel, |device| {
+            let (input, out) = (upload(device, &halves), poisoned::<f32>(device, floats.len()));
+            launch(device, &kernel, 2, 256, &[Argument::of(&input), Argument::of(&out), count[0]]);
+            download::<f32>(device, &out)
+        });
+        assert!(back.iter().zip(&halves).all(|(&f, &h)| f64::from(f) == half.decode(h)), "{kernel}");
+    }
+    for (from, to) in [(Half::F16, Half::Bf16), (Half::Bf16, Half::F16)] {
+        let input: Vec<u16> = floats.iter().map(|&value| from.encode(f64::from(value))).collect();
+        let kernel = format!("convert_{}_to_{}", from.suffix(), to.suffix());
+        let converted = run_everywhere(&kernel, |device| {
+            let (input, out) = (upload(device, &input), poisoned::<u16>(device, input.len()));
+            launch(device, &kernel, 3, 256, &[Argument::of(&input), Argument::of(&out), count[0]]);
+            download::<u16>(device, &out)
+        });
+        let expected: Vec<u16> = input.iter().map(|&bits| to.encode(from.decode(bits))).collect();
+        assert_eq!(converted, expected, "{kernel}");
+    }
+}
+
+#[test]
+fn fill_writes_every_element() {
+    let filled = run_everywhere("fill_f32", |device| {
+        let out = poisoned::<f32>(device, 1037);
+        launch(device, "fill_f32", 2, 256, &[Argument::of(&out), Argument::F32(0.25), Argument::I64(1037)]);
+        download::<f32>(device, &out)
+    });
+    assert!(filled.iter().all(|&value| value == 0.25));
+}
+
+#[test]
+fn a_single_number_that_is_not_finite_is_found_anywhere() {
+    for half in HALVES {
+        let kernel = format!("find_non_finite_{}", half.suffix());
+        let plain: Vec<u16> = Random(9).halves(half, 1300, 100.0);
+        for (place, bad) in
+            [(None, 0.0), (Some(0), f64::NAN), (Some(1299), f64::INFINITY), (Some(700), f64::NEG_INFINITY)]
+        {
+            let mut values = plain.clone();
+            if let Some(place) = place {
+                values[place] = half.encode(bad);
+            }
+            let flag = run_everywhere(&kernel, |device| {
+                let (input, flag) = (upload(device, &values), upload(device, &[0u32]));
+                let arguments =
+                    [Argument::of(&input), Argument::of(&flag), Argument::I64(values.len() as i64)];
+                launch(device, &kernel, 2, 256, &arguments);
+                download::<u32>(device, &flag)
+            });
+            assert_eq!(flag, [u32::from(place.is_some())], "{kernel}, {bad} at {place:?}");
+        }
+    }
+}

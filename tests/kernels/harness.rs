@@ -1,0 +1,195 @@
+//! What the kernel tests share: half types, random data, runs over schedules, comparison.
+
+use std::sync::OnceLock;
+
+use bytemuck::Pod;
+use fastlora::device::emulator::{Emulator, EmulatorMemory, Flavour};
+use fastlora::device::{Argument, Device, Launch, Memory};
+
+/// A 16-bit float type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Half {
+    F16,
+    Bf16,
+}
+
+pub const HALVES: [Half; 2] = [Half::F16, Half::Bf16];
+
+impl Half {
+    /// The suffix of its kernels.
+    pub fn suffix(self) -> &'static str {
+        match self {
+            Half::F16 => "f16",
+            Half::Bf16 => "bf16",
+        }
+    }
+
+    /// Largest relative error of one rounding.
+    pub fn unit_roundoff(self) -> f64 {
+        match self {
+            Half::F16 => 2f64.powi(-11),
+            Half::Bf16 => 2f64.powi(-8),
+        }
+    }
+
+    /// Largest absolute error of one rounding where numbers are subnormal.
+    pub fn underflow(self) -> f64 {
+        match self {
+            Half::F16 => 2f64.powi(-25),
+            Half::Bf16 => 2f64.powi(-126),
+        }
+    }
+
+    pub fn encode(self, value: f64) -> u16 {
+        match self {
+            Half::F16 => half::f16::from_f64(value).to_bits(),
+            Half::Bf16 => half::bf16::from_f64(value).to_bits(),
+        }
+    }
+
+    pub fn decode(self, bits: u16) -> f64 {
+        match self {
+            Half::F16 => half::f16::from_bits(bits).to_f64(),
+            Half::Bf16 => half::bf16::from_bits(bits).to_f64(),
+        }
+    }
+
+    pub fn decode_all(self, bits: &[u16]) -> Vec<f64> {
+        bits.iter().map(|&bits| self.decode(bits)).collect()
+    }
+}
+
+/// Error of one f32 rounding.
+pub const F32_ROUNDOFF: f64 = 5.96e-8;
+
+/// Reproducible random numbers (SplitMix64).
+pub struct Random(pub u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    /// Uniform in `low … high`.
+    pub fn uniform(&mut self, low: f64, high: f64) -> f64 {
+        low + (high - low) * (self.next() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    pub fn below(&mut self, limit: usize) -> usize {
+        (self.next() % limit as u64) as usize
+    }
+
+    pub fn halves(&mut self, half: Half, count: usize, limit: f64) -> Vec<u16> {
+        (0..count).map(|_| half.encode(self.uniform(-limit, limit))).collect()
+    }
+
+    pub fn floats(&mut self, count: usize, limit: f64) -> Vec<f32> {
+        (0..count).map(|_| self.uniform(-limit, limit) as f32).collect()
+    }
+}
+
+pub fn upload<T: Pod>(device: &Emulator, values: &[T]) -> EmulatorMemory {
+    let bytes = bytemuck::cast_slice(values);
+    let mut memory = device.allocate(bytes.len()).unwrap();
+    device.upload(bytes, &mut memory, 0).unwrap();
+    memory
+}
+
+/// Memory for `count` elements that nobody wrote: NaN, and the checker objects to reading it.
+pub fn poisoned<T: Pod>(device: &Emulator, count: usize) -> EmulatorMemory {
+    device.allocate(count * size_of::<T>()).unwrap()
+}
+
+pub fn download<T: Pod>(device: &Emulator, memory: &EmulatorMemory) -> Vec<T> {
+    let mut values = vec![T::zeroed(); memory.bytes() / size_of::<T>()];
+    device.download(memory, 0, bytemuck::cast_slice_mut(&mut values)).unwrap();
+    values
+}
+
+/// Runs a kernel; a finding of the emulator is a panic with its message.
+pub fn launch(device: &Emulator, kernel: &str, blocks: usize, threads: u32, arguments: &[Argument]) {
+    launch_grid(device, kernel, [blocks as u32, 1, 1], threads, 0, arguments);
+}
+
+pub fn launch_grid(
+    device: &Emulator,
+    kernel: &str,
+    grid: [u32; 3],
+    threads: u32,
+    dynamic_shared_bytes: u32,
+    arguments: &[Argument],
+) {
+    let launch = Launch { kernel, grid, threads, dynamic_shared_bytes, arguments };
+    // SAFETY: the callers hold the arguments' memory; the emulator guards what lies around it.
+    if let Err(error) = unsafe { device.launch(&launch) } {
+        panic!("{error}");
+    }
+}
+
+fn emulator(flavour: Flavour) -> &'static Emulator {
+    static FAST: OnceLock<Emulator> = OnceLock::new();
+    static CHECKED: OnceLock<Emulator> = OnceLock::new();
+    let slot = match flavour {
+        Flavour::Fast => &FAST,
+        Flavour::Checked => &CHECKED,
+    };
+    slot.get_or_init(|| Emulator::new(flavour, 0).unwrap())
+}
+
+/// Runs `work` in order, under three random schedules and in the checker; the bits must not differ.
+pub fn run_everywhere<T: Pod + PartialEq>(name: &str, work: impl Fn(&Emulator) -> Vec<T>) -> Vec<T> {
+    let reference = work(emulator(Flavour::Fast));
+    let others = [(Flavour::Fast, 1), (Flavour::Fast, 2), (Flavour::Fast, 3), (Flavour::Checked, 4)];
+    for (flavour, seed) in others {
+        let values = work(&emulator(flavour).with_seed(seed));
+        let same = bytemuck::cast_slice::<T, u8>(&values) == bytemuck::cast_slice::<T, u8>(&reference);
+        assert!(same, "{name}: bits differ between schedule 0 and schedule {seed} ({flavour:?})");
+    }
+    reference
+}
+
+/// An exact value and how far from it a right kernel may be.
+#[derive(Clone, Copy, Debug)]
+pub struct Expected {
+    pub value: f64,
+    pub tolerance: f64,
+}
+
+impl Expected {
+    /// A sum in f32 of `terms` terms with total magnitude `magnitude`, rounded once to the half type.
+    pub fn rounded_sum(half: Half, value: f64, magnitude: f64, terms: usize) -> Self {
+        let sum_error = F32_ROUNDOFF * (terms as f64 + 2.0) * magnitude;
+        let rounding = half.unit_roundoff() * (value.abs() + sum_error) + half.underflow();
+        Self { value, tolerance: sum_error + rounding }
+    }
+
+    /// The same kept in f32.
+    pub fn float_sum(value: f64, magnitude: f64, terms: usize) -> Self {
+        Self { value, tolerance: F32_ROUNDOFF * (terms as f64 + 4.0) * magnitude + 1e-37 }
+    }
+}
+
+/// Compares element by element and reports the largest error relative to its tolerance, with its place in a matrix of
+/// `columns`.
+pub fn assert_close(name: &str, columns: usize, actual: &[f64], expected: &[Expected]) {
+    assert_eq!(actual.len(), expected.len(), "{name}: lengths");
+    let ratio = |(actual, expected): (&f64, &Expected)| {
+        let error = (actual - expected.value).abs();
+        if error.is_nan() { f64::INFINITY } else { error / expected.tolerance }
+    };
+    let worst = actual.iter().zip(expected).map(ratio).enumerate().max_by(|a, b| a.1.total_cmp(&b.1));
+    let Some((index, ratio)) = worst else { return };
+    assert!(
+        ratio <= 1.0,
+        "{name}: at row {}, column {}: {} where {} was expected, {ratio:.3} × the tolerance {:e}",
+        index / columns,
+        index % columns,
+        actual[index],
+        expected[index].value,
+        expected[index].tolerance,
+    );
+}

@@ -1,0 +1,12 @@
+//! Every kernel against float64 on the emulator: ragged shapes, f16 and bf16, several schedules whose bits must agree, the
+//! race checker, outputs that start as NaN.
+//!
+//! The references are written here from the formulas, in f64 over the rounded inputs. A tolerance is what the format and
+//! the length of the sums allow: roundings to the half type, and f32 additions against the sum of the terms' magnitudes.
+#![cfg(feature = "emulator")]
+
+mod adamw;
+mod element_wise;
+mod harness;
+mod norms;
+mod rope;
