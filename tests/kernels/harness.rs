@@ -40,10 +40,11 @@ impl Half {
         }
     }
 
+    /// Rounded to f32 and then to the half type, as the kernels do. (`from_f64` would drop low bits and miss ties.)
     pub fn encode(self, value: f64) -> u16 {
         match self {
-            Half::F16 => half::f16::from_f64(value).to_bits(),
-            Half::Bf16 => half::bf16::from_f64(value).to_bits(),
+            Half::F16 => half::f16::from_f32(value as f32).to_bits(),
+            Half::Bf16 => half::bf16::from_f32(value as f32).to_bits(),
         }
     }
 

@@ -8,5 +8,8 @@
 mod adamw;
 mod element_wise;
 mod harness;
+mod linear;
+mod lora;
+mod lora_group;
 mod norms;
 mod rope;

@@ -1,0 +1,222 @@
+//! lora.cu
+
+use fastlora::device::Argument;
+
+use crate::harness::*;
+use crate::lora_group::*;
+
+const SHARED_BYTES: u32 = 32 << 10;
+
+/// One token; ragged tiles; ranks that are no multiple of 8; a rank beyond one tile; more than 3 × stages × 32 of k.
+fn groups() -> Vec<Group> {
+    vec![
+        Group::new(1, 8, &[(8, 1)]),
+        Group::new(67, 40, &[(48, 3), (24, 5), (24, 3)]),
+        Group::new(9, 424, &[(416, 16)]),
+        Group::new(130, 72, &[(64, 40), (32, 0), (40, 30)]),
+    ]
+}
+
+fn tiles(m: usize, n: usize) -> u32 {
+    (m.div_ceil(64) * n.div_ceil(64)) as u32
+}
+
+/// `rows × rank` from a `[rows, leading]` matrix whose other columns must be untouched.
+fn without_padding(values: &[u16], rank: usize, leading: usize) -> Vec<u16> {
+    for row in values.chunks(leading) {
+        assert!(row[rank..].iter().all(|&bits| bits == 0xFFFF), "a padding column was written");
+    }
+    values.chunks(leading).flat_map(|row| row[..rank].iter().copied()).collect()
+}
+
+fn down(half: Half, group: &Group) {
+    let name = format!("lora_down_{} {}", half.suffix(), group.name);
+    let (tokens, inputs, rank, leading) =
+        (group.tokens, group.in_features, group.rank(), group.rank_leading());
+    let mut random = Random(tokens as u64);
+    let x = random.halves(half, tokens * inputs, 1.0);
+    let a = random.halves(half, rank * inputs, 1.0);
+    let s = run_everywhere(&name, |device| {
+        let (x, a, s) = (upload(device, &x), upload(device, &a), poisoned::<u16>(device, tokens * leading));
+        let mut arguments = vec![Argument::of(&x), Argument::of(&a), Argument::of(&s)];
+        arguments.extend([tokens, inputs, rank, leading].map(i32_of));
+        let kernel = format!("lora_down_{}", half.suffix());
+        launch_grid(device, &kernel, [tiles(tokens, rank), 1, 1], 128, SHARED_BYTES, &arguments);
+        download::<u16>(device, &s)
+    });
+    let (x, a) = (half.decode_all(&x), half.decode_all(&a));
+    let element = |i: usize| {
+        let terms = (0..inputs).map(|k| x[i / rank * inputs + k] * a[i % rank * inputs + k]);
+        let (sum, magnitude) = sum_and_magnitude(terms);
+        Expected::rounded_sum(half, sum, magnitude, inputs)
+    };
+    let expected: Vec<Expected> = (0..tokens * rank).map(element).collect();
+    assert_close(&name, rank, &half.decode_all(&without_padding(&s, rank, leading)), &expected);
+}
+
+fn down_back(half: Half, group: &Group) {
+    let name = format!("lora_down_back_{} {}", half.suffix(), group.name);
+    let (tokens, outputs, rank, leading) =
+        (group.tokens, group.out_features(), group.rank(), group.rank_leading());
+    let mut random = Random(tokens as u64 + 1);
+    let dy = random.halves(half, tokens * outputs, 1.0);
+    let parameters = random.floats(group.parameter_count(), 1.0);
+    let expected_b_hat = group.b_hat(half, &parameters);
+    let slots = group.slots();
+    let results = run_everywhere(&name, |device| {
+        let (dy, parameters) = (upload(device, &dy), upload(device, &parameters));
+        let tables = SlotTables::new(device, &slots);
+        let b_hat = poisoned::<u16>(device, outputs * leading);
+        let ds = poisoned::<u16>(device, tokens * leading);
+        let arguments = [
+            Argument::of(&parameters),
+            Argument::of(&tables.slots),
+            Argument::of(&tables.b_offsets),
+            Argument::of(&tables.scales),
+            Argument::of(&b_hat),
+            i32_of(slots.len()),
+            i32_of(outputs),
+            i32_of(leading),
+        ];
+        let blocks = (outputs * leading).div_ceil(256);
+        launch(device, &format!("lora_pack_{}", half.suffix()), blocks, 256, &arguments);
+        let mut arguments = vec![Argument::of(&dy), Argument::of(&b_hat), Argument::of(&ds)];
+        arguments.extend([tokens, outputs, rank, leading].map(i32_of));
+        let kernel = format!("lora_down_back_{}", half.suffix());
+        launch_grid(device, &kernel, [tiles(tokens, rank), 1, 1], 128, SHARED_BYTES, &arguments);
+        let mut results: Vec<u16> = download(device, &b_hat);
+        results.extend(download::<u16>(device, &ds));
+        results
+    });
+    let (b_hat, ds) = results.split_at(outputs * leading);
+    assert!(b_hat == expected_b_hat, "{name}: packed B");
+    let (dy, b_hat) = (half.decode_all(&dy), half.decode_all(b_hat));
+    let element = |i: usize| {
+        let terms = (0..outputs).map(|k| dy[i / rank * outputs + k] * b_hat[k * leading + i % rank]);
+        let (sum, magnitude) = sum_and_magnitude(terms);
+        Expected::rounded_sum(half, sum, magnitude, outputs)
+    };
+    let expected: Vec<Expected> = (0..tokens * rank).map(element).collect();
+    assert_close(&name, rank, &half.decode_all(&without_padding(ds, rank, leading)), &expected);
+}
+
+/// dA and dB of a group, with the tokens in `stretches`, added to gradients that are already there.
+fn gradients(half: Half, group: &Group, stretches: usize) {
+    let name = format!("lora_gradient_{} {}, {stretches} stretches", half.suffix(), group.name);
+    let (tokens, inputs, outputs) = (group.tokens, group.in_features, group.out_features());
+    let (rank, leading) = (group.rank(), group.rank_leading());
+    let mut random = Random(tokens as u64 + 2);
+    let x = random.halves(half, tokens * inputs, 1.0);
+    let dy = random.halves(half, tokens * outputs, 1.0);
+    let s = random.halves(half, tokens * leading, 1.0);
+    let ds = random.halves(half, tokens * leading, 1.0);
+    let before = random.floats(group.parameter_count(), 1.0);
+    let slots = group.slots();
+    let after = run_everywhere(&name, |device| {
+        let memories = [&x, &dy, &s, &ds].map(|values| upload(device, values));
+        let [x, dy, s, ds] = [0, 1, 2, 3].map(|i| Argument::of(&memories[i]));
+        let gradients = upload(device, &before);
+        let tables = SlotTables::new(device, &slots);
+        let kernel = format!("lora_gradient_{}", half.suffix());
+        let product = |left, right, m: usize, n: usize, left_leading, right_leading| {
+            let partials = poisoned::<f32>(device, stretches * m * n);
+            let mut arguments = vec![left, right, Argument::of(&partials)];
+            arguments.extend([tokens, m, n, left_leading, right_leading].map(i32_of));
+            let grid = [tiles(m, n), stretches as u32, 1];
+            launch_grid(device, &kernel, grid, 128, SHARED_BYTES, &arguments);
+            partials
+        };
+        let partials = product(ds, x, rank, inputs, leading, inputs);
+        let elements = Argument::I64((rank * inputs) as i64);
+        let arguments = [Argument::of(&partials), Argument::of(&gradients), i32_of(stretches), elements];
+        launch(device, "lora_add_a_gradient", (rank * inputs).div_ceil(256), 256, &arguments);
+        let partials = product(dy, s, outputs, rank, outputs, leading);
+        let arguments = [
+            Argument::of(&partials),
+            Argument::of(&tables.slots),
+            Argument::of(&tables.b_offsets),
+            Argument::of(&tables.scales),
+            Argument::of(&gradients),
+            i32_of(stretches),
+            i32_of(slots.len()),
+            i32_of(outputs),
+            i32_of(rank),
+        ];
+        launch(device, "lora_add_b_gradient", (outputs * rank).div_ceil(256), 256, &arguments);
+        download::<f32>(device, &gradients)
+    });
+    let [x, dy, s, ds] = [&x, &dy, &s, &ds].map(|values| half.decode_all(values));
+    let mut expected = Vec::new();
+    let mut expect = |scale: f64, terms: &mut dyn Iterator<Item = f64>| {
+        let (sum, magnitude) = sum_and_magnitude(terms);
+        let already = f64::from(before[expected.len()]);
+        let total =
+            Expected::float_sum(already + scale * sum, already.abs() + scale * magnitude, tokens + stretches);
+        expected.push(total);
+    };
+    for row in 0..rank {
+        for input in 0..inputs {
+            expect(1.0, &mut (0..tokens).map(|t| ds[t * leading + row] * x[t * inputs + input]));
+        }
+    }
+    for slot in &slots {
+        for out in slot.out_begin..slot.out_end {
+            for column in slot.rank_begin..slot.rank_end {
+                let terms = &mut (0..tokens).map(|t| dy[t * outputs + out] * s[t * leading + column]);
+                expect(f64::from(slot.scale), terms);
+            }
+        }
+    }
+    let actual: Vec<f64> = after.iter().map(|&value| f64::from(value)).collect();
+    assert_close(&name, inputs, &actual, &expected);
+}
+
+#[test]
+fn lora_down_matches_float64() {
+    for half in HALVES {
+        for group in groups() {
+            down(half, &group);
+            down_back(half, &group);
+        }
+    }
+}
+
+#[test]
+fn lora_gradients_match_float64() {
+    for half in HALVES {
+        for group in groups() {
+            gradients(half, &group, 1);
+            gradients(half, &group, 3);
+        }
+    }
+}
+
+#[test]
+fn the_device_drops_what_the_cpu_drops() {
+    for half in HALVES {
+        let (tokens, inputs) = (19, 40);
+        let mask = Mask::new(tokens);
+        let x = Random(1).halves(half, tokens * inputs, 4.0);
+        let name = format!("lora_dropout_{}", half.suffix());
+        let dropped = run_everywhere(&name, |device| {
+            let (x, out) = (upload(device, &x), poisoned::<u16>(device, tokens * inputs));
+            let (positions, samples) = (upload(device, &mask.positions), upload(device, &mask.samples));
+            let mut arguments = vec![Argument::of(&x), Argument::of(&out), i32_of(tokens), i32_of(inputs)];
+            arguments.extend(mask.arguments(Some((&positions, &samples))));
+            launch(device, &name, (tokens * inputs / 4).div_ceil(256), 256, &arguments);
+            download::<u16>(device, &out)
+        });
+        let expected: Vec<Expected> = half
+            .decode_all(&x)
+            .iter()
+            .enumerate()
+            .map(|(i, x)| {
+                Expected::rounded_sum(half, x * mask.factor(i / inputs, i % inputs), x.abs() * 1.5, 1)
+            })
+            .collect();
+        let dropped = half.decode_all(&dropped);
+        assert_close(&name, inputs, &dropped, &expected);
+        let zeros = dropped.iter().filter(|&&value| value == 0.0).count();
+        assert!((100..400).contains(&zeros), "{zeros} zeros of {} at p = 0.3", dropped.len());
+    }
+}
