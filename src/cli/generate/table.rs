@@ -5,6 +5,14 @@ use comfy_table::{ContentArrangement, Table, presets};
 use super::super::output::for_terminal;
 use super::{Answer, Prepared};
 
+/// Columns of the table in a file or a pipe.
+const WIDTH_WITHOUT_TERMINAL: u16 = 120;
+
+/// Lines joined by `⏎`, blank ones left out: an answer that rambles on shall not stretch its row.
+fn on_one_line(text: &str) -> String {
+    text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ⏎ ")
+}
+
 /// One row a case; below, how many answers are exactly the expected ones.
 pub(super) fn render(
     prepared: &[Prepared],
@@ -26,6 +34,9 @@ pub(super) fn render(
         .load_preset(presets::UTF8_FULL)
         .set_content_arrangement(ContentArrangement::Dynamic)
         .set_header(header);
+    if table.width().is_none() {
+        table.set_width(WIDTH_WITHOUT_TERMINAL);
+    }
     for (place, (Prepared { case, .. }, answer)) in prepared.iter().zip(answers).enumerate() {
         let mut row = vec![case.hash.as_str(), &case.instruction];
         if has_expected {
@@ -35,7 +46,7 @@ pub(super) fn render(
         if let Some(base_answers) = base_answers {
             row.push(&base_answers[place].text);
         }
-        table.add_row(row.into_iter().map(|cell| for_terminal(cell.trim())));
+        table.add_row(row.into_iter().map(|cell| for_terminal(&on_one_line(cell))));
     }
     let mut text = table.to_string();
     if has_expected {
