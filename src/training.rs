@@ -91,6 +91,17 @@ impl<'a> Split<'a> {
         &self.samples.hash_names[self.samples.samples[sample].hash]
     }
 
+    /// The places of the first few of these samples' records.
+    fn origins(&self, sample_indices: &[u32]) -> String {
+        const NAMED: usize = 8;
+        let origin = |index: &u32| self.samples.samples[*index as usize].origin.to_string();
+        let mut origins: Vec<String> = sample_indices.iter().take(NAMED).map(origin).collect();
+        if sample_indices.len() > NAMED {
+            origins.push(format!("and {} more", sample_indices.len() - NAMED));
+        }
+        origins.join(", ")
+    }
+
     /// The largest micro-batch of any epoch.
     fn limits(&self) -> Limits {
         Limits {
@@ -107,6 +118,17 @@ pub trait Observer<B: Backend> {
     fn step(&mut self, report: &StepReport) -> Result<()>;
     /// After every validation; `model` has the adapters that were measured.
     fn validation(&mut self, report: &ValidationReport, model: &Transformer<B>) -> Result<()>;
+}
+
+/// Nobody listens: the summary is all there is.
+impl<B: Backend> Observer<B> for () {
+    fn step(&mut self, _: &StepReport) -> Result<()> {
+        Ok(())
+    }
+
+    fn validation(&mut self, _: &ValidationReport, _: &Transformer<B>) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// How a run went.
@@ -129,6 +151,63 @@ pub struct TrainingSummary {
 }
 
 /// Trains the adapters of `model` for `settings.schedule.total_steps` steps over `training`.
+///
+/// ```
+/// use std::sync::Arc;
+///
+/// use fastlora::backend::cpu::CpuBackend;
+/// use fastlora::checkpoint::base::BaseModel;
+/// use fastlora::config::{DataSource, LossOn, LrScheduler, OnBadRecord, Overlong, TargetModules};
+/// use fastlora::data::{LoadOptions, load};
+/// use fastlora::model::{LoraConfig, Transformer};
+/// use fastlora::optim::{AdamWSettings, Schedule};
+/// use fastlora::tokens::{BatchOptions, SampleOptions, tokenise};
+/// use fastlora::training::{Split, TrainingSettings, train};
+///
+/// // A base model with LoRA on two of its linears.
+/// let base = BaseModel::open("tests/fixtures/tiny_qwen2")?;
+/// let targets = TargetModules::Names(vec!["q_proj".into(), "v_proj".into()]);
+/// let lora = LoraConfig { rank: 8, alpha: 16.0, use_rslora: false, target_modules: targets };
+/// let mut model = Transformer::load(Arc::new(CpuBackend::new(None)?), &base, Some(&lora))?;
+/// let start = model.layout().initial_parameters(42);
+/// model.set_parameters(&start)?;
+///
+/// // Samples: these are tokens already.
+/// let folder = tempfile::tempdir()?;
+/// let path = folder.path().join("train.jsonl");
+/// std::fs::write(&path, "{\"input_ids\": [5, 6, 7, 2]}\n{\"input_ids\": [8, 9, 2]}\n")?;
+/// let records = load(&[DataSource::new(path)], &LoadOptions::default())?;
+/// let options = SampleOptions {
+///     max_length: 128,
+///     overlong: Overlong::Error,
+///     loss_on: LossOn::Completion,
+///     on_bad_record: OnBadRecord::Error,
+///     embedding_rows: base.config().vocabulary,
+/// };
+/// let samples = tokenise(&records, None, &options)?;
+/// let batches = BatchOptions { batch_size: 2, gradient_accumulation_steps: 1, shuffle: true, seed: 42 };
+/// let split = Split::new(&samples, batches)?;
+///
+/// // Twenty steps; an `Observer` in place of `()` would see each of them.
+/// let settings = TrainingSettings {
+///     optimizer: AdamWSettings { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01, max_grad_norm: 1.0 },
+///     schedule: Schedule {
+///         scheduler: LrScheduler::Linear,
+///         peak_learning_rate: 0.01,
+///         warmup_steps: 2,
+///         total_steps: 20,
+///     },
+///     dropout_probability: 0.05,
+///     seed: 42,
+///     val_every: None,
+/// };
+/// let summary = train(&mut model, &split, None, &settings, &mut ())?;
+/// assert_eq!(summary.steps, 20);
+/// assert!(summary.last_loss < summary.first_loss);
+/// // A and B of q_proj and v_proj in two layers, named as PEFT names them.
+/// assert_eq!(model.adapters()?.len(), 8);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 ///
 /// # Errors
 /// A loss or norm that is not finite (numerical; the parameters are those of the step before), a device error, or
@@ -216,7 +295,9 @@ pub fn evaluate<B: Backend>(model: &mut Transformer<B>, split: &Split<'_>) -> Re
         for micro_batch in step.micro_batches() {
             split.plan.fill(micro_batch, &mut batch);
             let scores = model.evaluate(&batch)?;
-            evaluation.add(&batch, &scores.losses, &scores.correct, |sample| split.hash_of(sample))?;
+            evaluation
+                .add(&batch, &scores.losses, &scores.correct, |sample| split.hash_of(sample))
+                .map_err(|error| error.at(split.origins(micro_batch)))?;
         }
     }
     mapped::check_intact()?;
@@ -229,7 +310,13 @@ fn validate<B: Backend>(
     summary: &TrainingSummary,
 ) -> Result<ValidationReport> {
     let started = Instant::now();
-    let evaluation = evaluate(model, validation)?;
+    let evaluation = evaluate(model, validation).map_err(|error| match error.location() {
+        Some(records) => {
+            let place = format!("validation at step {} ({records})", summary.steps);
+            error.at(place)
+        }
+        None => error,
+    })?;
     let is_best = match (evaluation.overall().loss(), summary.best_validation) {
         (Some(loss), Some((_, best))) => loss < best,
         (loss, None) => loss.is_some(),
@@ -259,13 +346,7 @@ impl TrainingSummary {
 }
 
 fn not_finite(what: &str, value: f64, step_number: u64, training: &Split<'_>, step: &Step<'_>) -> Error {
-    const NAMED: usize = 8;
-    let origin = |index: &u32| training.samples.samples[*index as usize].origin.to_string();
-    let mut origins: Vec<String> = step.sample_indices.iter().take(NAMED).map(origin).collect();
-    if step.sample_indices.len() > NAMED {
-        origins.push(format!("and {} more", step.sample_indices.len() - NAMED));
-    }
     Error::numerical(format!("the {what} is {value}; nothing was updated in this step"))
-        .at(format!("step {step_number} ({})", origins.join(", ")))
+        .at(format!("step {step_number} ({})", training.origins(step.sample_indices)))
         .hint("look at these records, lower learning_rate or max_grad_norm, or add warmup_steps")
 }

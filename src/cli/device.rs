@@ -6,6 +6,7 @@ use clap::Args;
 
 use crate::backend::Backend;
 use crate::backend::cpu::CpuBackend;
+use crate::config::check_compute_choices;
 use crate::error::{Error, Result};
 
 /// Arguments that choose what computes.
@@ -25,7 +26,7 @@ pub struct DeviceArgs {
 impl DeviceArgs {
     /// Refuses what is misspelt, before anything is read.
     pub fn validate(&self) -> Result<()> {
-        check_spelling(&self.device, &self.dtype, self.threads)
+        check_compute_choices(&self.device, &self.dtype, self.threads)
     }
 
     /// The backend that was asked for.
@@ -43,7 +44,7 @@ impl DeviceArgs {
 /// A name that does not exist (config); a device that this build lacks, or a type that it does not compute in
 /// (device).
 pub fn cpu_backend(device: &str, dtype: &str, threads: Option<usize>) -> Result<Arc<CpuBackend>> {
-    check_spelling(device, dtype, threads)?;
+    check_compute_choices(device, dtype, threads)?;
     if !matches!(device, "auto" | "cpu") {
         return Err(Error::device(format!("`{device}`: this build has no CUDA"))
             .at("device")
@@ -57,29 +58,6 @@ pub fn cpu_backend(device: &str, dtype: &str, threads: Option<usize>) -> Result<
     let backend = CpuBackend::new(threads)?;
     tracing::info!("device: {}", backend.description());
     Ok(Arc::new(backend))
-}
-
-fn check_spelling(device: &str, dtype: &str, threads: Option<usize>) -> Result<()> {
-    let is_cuda = |device: &str| match device.strip_prefix("cuda") {
-        Some("") => true,
-        Some(rest) => rest.strip_prefix(':').is_some_and(|number| number.parse::<u32>().is_ok()),
-        None => false,
-    };
-    if !matches!(device, "auto" | "cpu") && !is_cuda(device) {
-        return Err(
-            Error::config(format!("`{device}` is no device; there are auto, cpu and cuda[:N]")).at("device")
-        );
-    }
-    if !matches!(dtype, "auto" | "f32" | "f16" | "bf16") {
-        return Err(Error::config(format!(
-            "`{dtype}` is no compute type; there are auto, f32, f16 and bf16"
-        ))
-        .at("dtype"));
-    }
-    if threads == Some(0) {
-        return Err(Error::config("0 threads, expected 1 or more").at("threads"));
-    }
-    Ok(())
 }
 
 #[cfg(test)]

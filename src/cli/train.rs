@@ -22,9 +22,11 @@ use crate::checkpoint::hub::{self, ResolvedModel};
 use crate::config::{DEFAULT_CONFIG_PATH, DataSource, Options, TrainingConfig};
 use crate::data::{Dataset, LoadOptions, RecordContent, load};
 use crate::error::{Error, Result};
-use crate::model::Transformer;
+use crate::model::{LoraConfig, Transformer};
 use crate::optim::{AdamWSettings, Schedule};
-use crate::tokens::{BatchOptions, SampleOptions, SampleSet, Tokenizer, tokenise, warn_about_overlap};
+use crate::tokens::{
+    BatchOptions, SampleOptions, SampleSet, Tokenizer, tokenise, warn_about_ends, warn_about_overlap,
+};
 use crate::training::{Split, TrainingSettings, TrainingSummary, train};
 
 /// Arguments of `fastlora train`.
@@ -57,6 +59,16 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
 
     let model_files = hub::resolve(&config.model_name)?;
     let base = BaseModel::open(&model_files.folder)?;
+    let adapter_config = adapter_config(&config, &model_files);
+    match (&init_adapter, &args.init_adapter) {
+        (Some(adapter), Some(folder)) => {
+            adapter.check_base(base.config()).map_err(|error| error.at(folder.display().to_string()))?
+        }
+        _ => LoraConfig::from(&adapter_config)
+            .expected_tensors(base.config())
+            .map(drop)
+            .map_err(|error| error.at("lora_target_modules"))?,
+    }
     if config.max_length > base.config().max_positions {
         let positions = base.config().max_positions;
         warn!("max_length is {}, but the model was made for {positions} positions", config.max_length);
@@ -76,7 +88,13 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         .as_ref()
         .map(|records| tokenise(records, tokenizer.as_ref(), &options))
         .transpose()?;
+    training_samples.accounting.log();
+    let tokenizer_eos = tokenizer.as_ref().and_then(Tokenizer::eos_id);
+    let eos_ids: Vec<u32> = base.config().eos_token_ids.iter().copied().chain(tokenizer_eos).collect();
+    let bos_id = tokenizer.as_ref().and_then(Tokenizer::bos_id).or(base.config().bos_token_id);
+    warn_about_ends(&training_samples, &eos_ids, bos_id);
     if let Some(validation_samples) = &validation_samples {
+        validation_samples.accounting.log();
         warn_about_overlap(&training_samples, validation_samples);
     }
 
@@ -92,7 +110,6 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     let validation =
         validation_samples.as_ref().map(|samples| Split::new(samples, one_by_one)).transpose()?;
 
-    let adapter_config = adapter_config(&config, &model_files);
     let backend = cpu_backend(&config.device, &config.dtype, config.threads)?;
     let mut model = match &init_adapter {
         Some(adapter) => Transformer::load_with_adapter(backend, &base, adapter)?,
@@ -142,7 +159,7 @@ fn resolve_config(args: &TrainArgs) -> Result<(TrainingConfig, Option<Adapter>)>
         None if default.exists() => Options::from_file(default)?,
         None => Options::default(),
     };
-    let mut options = args.options.or(&Options::from_pairs(&args.pairs)?).or(&file);
+    let mut options = args.options.or(&file.with_pairs(&args.pairs)?);
     let adapter = args.init_adapter.as_deref().map(read_adapter).transpose()?;
     if let Some(Adapter { config, .. }) = &adapter {
         adopt(&mut options.lora_r, config.rank, "lora_r")?;

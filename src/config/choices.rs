@@ -3,6 +3,8 @@
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, Result};
+
 /// Which tokens carry loss.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -49,4 +51,32 @@ pub enum LrScheduler {
     Linear,
     /// Falls on half a cosine to 0 at the last step.
     Cosine,
+}
+
+/// Refuses a device, compute type or number of threads that is none, before anything is read. Whether the machine has
+/// the device is another question.
+///
+/// # Errors
+/// A config error that names what there is.
+pub fn check_compute_choices(device: &str, dtype: &str, threads: Option<usize>) -> Result<()> {
+    let is_cuda = |device: &str| match device.strip_prefix("cuda") {
+        Some("") => true,
+        Some(rest) => rest.strip_prefix(':').is_some_and(|number| number.parse::<u32>().is_ok()),
+        None => false,
+    };
+    if !matches!(device, "auto" | "cpu") && !is_cuda(device) {
+        return Err(
+            Error::config(format!("`{device}` is no device; there are auto, cpu and cuda[:N]")).at("device")
+        );
+    }
+    if !matches!(dtype, "auto" | "f32" | "f16" | "bf16") {
+        return Err(Error::config(format!(
+            "`{dtype}` is no compute type; there are auto, f32, f16 and bf16"
+        ))
+        .at("dtype"));
+    }
+    if threads == Some(0) {
+        return Err(Error::config("0 threads, expected 1 or more").at("threads"));
+    }
+    Ok(())
 }

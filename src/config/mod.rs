@@ -6,7 +6,7 @@ mod options;
 mod target_modules;
 mod training;
 
-pub use choices::{LossOn, LrScheduler, OnBadRecord, Overlong};
+pub use choices::{LossOn, LrScheduler, OnBadRecord, Overlong, check_compute_choices};
 pub use data_source::DataSource;
 pub use options::Options;
 pub use target_modules::TargetModules;

@@ -157,6 +157,14 @@ impl Options {
     /// # Errors
     /// A pair without `=`, an unknown key, or a value of the wrong type.
     pub fn from_pairs(pairs: &[String]) -> Result<Self> {
+        Self::default().with_pairs(pairs)
+    }
+
+    /// These options with `key=value` pairs over them; `null` takes a value back, so that the default holds.
+    ///
+    /// # Errors
+    /// As [`from_pairs`](Self::from_pairs).
+    pub fn with_pairs(&self, pairs: &[String]) -> Result<Self> {
         let mut map = Map::new();
         for pair in pairs {
             let Some((key, text)) = pair.split_once('=') else {
@@ -168,14 +176,34 @@ impl Options {
             map.insert(key.trim().to_string(), value);
         }
         Self::check_keys(&map, "--set")?;
-        Self::from_map(map, "--set")
+        let taken_back: Vec<String> =
+            map.iter().filter(|(_, value)| value.is_null()).map(|(key, _)| key.clone()).collect();
+        Ok(Self::from_map(map, "--set")?.over(self, &taken_back))
     }
 
     /// These options, and `lower`'s where these are silent.
     pub fn or(&self, lower: &Self) -> Self {
-        let mut merged = lower.to_map();
-        merged.extend(self.to_map());
-        Self::from_map(merged, "configuration").expect("merged from two valid ones")
+        self.over(lower, &[])
+    }
+
+    /// These options, and where they are silent `lower`'s but for the keys in `taken_back`.
+    fn over(&self, lower: &Self, taken_back: &[String]) -> Self {
+        // Not by way of JSON, which has no NaN: a rate of NaN must reach the check that refuses it.
+        macro_rules! each_field {
+            ($($field:ident)*) => {
+                Self { $($field: self.$field.clone().or_else(|| {
+                    lower.$field.clone().filter(|_| !taken_back.iter().any(|key| key == stringify!($field)))
+                }),)* }
+            };
+        }
+        each_field! {
+            model_name train_data val_data output_dir instruction_key output_key hash_key
+            max_length batch_size gradient_accumulation_steps num_epochs max_steps shuffle
+            seed loss_on on_bad_record overlong lora_r lora_alpha lora_dropout
+            lora_target_modules use_rslora learning_rate lr_scheduler warmup_steps
+            weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm val_every device
+            dtype threads
+        }
     }
 
     fn from_map(map: Map<String, Value>, place: &str) -> Result<Self> {
@@ -186,13 +214,6 @@ impl Options {
                 .map_err(|error| Error::config(error.to_string()).at(format!("{place} {key}")))?;
         }
         serde_json::from_value(Value::Object(map)).map_err(|error| Error::config(error.to_string()).at(place))
-    }
-
-    fn to_map(&self) -> Map<String, Value> {
-        match serde_json::to_value(self) {
-            Ok(Value::Object(map)) => map.into_iter().filter(|(_, value)| !value.is_null()).collect(),
-            _ => unreachable!("a struct of plain values is a JSON object"),
-        }
     }
 
     fn check_keys(map: &Map<String, Value>, place: &str) -> Result<()> {

@@ -20,6 +20,20 @@ impl TargetModules {
     /// PEFT's word for every linear layer but the head.
     pub const ALL_LINEAR: &str = "all-linear";
 
+    /// Refuses an empty list and a broken regular expression, before any model is known.
+    ///
+    /// # Errors
+    /// A config error.
+    pub fn validate(&self) -> Result<()> {
+        match self {
+            Self::Names(entries) if entries.is_empty() => Err(Error::config("the list of modules is empty")
+                .hint("name linears, for example [\"q_proj\", \"v_proj\"], or \"all-linear\"")),
+            Self::Names(_) => Ok(()),
+            Self::Pattern(pattern) if pattern == Self::ALL_LINEAR => Ok(()),
+            Self::Pattern(pattern) => full_match(pattern).map(drop),
+        }
+    }
+
     /// For each of `modules` (full names of the linear layers but the head, `model.layers.0.self_attn.q_proj`),
     /// whether it is a target.
     ///
@@ -49,14 +63,12 @@ impl TargetModules {
             }
             Self::Pattern(pattern) if pattern == Self::ALL_LINEAR => vec![true; modules.len()],
             Self::Pattern(pattern) => {
-                let broken = |source| {
-                    Error::config(format!("`target_modules`: `{pattern}` is not a usable regular expression"))
-                        .caused_by(source)
-                };
-                let expression = fancy_regex::Regex::new(&format!(r"\A(?:{pattern})\z")).map_err(broken)?;
+                let expression = full_match(pattern)?;
                 modules
                     .iter()
-                    .map(|module| expression.is_match(module.as_ref()).map_err(broken))
+                    .map(|module| {
+                        expression.is_match(module.as_ref()).map_err(|error| unusable(pattern, error))
+                    })
                     .collect::<Result<_>>()?
             }
         };
@@ -74,6 +86,16 @@ impl std::fmt::Display for TargetModules {
             Self::Pattern(pattern) => write!(formatter, "`{pattern}`"),
         }
     }
+}
+
+/// The expression that matches whole names only.
+fn full_match(pattern: &str) -> Result<fancy_regex::Regex> {
+    fancy_regex::Regex::new(&format!(r"\A(?:{pattern})\z")).map_err(|error| unusable(pattern, error))
+}
+
+fn unusable(pattern: &str, source: fancy_regex::Error) -> Error {
+    Error::config(format!("`target_modules`: `{pattern}` is not a usable regular expression"))
+        .caused_by(source)
 }
 
 fn names_module(entry: &str, module: &str) -> bool {
@@ -116,6 +138,9 @@ mod tests {
         }
         let broken = TargetModules::Pattern("(".into()).select(&modules).unwrap_err();
         assert!(broken.message().contains("regular expression"), "{broken}");
+        for unusable in [TargetModules::Pattern("(".into()), TargetModules::Names(vec![])] {
+            assert_eq!(unusable.validate().unwrap_err().kind(), ErrorKind::Config, "{unusable}");
+        }
     }
 
     #[test]

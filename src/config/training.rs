@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::{DataSource, LossOn, LrScheduler, OnBadRecord, Options, Overlong, TargetModules};
+use super::{
+    DataSource, LossOn, LrScheduler, OnBadRecord, Options, Overlong, TargetModules, check_compute_choices,
+};
 use crate::error::{Error, Result};
 
 /// The configuration that `fastlora train` runs where no file is named.
@@ -184,6 +186,8 @@ impl TrainingConfig {
         if self.train_data.is_empty() {
             return Err(Error::config("no training data").at("train_data").hint("name at least one file"));
         }
+        check_compute_choices(&self.device, &self.dtype, self.threads)?;
+        self.lora_target_modules.validate().map_err(|error| error.at("lora_target_modules"))?;
         for source in self.train_data.iter().chain(self.val_data.iter().flatten()) {
             source.validate()?;
         }

@@ -92,6 +92,7 @@ pub fn load(sources: &[DataSource], options: &LoadOptions) -> Result<Dataset> {
         return Err(refusal);
     }
     if dataset.records.is_empty() {
+        dataset.accounting.log();
         return Err(Error::data(format!("no usable record: {}", dataset.accounting))
             .hint("the warnings name each file, line and reason"));
     }

@@ -6,6 +6,27 @@ use crate::error::Result;
 use crate::model::{Cache, Transformer};
 
 /// A [`Transformer`] with the keys and values of the text so far.
+///
+/// ```
+/// use std::ops::ControlFlow;
+/// use std::sync::Arc;
+///
+/// use fastlora::backend::cpu::CpuBackend;
+/// use fastlora::checkpoint::adapter::read_adapter;
+/// use fastlora::checkpoint::base::BaseModel;
+/// use fastlora::inference::{Sampler, SamplingParameters, Session, StopConditions, generate};
+/// use fastlora::model::Transformer;
+///
+/// let base = BaseModel::open("tests/fixtures/tiny_qwen2")?;
+/// let adapter = read_adapter("tests/fixtures/tiny_qwen2/adapter_final_b0".as_ref())?;
+/// let mut model = Transformer::load_with_adapter(Arc::new(CpuBackend::new(None)?), &base, &adapter)?;
+/// let mut session = Session::new(&mut model, 64)?;
+/// let mut sampler = Sampler::new(SamplingParameters::default())?;
+/// let stop = StopConditions { max_new_tokens: 8, eos_token_ids: base.config().eos_token_ids.clone() };
+/// let generation = generate(&mut session, &[5, 6, 7], &mut sampler, &stop, |_| ControlFlow::Continue(()))?;
+/// assert!((1..=8).contains(&generation.token_ids.len()));
+/// # Ok::<(), fastlora::error::Error>(())
+/// ```
 pub struct Session<'a, B: Backend> {
     model: &'a mut Transformer<B>,
     cache: Cache<B>,

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::config::ModelConfig;
 use super::{LoraConfig, Transformer};
 use crate::backend::Backend;
 use crate::checkpoint::adapter::{Adapter, AdapterConfig};
@@ -19,17 +20,28 @@ impl From<&AdapterConfig> for LoraConfig {
     }
 }
 
+impl Adapter {
+    /// Checks that every tensor belongs to `model`; needs no weights.
+    ///
+    /// # Errors
+    /// An adapter of another base (fault 61): a target, name or shape that the model does not have.
+    pub fn check_base(&self, model: &ModelConfig) -> Result<()> {
+        let expected = LoraConfig::from(&self.config).expected_tensors(model).map_err(|error| {
+            // Targets that match nothing are the adapter's fault here, not the configuration's.
+            if error.kind() == ErrorKind::Config { error.with_kind(ErrorKind::Model) } else { error }
+        })?;
+        self.match_to(&expected).map(drop)
+    }
+}
+
 impl<B: Backend> Transformer<B> {
     /// Puts `base` on `backend` with the parameters of `adapter`.
     ///
     /// # Errors
     /// An adapter of another base (fault 61), or a device without room.
     pub fn load_with_adapter(backend: Arc<B>, base: &BaseModel, adapter: &Adapter) -> Result<Self> {
-        let mut model =
-            Self::load(backend, base, Some(&LoraConfig::from(&adapter.config))).map_err(|error| {
-                // Targets that match nothing are the adapter's fault here, not the configuration's.
-                if error.kind() == ErrorKind::Config { error.with_kind(ErrorKind::Model) } else { error }
-            })?;
+        adapter.check_base(base.config())?;
+        let mut model = Self::load(backend, base, Some(&LoraConfig::from(&adapter.config)))?;
         let matched = adapter.match_to(&model.layout().expected())?;
         let parameters = model.layout().to_flat(&matched)?;
         model.set_parameters(&parameters)?;

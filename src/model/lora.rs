@@ -3,7 +3,7 @@
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::config::LinearModule;
+use super::config::{LinearModule, ModelConfig};
 use crate::backend::LoraSlot;
 use crate::config::TargetModules;
 use crate::error::{Error, Result};
@@ -27,6 +27,27 @@ impl LoraConfig {
     pub fn scale(&self) -> f32 {
         let rank = self.rank as f64;
         (self.alpha / if self.use_rslora { rank.sqrt() } else { rank }) as f32
+    }
+
+    /// Which linears of a model are targets, in the order of the forward pass.
+    ///
+    /// # Errors
+    /// Targets that match no module (fault 45).
+    pub fn linears(&self, model: &ModelConfig) -> Result<Vec<(LinearModule, bool)>> {
+        let modules: Vec<LinearModule> = model.linear_modules().collect();
+        let names: Vec<&str> = modules.iter().map(|module| module.name.as_str()).collect();
+        let targets = self.target_modules.select(&names)?;
+        Ok(modules.into_iter().zip(targets).collect())
+    }
+
+    /// Names and shapes of the adapter matrices of a model, which needs no weights.
+    ///
+    /// # Errors
+    /// Targets that match no module (fault 45).
+    pub fn expected_tensors(&self, model: &ModelConfig) -> Result<Vec<(String, Vec<usize>)>> {
+        let mut layout = AdapterLayout::default();
+        layout.push_group(self, &self.linears(model)?);
+        Ok(layout.expected())
     }
 }
 

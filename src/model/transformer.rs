@@ -95,19 +95,34 @@ impl<B: Backend> Transformer<B> {
     /// Puts `base` on `backend`, with adapters on the targets of `lora`; they start at zero, see
     /// [`set_parameters`](Self::set_parameters).
     ///
+    /// ```
+    /// use std::sync::Arc;
+    ///
+    /// use fastlora::backend::cpu::CpuBackend;
+    /// use fastlora::checkpoint::base::BaseModel;
+    /// use fastlora::config::TargetModules;
+    /// use fastlora::model::{LoraConfig, Transformer};
+    ///
+    /// let base = BaseModel::open("tests/fixtures/tiny_qwen2")?;
+    /// let target_modules = TargetModules::Pattern("all-linear".into());
+    /// let lora = LoraConfig { rank: 4, alpha: 8.0, use_rslora: false, target_modules };
+    /// let mut model = Transformer::load(Arc::new(CpuBackend::new(None)?), &base, Some(&lora))?;
+    /// // PEFT's start: A random, B zero, so the model computes what its base computes.
+    /// let start = model.layout().initial_parameters(42);
+    /// model.set_parameters(&start)?;
+    /// assert_eq!(model.layout().tensors()[0].name, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight");
+    /// assert_eq!(model.layout().tensors()[0].shape, [4, 64]);
+    /// # Ok::<(), fastlora::error::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// Targets that match no module, a tensor that is missing, or a device without room.
     pub fn load(backend: Arc<B>, base: &BaseModel, lora: Option<&LoraConfig>) -> Result<Self> {
         let config = base.config().clone();
-        let modules: Vec<LinearModule> = config.linear_modules().collect();
-        let targets = match lora {
-            Some(lora) => {
-                let names: Vec<&str> = modules.iter().map(|module| module.name.as_str()).collect();
-                lora.target_modules.select(&names)?
-            }
-            None => vec![false; modules.len()],
+        let linears: Vec<(LinearModule, bool)> = match lora {
+            Some(lora) => lora.linears(&config)?,
+            None => config.linear_modules().map(|module| (module, false)).collect(),
         };
-        let linears: Vec<(LinearModule, bool)> = modules.into_iter().zip(targets).collect();
         let mut layout = AdapterLayout::default();
         let per_layer = linears.chunks_exact(linears.len() / config.layer_count);
         let blocks = per_layer

@@ -202,9 +202,6 @@ pub fn tokenise(
         let message = if over > 0 { histogram() } else { set.accounting.to_string() };
         return Err(Error::data(format!("no sample is left: {message}")).hint(advice));
     }
-    if let Some(tokenizer) = tokenizer {
-        warn_about_ends(&set.samples, tokenizer);
-    }
     Ok(set)
 }
 
@@ -380,15 +377,15 @@ fn length_histogram(lengths: &[usize]) -> String {
     format!("lengths in tokens: {}; longest {longest}", buckets.join(", "))
 }
 
-/// Warns where the samples would teach a model never to stop, or begin with two BOS.
-fn warn_about_ends(samples: &[Sample], tokenizer: &Tokenizer) {
-    if let Some(sample) = eos_never_learned(samples, tokenizer.eos_id()) {
+/// Warns where the samples would teach a model never to stop, or begin with two BOS (fault 28).
+pub fn warn_about_ends(set: &SampleSet, eos_ids: &[u32], bos_id: Option<u32>) {
+    if let Some(sample) = eos_never_learned(&set.samples, eos_ids) {
         tracing::warn!(
             "EOS is in no sample's labels: the model will not learn to stop; for example {}",
             crate::error::escape_control(&sample.origin.to_string())
         );
     }
-    if let Some(sample) = doubled_bos(samples, tokenizer.bos_id()) {
+    if let Some(sample) = doubled_bos(&set.samples, bos_id) {
         tracing::warn!(
             "a sample begins with BOS twice: {}",
             crate::error::escape_control(&sample.origin.to_string())
@@ -396,11 +393,11 @@ fn warn_about_ends(samples: &[Sample], tokenizer: &Tokenizer) {
     }
 }
 
-/// The first sample, if none has EOS in its labels.
-fn eos_never_learned(samples: &[Sample], eos_id: Option<u32>) -> Option<&Sample> {
-    let eos = i32::try_from(eos_id?).ok()?;
-    let learned = samples.iter().any(|sample| sample.labels.iter().skip(1).any(|&label| label == eos));
-    if learned { None } else { samples.first() }
+/// The first sample, if there is an EOS and none has it in its labels.
+fn eos_never_learned<'a>(samples: &'a [Sample], eos_ids: &[u32]) -> Option<&'a Sample> {
+    let is_eos = |label: &i32| u32::try_from(*label).is_ok_and(|label| eos_ids.contains(&label));
+    let learned = samples.iter().any(|sample| sample.labels.iter().skip(1).any(is_eos));
+    if learned || eos_ids.is_empty() { None } else { samples.first() }
 }
 
 /// The first sample that begins with two BOS.
@@ -440,9 +437,9 @@ mod tests {
         // In the first label, in the ids alone, not at all.
         let others =
             [sample(&[2, 5], &[2, 5]), sample(&[5, 2, 6], &[5, NO_LOSS, 6]), sample(&[5, 6], &[5, 6])];
-        assert_eq!(eos_never_learned(&others, Some(2)), Some(&others[0]));
-        assert_eq!(eos_never_learned(&others, None), None);
-        assert_eq!(eos_never_learned(&[others[0].clone(), learned], Some(2)), None);
+        assert_eq!(eos_never_learned(&others, &[3, 2]), Some(&others[0]));
+        assert_eq!(eos_never_learned(&others, &[]), None);
+        assert_eq!(eos_never_learned(&[others[0].clone(), learned], &[3, 2]), None);
     }
 
     #[test]

@@ -44,6 +44,16 @@ impl Tensors {
         (view.shape().to_vec(), values)
     }
 
+    /// Every tensor's name, element type and shape, sorted, and the file's metadata.
+    pub fn described(&self) -> (Vec<String>, Option<std::collections::HashMap<String, String>>) {
+        let file = SafeTensors::deserialize(&self.bytes).unwrap();
+        let mut tensors: Vec<String> =
+            file.iter().map(|(name, view)| format!("{name} {:?} {:?}", view.dtype(), view.shape())).collect();
+        tensors.sort();
+        let (_, header) = SafeTensors::read_metadata(&self.bytes).unwrap();
+        (tensors, header.metadata().clone())
+    }
+
     /// Names of all tensors.
     pub fn names(&self) -> Vec<String> {
         SafeTensors::deserialize(&self.bytes)

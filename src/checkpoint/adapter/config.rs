@@ -5,7 +5,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::config::TargetModules;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 
 /// The hyper-parameters of a LoRA adapter (Hu et al. 2021), as `adapter_config.json` holds them.
 #[derive(Clone, Debug, PartialEq)]
@@ -107,6 +107,7 @@ impl AdapterConfig {
         let target_modules = TargetModules::deserialize(&target_modules).map_err(|_| {
             refused("target_modules", &target_modules, "a list of names or a regular expression")
         })?;
+        target_modules.validate().map_err(|error| error.with_kind(ErrorKind::Model).at("target_modules"))?;
         let use_rslora = match take("use_rslora") {
             Value::Null => false,
             Value::Bool(flag) => flag,
@@ -190,7 +191,6 @@ fn shortened(value: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::ErrorKind;
 
     /// What PEFT 0.21.2 writes for a plain adapter.
     fn written_by_peft() -> Value {
@@ -270,6 +270,7 @@ mod tests {
             ("lora_dropout", json!(1.0)),
             ("target_modules", json!(null)),
             ("target_modules", json!([1])),
+            ("target_modules", json!("(")),
             ("a_key_of_the_future", json!(3)),
         ] {
             let mut config = written_by_peft();

@@ -1,0 +1,112 @@
+//! The same samples, the same numbers: however a step is cut into batches, whatever computes it.
+
+use crate::support::{fixture, largest_difference};
+use crate::workspace::{Workspace, samples};
+
+/// Steps of 32 samples in `batch_size` × 32/`batch_size`; 80 samples make two whole steps and one half an epoch.
+fn train_cut(workspace: &Workspace, batch_size: usize, shuffle: &str) -> String {
+    let output = format!("cut-{batch_size}-{shuffle}");
+    let (batch_size, accumulation) = (batch_size.to_string(), (32 / batch_size).to_string());
+    let start = fixture("tiny_qwen2/adapter_init_brand");
+    workspace
+        .train_into(
+            &output,
+            &[
+                "--init-adapter",
+                start.to_str().unwrap(),
+                "--batch-size",
+                &batch_size,
+                "--gradient-accumulation-steps",
+                &accumulation,
+                "--shuffle",
+                shuffle,
+                "--lora-dropout",
+                "0.1",
+                "--num-epochs",
+                "2",
+            ],
+        )
+        .succeeded();
+    output
+}
+
+#[test]
+fn however_a_step_is_cut_losses_and_adapters_agree() {
+    const TOLERANCE: f64 = 1e-6;
+    for shuffle in ["false", "true"] {
+        let workspace = Workspace::new();
+        workspace.write("train.jsonl", samples(3, 80));
+        let whole = train_cut(&workspace, 32, shuffle);
+        let losses = workspace.of_steps(&whole, "loss");
+        assert_eq!(losses.len(), 6);
+        for batch_size in [1, 8] {
+            let cut = train_cut(&workspace, batch_size, shuffle);
+            for key in ["labelled_tokens", "tokens", "epoch", "learning_rate"] {
+                assert_eq!(workspace.of_steps(&cut, key), workspace.of_steps(&whole, key), "{key}");
+            }
+            for (step, (found, expected)) in workspace.of_steps(&cut, "loss").iter().zip(&losses).enumerate()
+            {
+                let relative = (found / expected - 1.0).abs();
+                assert!(relative <= TOLERANCE, "{cut} step {step}: {found} against {expected}");
+            }
+            let (adapter, expected) = (workspace.adapter(&cut), workspace.adapter(&whole));
+            for name in expected.names() {
+                let ((_, found), (_, expected)) = (adapter.get(&name), expected.get(&name));
+                let largest = expected.iter().fold(0.0_f64, |largest, value| largest.max(value.abs()));
+                let (difference, place) = largest_difference(&found, &expected);
+                assert!(
+                    difference <= TOLERANCE * largest,
+                    "{cut} {name} [{place}]: {} against {}, largest {largest}",
+                    found[place],
+                    expected[place]
+                );
+            }
+        }
+        // The dropout masks did act: without them the losses are others.
+        let start = fixture("tiny_qwen2/adapter_init_brand");
+        let options = ["--batch-size", "32", "--shuffle", shuffle, "--lora-dropout", "0", "--max-steps", "1"];
+        let arguments = [&["--init-adapter", start.to_str().unwrap()], &options[..]].concat();
+        workspace.train_into("dry", &arguments).succeeded();
+        let relative = (workspace.of_steps("dry", "loss")[0] / losses[0] - 1.0).abs();
+        assert!(relative > 1e-5, "{relative}");
+    }
+}
+
+#[test]
+fn the_same_seed_gives_the_same_bits_whatever_the_thread_count() {
+    let workspace = Workspace::with_data();
+    let train = |output: &str, seed: &str, threads: &str| {
+        let options = [
+            "--seed",
+            seed,
+            "--threads",
+            threads,
+            "--num-epochs",
+            "2",
+            "--lora-target-modules",
+            "all-linear",
+            "--val-data",
+            "val.jsonl",
+        ];
+        workspace.train_into(output, &options).succeeded();
+        let figures: Vec<String> = workspace
+            .metrics(output)
+            .into_iter()
+            .map(|mut object| {
+                object.as_object_mut().unwrap().remove("seconds").unwrap();
+                object.to_string()
+            })
+            .collect();
+        (figures, workspace.adapter_bytes(output))
+    };
+    let (figures, adapter) = train("one", "7", "1");
+    assert_eq!(figures.len(), 20 + 2);
+    for threads in ["1", "2", "3"] {
+        let (others, other_adapter) = train(&format!("threads-{threads}"), "7", threads);
+        assert_eq!(others, figures, "{threads} threads");
+        assert!(other_adapter == adapter, "{threads} threads: the adapter's bits differ");
+    }
+    let (others, other_adapter) = train("other-seed", "8", "2");
+    assert!(other_adapter != adapter);
+    assert_ne!(others[0], figures[0]);
+}

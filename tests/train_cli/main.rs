@@ -1,0 +1,15 @@
+//! The promises of `fastlora train`, through the binary, on tiny models.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod configuration;
+mod data_faults;
+mod fault_table;
+mod golden;
+mod invariance;
+mod numerical;
+mod order_of_checks;
+mod outputs;
+mod run_faults;
+mod workspace;
