@@ -11,7 +11,19 @@ mod nvcc;
 use std::path::PathBuf;
 
 /// Every kernel file, `kernels/NAME.cu`.
-const KERNELS: &[&str] = &["adamw", "convert", "gated_silu", "linear", "lora", "rms_norm", "rope", "rows"];
+const KERNELS: &[&str] = &[
+    "adamw",
+    "attention",
+    "attention_backward",
+    "convert",
+    "cross_entropy",
+    "gated_silu",
+    "linear",
+    "lora",
+    "rms_norm",
+    "rope",
+    "rows",
+];
 
 fn main() {
     for path in ["build.rs", "build", "kernels"] {

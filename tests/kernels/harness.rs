@@ -184,13 +184,18 @@ pub fn assert_close(name: &str, columns: usize, actual: &[f64], expected: &[Expe
     };
     let worst = actual.iter().zip(expected).map(ratio).enumerate().max_by(|a, b| a.1.total_cmp(&b.1));
     let Some((index, ratio)) = worst else { return };
+    let (row, column) = (index / columns, index % columns);
+    println!("{name}: largest error {ratio:.3} × its tolerance, at row {row}, column {column}");
     assert!(
         ratio <= 1.0,
-        "{name}: at row {}, column {}: {} where {} was expected, {ratio:.3} × the tolerance {:e}",
-        index / columns,
-        index % columns,
+        "{name}: at row {row}, column {column}: {} where {} was expected, {ratio:.3} × the tolerance {:e}",
         actual[index],
         expected[index].value,
         expected[index].tolerance,
     );
+}
+
+/// Bytes as values, whatever their alignment.
+pub fn values_of<T: Pod>(bytes: &[u8]) -> Vec<T> {
+    bytes.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned).collect()
 }

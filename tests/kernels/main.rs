@@ -6,6 +6,8 @@
 #![cfg(feature = "emulator")]
 
 mod adamw;
+mod attention;
+mod cross_entropy;
 mod element_wise;
 mod harness;
 mod linear;

@@ -1,0 +1,116 @@
+// Output head and cross-entropy over a chunk of labelled rows; the logits of all rows never exist.
+//
+//   head_logits           z = x · Wᵀ                        x [L, H], W [V, H], z [L, V̄]
+//   cross_entropy         loss = log Σ_v exp(z_v) − z_target,   dz = (softmax(z) − onehot(target)) · gradient_scale   over z
+//   head_backward_input   dx = dz · W                       dx [L, H]
+//
+// T is f16 or bf16; z is rounded to T, as the layer's output would be; H is a multiple of 8, V arbitrary, V̄ = V rounded up to
+// a multiple of 8: the padding columns of z are never read as logits. Sums over the vocabulary in f32: each thread a running
+// maximum and sum over its own columns, in order, then the block in a fixed order. Offsets are 64-bit.
+#include "common/block_sum.h"
+#include "common/matmul_tile.h"
+#include "ptx/math.h"
+
+constexpr int head_tile = 128, head_threads = 256;
+template <class T, Major B_MAJOR>
+using HeadTile = MatmulTile<T, Major::k, B_MAJOR, head_tile, head_tile, 2, 4>;
+
+DEVICE int head_tiles(int extent) { return (extent + head_tile - 1) / head_tile; }
+
+// Grid: ceil(L / 128) · ceil(V / 128) blocks, 64 KiB of dynamic shared memory.
+template <class T>
+DEVICE void head_logits(const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ z, int rows, int width,
+                        int vocabulary, int vocabulary_leading) {
+    using Tile = HeadTile<T, Major::k>;
+    DYNAMIC_SHARED(shared, 128);
+    const TilePlace tile = find_tile(head_tiles(rows), head_tiles(vocabulary), head_tile, head_tile);
+    typename Tile::Accumulators sums;
+    Tile::clear(sums);
+    Tile::accumulate(sums, shared, Operand<T>{x, rows, width}, Operand<T>{w, vocabulary, width}, tile.m, tile.n, 0, width);
+    Tile::store(sums, shared, [&](int row, int column, float (&values)[chunk]) {
+        // Beyond V an eight holds zeros, products of rows that W does not have.
+        if (tile.m + row < rows && tile.n + column < vocabulary_leading)
+            store8(z + static_cast<long long>(tile.m + row) * vocabulary_leading + tile.n + column, values);
+    });
+}
+
+// Grid: ceil(L / 128) · ceil(H / 128) blocks, 64 KiB of dynamic shared memory.
+template <class T>
+DEVICE void head_backward_input(const T* __restrict__ dz, const T* __restrict__ w, T* __restrict__ dx, int rows, int width,
+                                int vocabulary, int vocabulary_leading) {
+    using Tile = HeadTile<T, Major::mn>;
+    DYNAMIC_SHARED(shared, 128);
+    const TilePlace tile = find_tile(head_tiles(rows), head_tiles(width), head_tile, head_tile);
+    typename Tile::Accumulators sums;
+    Tile::clear(sums);
+    Tile::accumulate(sums, shared, Operand<T>{dz, rows, vocabulary_leading}, Operand<T>{w, width, width}, tile.m, tile.n, 0,
+                     vocabulary);
+    Tile::store(sums, shared, [&](int row, int column, float (&values)[chunk]) {
+        if (tile.m + row < rows && tile.n + column < width)
+            store8(dx + static_cast<long long>(tile.m + row) * width + tile.n + column, values);
+    });
+}
+
+// One block a row: its loss, whether its target is the first of the highest logits, and, if write_gradient, dz over z.
+template <class T>
+DEVICE void cross_entropy(T* z, const unsigned* __restrict__ targets, float* __restrict__ losses,
+                          float* __restrict__ correct, int vocabulary, int vocabulary_leading, float gradient_scale,
+                          int write_gradient) {
+    SHARED_ARRAY(float, partials, [max_warps_per_block]);
+    T* row = z + static_cast<long long>(blockIdx.x) * vocabulary_leading;
+    const int target = static_cast<int>(targets[blockIdx.x]), stride = head_threads * vector_width;
+    const float at_target = to_float(row[target]);
+
+    float greatest = -INFINITY, sum = 0.f, beaten = 0.f;
+    for (int column = threadIdx.x * vector_width; column < vocabulary; column += stride) {
+        float values[vector_width];
+        load8(values, row + column);
+        const int count = min(vector_width, vocabulary - column);
+        float now = greatest;
+#pragma unroll
+        for (int i = 0; i < vector_width; i++) {
+            if (i >= count) continue;
+            now = fmaxf(now, values[i]);
+            if (values[i] > at_target || (values[i] == at_target && column + i < target)) beaten = 1.f;
+        }
+        // Before the first finite logit both are −infinity, whose difference would be NaN.
+        if (now > greatest) sum *= exp_fast(greatest - now);
+        greatest = now;
+#pragma unroll
+        for (int i = 0; i < vector_width; i++)
+            if (i < count && values[i] > -INFINITY) sum += exp_fast(values[i] - greatest);
+    }
+    const float row_maximum = block_maximum(greatest, partials);
+    // A thread without columns holds −infinity and adds nothing.
+    const float total = block_sum(greatest > -INFINITY ? sum * exp_fast(greatest - row_maximum) : 0.f, partials);
+    const bool is_beaten = block_maximum(beaten, partials) > 0.f;  // also: everybody has read row[target]
+    if (threadIdx.x == 0) {
+        losses[blockIdx.x] = row_maximum - at_target + logf(total);
+        correct[blockIdx.x] = is_beaten ? 0.f : 1.f;
+    }
+    if (!write_gradient) return;
+
+    const float factor = gradient_scale / total;
+    for (int column = threadIdx.x * vector_width; column < vocabulary; column += stride) {
+        float values[vector_width];
+        load8(values, row + column);
+#pragma unroll
+        for (int i = 0; i < vector_width; i++) {
+            values[i] = exp_fast(values[i] - row_maximum) * factor;
+            if (column + i == target) values[i] -= gradient_scale;
+        }
+        store8(row + column, values);
+    }
+}
+
+EXPORT_HALF_KERNELS(head_logits, head_threads,
+                    (const T* x, const T* w, T* z, int rows, int width, int vocabulary, int vocabulary_leading),
+                    (x, w, z, rows, width, vocabulary, vocabulary_leading))
+EXPORT_HALF_KERNELS(head_backward_input, head_threads,
+                    (const T* dz, const T* w, T* dx, int rows, int width, int vocabulary, int vocabulary_leading),
+                    (dz, w, dx, rows, width, vocabulary, vocabulary_leading))
+// Grid: L blocks.
+EXPORT_HALF_KERNELS(cross_entropy, head_threads,
+                    (T* z, const unsigned* targets, float* losses, float* correct, int vocabulary, int vocabulary_leading,
+                     float gradient_scale, int write_gradient),
+                    (z, targets, losses, correct, vocabulary, vocabulary_leading, gradient_scale, write_gradient))
