@@ -82,7 +82,7 @@ fn check(half: Half, shape: &Shape, with_norm: bool) {
     let mut backward: Vec<Expected> =
         gradient_values.iter().map(|&value| Expected { value, tolerance: f64::MIN_POSITIVE }).collect();
     let u = half.unit_roundoff();
-    for token in 0..tokens {
+    for (token, &position) in positions.iter().enumerate() {
         for head in 0..shape.heads() {
             let at = shape.offset(token, head);
             let x = &qkv[at..][..head_dim];
@@ -93,7 +93,7 @@ fn check(half: Half, shape: &Shape, with_norm: bool) {
             let normed = |i: usize| if with_norm { x[i] * rstd * weight[i] } else { x[i] };
             // Two roundings before the rotation where there is a norm.
             let input_error = if with_norm { 2.1 * u } else { 0.0 };
-            let angle = |i: usize| angle(positions[token] as usize, i % half_dim);
+            let angle = |i: usize| angle(position as usize, i % half_dim);
             for i in 0..head_dim {
                 let partner = (i + half_dim) % head_dim;
                 let sign = if i < half_dim { -1.0 } else { 1.0 };
