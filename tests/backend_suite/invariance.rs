@@ -13,8 +13,12 @@ const LENGTHS: &[usize] = &[
     31, 5, 18,
 ];
 
-/// Runs the operations whose rows meet, or that sum over rows, over 32 samples at once and one by one; figures agree
-/// within 1e-6 of the largest.
+/// Agreement of what belongs to one row.
+const OF_A_ROW: f32 = 1e-6;
+
+/// Runs the operations whose rows meet, or that sum over rows, over 32 samples at once and one by one. Figures of a row
+/// agree within 1e-6 of the largest; sums over `n` rows, which are added up in another order, within `ε·√n` of it, as
+/// the roundings of a sum grow.
 pub fn batch_cuts_agree<B: Backend>(backend: &B) {
     let whole = batch_of(LENGTHS, 40);
     let cuts: Vec<Batch> = (0..LENGTHS.len()).map(|sample| cut(&whole, sample)).collect();
@@ -36,12 +40,12 @@ fn cut(whole: &Batch, sample: usize) -> Batch {
     }
 }
 
-fn assert_close(name: &str, whole: &[f32], parts: &[f32]) {
+fn assert_close(name: &str, tolerance: f32, whole: &[f32], parts: &[f32]) {
     assert_eq!(whole.len(), parts.len(), "{name}");
     let largest = whole.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
     for (place, (a, b)) in whole.iter().zip(parts).enumerate() {
         assert!(
-            (a - b).abs() <= 1e-6 * largest,
+            (a - b).abs() <= tolerance * largest,
             "{name}: element {place}: {a} at once, {b} cut (largest {largest})"
         );
     }
@@ -76,8 +80,8 @@ fn attention<B: Backend>(backend: &B, whole: &Batch, cuts: &[Batch]) {
             out_parts.extend(out);
             dqkv_parts.extend(dqkv);
         }
-        assert_close("attention out", &out, &out_parts);
-        assert_close("attention dqkv", &dqkv, &dqkv_parts);
+        assert_close("attention out", OF_A_ROW, &out, &out_parts);
+        assert_close("attention dqkv", OF_A_ROW, &dqkv, &dqkv_parts);
     });
 }
 
@@ -121,11 +125,12 @@ fn linear_group<B: Backend>(backend: &B, whole: &Batch, cuts: &[Batch]) {
         y_parts.extend(y);
         dx_parts.extend(dx);
     }
-    assert_close("linear y", &y, &y_parts);
-    assert_close("linear dx", &dx, &dx_parts);
+    assert_close("linear y", OF_A_ROW, &y, &y_parts);
+    assert_close("linear dx", OF_A_ROW, &dx, &dx_parts);
     let count = zeros.len();
     let read = |floats| read_floats(backend, floats, count);
-    assert_close("linear gradients", &read(&gradients), &read(&gradient_parts));
+    let of_a_sum = f32::EPSILON * (whole.token_count() as f32).sqrt();
+    assert_close("linear gradients", of_a_sum, &read(&gradients), &read(&gradient_parts));
 }
 
 fn head_loss<B: Backend>(backend: &B, whole: &Batch, cuts: &[Batch]) {
@@ -153,6 +158,6 @@ fn head_loss<B: Backend>(backend: &B, whole: &Batch, cuts: &[Batch]) {
         dx_parts.extend(dx);
         first += part.labelled_count();
     }
-    assert_close("losses", &losses, &loss_parts);
-    assert_close("head dx", &dx, &dx_parts);
+    assert_close("losses", OF_A_ROW, &losses, &loss_parts);
+    assert_close("head dx", OF_A_ROW, &dx, &dx_parts);
 }
