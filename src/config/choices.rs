@@ -53,6 +53,9 @@ pub enum LrScheduler {
     Cosine,
 }
 
+/// More threads than any machine has cores would only take its memory.
+const MAX_THREADS: usize = 1024;
+
 /// Refuses a device, compute type or number of threads that is none, before anything is read. Whether the machine has
 /// the device is another question.
 ///
@@ -75,8 +78,8 @@ pub fn check_compute_choices(device: &str, dtype: &str, threads: Option<usize>) 
         ))
         .at("dtype"));
     }
-    if threads == Some(0) {
-        return Err(Error::config("0 threads, expected 1 or more").at("threads"));
+    if let Some(threads) = threads.filter(|threads| !(1..=MAX_THREADS).contains(threads)) {
+        return Err(Error::config(format!("{threads} threads, expected 1 to {MAX_THREADS}")).at("threads"));
     }
     Ok(())
 }
