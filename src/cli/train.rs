@@ -4,6 +4,7 @@ mod output;
 mod progress;
 mod recorder;
 
+use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -135,6 +136,8 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         config: &config,
         adapter: adapter_config,
         base: &base,
+        init_adapter: args.init_adapter.as_deref(),
+        base_fingerprints: OnceCell::new(),
         data_fingerprints: json!({
             "train": training_samples.fingerprint(),
             "validation": validation_samples.as_ref().map(SampleSet::fingerprint),

@@ -79,7 +79,9 @@ pub fn check_compute_choices(device: &str, dtype: &str, threads: Option<usize>) 
         .at("dtype"));
     }
     if let Some(threads) = threads.filter(|threads| !(1..=MAX_THREADS).contains(threads)) {
-        return Err(Error::config(format!("{threads} threads, expected 1 to {MAX_THREADS}")).at("threads"));
+        return Err(Error::config(format!("{threads} threads, expected 1 to {MAX_THREADS}"))
+            .at("threads")
+            .hint("leave it out to use all cores"));
     }
     Ok(())
 }

@@ -145,7 +145,7 @@ impl TrainingConfig {
                 "max_length",
                 self.max_length.to_string(),
                 (2..=1 << 24).contains(&self.max_length),
-                "2 or more",
+                "2 to 16777216",
             ),
             (
                 "batch_size",
@@ -167,14 +167,20 @@ impl TrainingConfig {
             (
                 "lora_dropout",
                 self.lora_dropout.to_string(),
-                below_one(self.lora_dropout),
+                below_one(self.lora_dropout) && (self.lora_dropout as f32) < 1.0,
                 "0 or more and below 1",
             ),
             ("learning_rate", self.learning_rate.to_string(), positive(self.learning_rate), "above 0"),
             ("weight_decay", self.weight_decay.to_string(), non_negative(self.weight_decay), "0 or more"),
             ("adam_beta1", self.adam_beta1.to_string(), below_one(self.adam_beta1), "0 or more and below 1"),
             ("adam_beta2", self.adam_beta2.to_string(), below_one(self.adam_beta2), "0 or more and below 1"),
-            ("adam_epsilon", self.adam_epsilon.to_string(), positive(self.adam_epsilon), "above 0"),
+            (
+                "adam_epsilon",
+                self.adam_epsilon.to_string(),
+                // In f32 a smaller one is zero, and 0/0 follows where a gradient is zero.
+                positive(self.adam_epsilon) && self.adam_epsilon as f32 >= f32::MIN_POSITIVE,
+                "1.2e-38 or more",
+            ),
             ("max_grad_norm", self.max_grad_norm.to_string(), positive(self.max_grad_norm), "above 0"),
         ];
         if let Some((key, value, _, range)) = checks.iter().find(|(_, _, in_range, _)| !in_range) {
@@ -184,6 +190,16 @@ impl TrainingConfig {
         }
         if self.train_data.is_empty() {
             return Err(Error::config("no training data").at("train_data").hint("name at least one file"));
+        }
+        for (key, is_empty) in [
+            ("model_name", self.model_name.is_empty()),
+            ("output_dir", self.output_dir.as_os_str().is_empty()),
+            ("train_data", self.train_data.iter().any(|source| source.path.as_os_str().is_empty())),
+            ("val_data", self.val_data.iter().flatten().any(|source| source.path.as_os_str().is_empty())),
+        ] {
+            if is_empty {
+                return Err(Error::config("the name is empty").at(key).hint("give a name, or leave it out"));
+            }
         }
         check_compute_choices(&self.device, &self.dtype, self.threads)?;
         self.lora_target_modules.validate().map_err(|error| error.at("lora_target_modules"))?;
@@ -254,6 +270,9 @@ mod tests {
             "adam_beta2=1.5",
             "max_steps=0",
             "val_every=0",
+            "lora_dropout=0.9999999999",
+            "adam_epsilon=1e-300",
+            "max_length=33554432",
             "num_epochs=0",
             "max_grad_norm=0",
         ] {
@@ -267,6 +286,15 @@ mod tests {
         }
         let error = TrainingConfig::resolve(&Options { learning_rate: Some(f64::NAN), ..Options::default() });
         assert_eq!(error.unwrap_err().location(), Some("learning_rate"));
+    }
+
+    #[test]
+    fn fault_44_empty_names_are_refused() {
+        for pair in ["output_dir=", "model_name=", "train_data=", "val_data="] {
+            let error = resolve(&[pair]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Config, "{pair}");
+            assert_eq!(error.location(), pair.split('=').next(), "{error}");
+        }
     }
 
     #[test]

@@ -50,8 +50,8 @@ fn fault_44_values_out_of_range_name_the_range() {
         ("batch_size=0", "1 to 1048576"),
         ("gradient_accumulation_steps=0", "1 to 1048576"),
         ("lora_dropout=1.0", "below 1"),
-        ("max_length=1", "2 or more"),
-        ("threads=0", "1 or more"),
+        ("max_length=1", "2 to 16777216"),
+        ("threads=0", "1 to 1024"),
         ("max_grad_norm=0", "above 0"),
     ] {
         let key = pair.split('=').next().unwrap();
@@ -192,6 +192,9 @@ fn an_adapter_brings_its_own_rank_and_contradictions_are_refused() {
         serde_json::from_slice(&std::fs::read(workspace.path("out/adapter_config.json")).unwrap()).unwrap();
     assert_eq!((&config["r"], &config["lora_alpha"]), (&json!(4), &json!(8)));
     assert_eq!(config["target_modules"].as_array().unwrap().len(), 7);
+    let provenance: Value =
+        serde_json::from_slice(&std::fs::read(workspace.path("out/fastlora.json")).unwrap()).unwrap();
+    assert_eq!(provenance["init_adapter"], "start");
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The output folder: checked before the run, and the adapters written into it.
 
+use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
@@ -61,6 +62,10 @@ pub(super) struct AdapterWriter<'a> {
     pub config: &'a TrainingConfig,
     pub adapter: AdapterConfig,
     pub base: &'a BaseModel,
+    /// The adapter that the run started from.
+    pub init_adapter: Option<&'a Path>,
+    /// Fingerprints of the base's files, which are read through only once.
+    pub base_fingerprints: OnceCell<Value>,
     /// Fingerprints of the training and of the validation samples.
     pub data_fingerprints: Value,
     /// Fingerprint of `tokenizer.json`, where the base has one.
@@ -107,15 +112,21 @@ impl AdapterWriter<'_> {
     }
 
     fn provenance(&self, step: u64, losses: Value) -> Result<Value> {
-        let shards = self.base.fingerprint()?;
-        let shards: serde_json::Map<String, Value> =
-            shards.into_iter().map(|shard| (shard.file, Value::String(shard.sha256))).collect();
+        let base_fingerprints = match self.base_fingerprints.get() {
+            Some(known) => known,
+            None => {
+                let shards = self.base.fingerprint()?;
+                let by_file = shards.into_iter().map(|shard| (shard.file, Value::String(shard.sha256)));
+                self.base_fingerprints.get_or_init(|| Value::Object(by_file.collect()))
+            }
+        };
         Ok(json!({
             "fastlora_version": env!("CARGO_PKG_VERSION"),
             "step": step,
             "losses": losses,
             "base_model": self.config.model_name,
-            "base_sha256": shards,
+            "base_sha256": base_fingerprints,
+            "init_adapter": self.init_adapter,
             "tokenizer_sha256": self.tokenizer_fingerprint,
             "data_sha256": self.data_fingerprints,
             "config": self.config,
