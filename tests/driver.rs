@@ -1,0 +1,178 @@
+//! The CUDA driver's error paths, against a made-up libcuda (`tests/fixtures/fake_cuda.c`): each test starts this program
+//! again with that library first on the search path.
+#![cfg(target_os = "linux")]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use fastlora::device::driver::{self, Driver};
+use fastlora::device::{Argument, Device, Launch};
+use fastlora::error::{Error, Result};
+
+const INNER: &str = "FASTLORA_TEST_INNER";
+
+/// Compiles the library into `folder`; `stub` leaves out a function that is needed.
+fn build_library(folder: &Path, stub: bool) {
+    let source = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/fake_cuda.c");
+    let mut command = Command::new("cc");
+    // The name that is tried first, also where a real driver is installed.
+    command.args(["-shared", "-fPIC", "-w", "-o"]).arg(folder.join("libcuda.so")).arg(source);
+    if stub {
+        command.arg("-DcuStreamCreate=renamed");
+    }
+    assert!(command.status().unwrap().success());
+}
+
+/// What `work` prints in a process whose driver has this fault.
+fn in_fake(test: &str, fault: &str, work: fn() -> Result<String>) -> Option<String> {
+    if !driver::is_compiled_in() {
+        println!("skipped: built without nvcc");
+        return None;
+    }
+    if std::env::var_os(INNER).is_some() {
+        match work() {
+            Ok(text) => println!("[{text}]"),
+            Err(error) => println!("[{error}]"),
+        }
+        return None;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    build_library(folder.path(), fault == "stub");
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture"])
+        .env(INNER, "1")
+        .env("FAKE_CUDA", fault)
+        .env("LD_LIBRARY_PATH", folder.path())
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    let (begin, end) = (text.find('[').expect("a result") + 1, text.rfind(']').expect("a result"));
+    Some(text[begin..end].to_owned())
+}
+
+fn open() -> Result<String> {
+    Driver::new(0).map(|driver| driver.description())
+}
+
+#[test]
+fn a_gpu_is_described() {
+    if let Some(text) = in_fake("a_gpu_is_described", "", open) {
+        assert_eq!(text, "Fake GPU (compute capability 8.0, 40 GiB)");
+    }
+}
+
+#[test]
+fn fault_58_an_old_driver_is_told_the_version_wanted() {
+    if let Some(text) = in_fake("fault_58_an_old_driver_is_told_the_version_wanted", "old", open) {
+        assert!(text.contains("supports CUDA 11.4, and this build needs 1"), "{text}");
+        assert!(text.contains("install a newer driver"), "{text}");
+    }
+}
+
+#[test]
+fn fault_58_a_stub_library_is_recognised() {
+    if let Some(text) = in_fake("fault_58_a_stub_library_is_recognised", "stub", open) {
+        assert!(text.contains("no `cuStreamCreate`"), "{text}");
+    }
+}
+
+#[test]
+fn fault_58_no_device_and_no_such_device() {
+    if let Some(text) = in_fake("fault_58_no_device_and_no_such_device", "no device", open) {
+        assert!(text.contains("cannot start CUDA") && text.contains("CUDA_VISIBLE_DEVICES"), "{text}");
+    }
+}
+
+#[test]
+fn fault_58_a_gpu_number_beyond_those_there_are() {
+    let work = || Driver::new(3).map(|driver| driver.description());
+    if let Some(text) = in_fake("fault_58_a_gpu_number_beyond_those_there_are", "", work) {
+        assert!(text.contains("there is no GPU 3: CUDA shows 1"), "{text}");
+    }
+}
+
+#[test]
+fn fault_58_a_gpu_older_than_ampere_is_refused() {
+    if let Some(text) = in_fake("fault_58_a_gpu_older_than_ampere_is_refused", "old GPU", open) {
+        assert!(text.contains("compute capability 7.0; 8.0 (Ampere) is needed"), "{text}");
+    }
+}
+
+#[test]
+fn a_module_that_does_not_load_is_named() {
+    if let Some(text) = in_fake("a_module_that_does_not_load_is_named", "bad image", open) {
+        assert!(text.contains("adamw: cannot load compiled kernels"), "{text}");
+    }
+}
+
+#[test]
+fn fault_59_out_of_memory_names_the_bytes() {
+    let work = || Driver::new(0)?.allocate(12345).map(|memory| format!("{memory:?}"));
+    if let Some(text) = in_fake("fault_59_out_of_memory_names_the_bytes", "out of memory", work) {
+        assert!(text.contains("cannot allocate 12345 bytes of GPU memory"), "{text}");
+    }
+}
+
+fn launch_fill(driver: &Driver, kernel: &str, threads: u32) -> Result<()> {
+    let memory = driver.allocate(64)?;
+    let arguments = [Argument::of(&memory), Argument::F32(1.0), Argument::I64(16)];
+    let launch = Launch { kernel, grid: [2, 1, 1], threads, dynamic_shared_bytes: 0, arguments: &arguments };
+    // SAFETY: the made-up driver runs nothing.
+    unsafe { driver.launch(&launch) }
+}
+
+#[test]
+fn fault_60_a_fault_in_a_kernel_names_the_kernel_and_its_shape() {
+    let work = || {
+        let driver = Driver::new(0)?;
+        launch_fill(&driver, "fill_f32", 256)?;
+        driver.synchronize().map(|()| "fine".to_owned())
+    };
+    let test = "fault_60_a_fault_in_a_kernel_names_the_kernel_and_its_shape";
+    if let Some(text) = in_fake(test, "fault in a kernel", work) {
+        assert!(
+            text.starts_with("after fill_f32<<<(2,1,1), 256, 0>>>(memory, 1.0, 16): cannot finish"),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn a_launch_that_is_refused_names_the_kernel() {
+    let work = || {
+        let driver = Driver::new(0)?;
+        let unknown = launch_fill(&driver, "no_such", 256).unwrap_err();
+        let too_many = launch_fill(&driver, "fill_f32", 2048).unwrap_err();
+        Ok(format!("{unknown}; {too_many}"))
+    };
+    if let Some(text) = in_fake("a_launch_that_is_refused_names_the_kernel", "", work) {
+        assert!(text.contains("there is no kernel `no_such`; fill_f32<<<(2,1,1), 2048, 0>>>"), "{text}");
+    }
+}
+
+#[test]
+fn bytes_go_there_and_back() {
+    let work = || {
+        let driver = Driver::new(0)?;
+        let (mut a, mut b) = (driver.allocate(100)?, driver.allocate(100)?);
+        let start = driver.record_event()?;
+        driver.upload(&(0..100).collect::<Vec<u8>>(), &mut a, 0)?;
+        driver.fill(&mut b, 0..100, 7)?;
+        driver.copy(&a, 10..20, &mut b, 50)?;
+        let mut bytes = [0; 12];
+        driver.download(&b, 49, &mut bytes)?;
+        let end = driver.record_event()?;
+        let expected = [7, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 7];
+        if bytes != expected || driver.milliseconds_between(&start, &end)? != 1.5 {
+            return Err(Error::internal(format!("{bytes:?}")));
+        }
+        if driver.download(&b, 90, &mut bytes).is_ok() {
+            return Err(Error::internal("a copy outside the memory was allowed"));
+        }
+        Ok("fine".to_owned())
+    };
+    if let Some(text) = in_fake("bytes_go_there_and_back", "", work) {
+        assert_eq!(text, "fine");
+    }
+}
