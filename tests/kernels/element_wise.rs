@@ -1,70 +1,99 @@
-//! gated_silu.cu, rows.cu, convert.cu
+//! gated_activation.cu, rows.cu, convert.cu
 
 use fastlora::device::Argument;
 
 use crate::harness::*;
 
-fn sigmoid(x: f64) -> f64 {
-    1.0 / (1.0 + (-x).exp())
+#[derive(Clone, Copy, PartialEq)]
+enum Activation {
+    Silu,
+    GeluTanh,
 }
 
-/// Relative f32 error of the kernel's sigmoid: the exponent's argument is rounded, so e^x errs by up to |x| roundings, and
-/// the special-function unit adds 2 ulp.
-fn sigmoid_error(x: f64) -> f64 {
-    F32_ROUNDOFF * (2.0 * x.abs() + 12.0)
+impl Activation {
+    fn kernel(self) -> &'static str {
+        match self {
+            Activation::Silu => "gated_silu",
+            Activation::GeluTanh => "gated_gelu",
+        }
+    }
+
+    /// f(g), f'(g), and the magnitudes of what they are sums of: 1 − σ and 1 + t lose their relative precision where they
+    /// are small.
+    fn at(self, g: f64) -> ([f64; 2], [f64; 2]) {
+        match self {
+            Activation::Silu => {
+                let s = 1.0 / (1.0 + (-g).exp());
+                ([g * s, s * (1.0 + g * (1.0 - s))], [(g * s).abs(), s * (1.0 + g.abs())])
+            }
+            Activation::GeluTanh => {
+                let (c, a) = ((2.0 / std::f64::consts::PI).sqrt(), 0.044715);
+                let t = (c * (g + a * g.powi(3))).tanh();
+                let slope = c * (1.0 + 3.0 * a * g * g) * 0.5;
+                let value = [0.5 * g * (1.0 + t), 0.5 * (1.0 + t) + g * (1.0 - t * t) * slope];
+                (value, [g.abs(), 1.0 + 2.0 * (g * slope).abs()])
+            }
+        }
+    }
+
+    /// f32 error relative to those magnitudes: the exponent's argument is rounded, so e^x errs by up to |x| roundings, and
+    /// the special-function unit adds 2 ulp; a tanh errs by a few ulp and by its argument's rounding, times at most 1.
+    fn error(self, g: f64) -> f64 {
+        F32_ROUNDOFF * (2.0 * g.abs() + 12.0)
+    }
 }
 
 /// (rows, width): one vector, several blocks, a ragged last block.
 const SHAPES: [(usize, usize); 3] = [(1, 8), (5, 104), (33, 256)];
 
+fn gated(half: Half, activation: Activation, rows: usize, width: usize) {
+    let name = format!("{}_{} {rows}×{width}", activation.kernel(), half.suffix());
+    let mut random = Random(width as u64);
+    let gate_up = random.halves(half, rows * 2 * width, 8.0);
+    let dact = random.halves(half, rows * width, 1.0);
+    let blocks = (rows * width / 8).div_ceil(256);
+    let kernel = |direction| format!("{}_{direction}_{}", activation.kernel(), half.suffix());
+    let outputs = run_everywhere(&name, |device| {
+        let (gate_up, dact) = (upload(device, &gate_up), upload(device, &dact));
+        let act = poisoned::<u16>(device, rows * width);
+        let shape = [Argument::I32(rows as i32), Argument::I32(width as i32)];
+        let arguments = [Argument::of(&gate_up), Argument::of(&act), shape[0], shape[1]];
+        launch(device, &kernel("forward"), blocks, 256, &arguments);
+        let arguments = [Argument::of(&dact), Argument::of(&gate_up), shape[0], shape[1]];
+        launch(device, &kernel("backward"), blocks, 256, &arguments);
+        let mut outputs: Vec<u16> = download(device, &act);
+        outputs.extend(download::<u16>(device, &gate_up));
+        outputs
+    });
+    let (gate_up, dact) = (half.decode_all(&gate_up), half.decode_all(&dact));
+    let mut act = Vec::new();
+    let mut gradient = vec![Expected { value: 0.0, tolerance: 0.0 }; rows * 2 * width];
+    for row in 0..rows {
+        for column in 0..width {
+            let (g_place, u_place) = (row * 2 * width + column, row * 2 * width + width + column);
+            let (g, u, d) = (gate_up[g_place], gate_up[u_place], dact[row * width + column]);
+            let ([value, slope], [value_magnitude, slope_magnitude]) = activation.at(g);
+            let expect = |value: f64, magnitude: f64| {
+                let error = activation.error(g) * magnitude.abs();
+                let rounding = half.unit_roundoff() * (value.abs() + error) + half.underflow();
+                Expected { value, tolerance: error + rounding }
+            };
+            act.push(expect(value * u, value_magnitude * u));
+            gradient[g_place] = expect(d * u * slope, d * u * slope_magnitude);
+            gradient[u_place] = expect(d * value, d * value_magnitude);
+        }
+    }
+    assert_close(&name, width, &half.decode_all(&outputs[..rows * width]), &act);
+    let backward = half.decode_all(&outputs[rows * width..]);
+    assert_close(&format!("{name}, gradient"), 2 * width, &backward, &gradient);
+}
+
 #[test]
-fn gated_silu_matches_float64() {
+fn gated_activations_match_float64() {
     for half in HALVES {
         for (rows, width) in SHAPES {
-            let name = format!("gated_silu_{} {rows}×{width}", half.suffix());
-            let mut random = Random(width as u64);
-            let gate_up = random.halves(half, rows * 2 * width, 8.0);
-            let dact = random.halves(half, rows * width, 1.0);
-            let blocks = (rows * width / 8).div_ceil(256);
-            let outputs = run_everywhere(&name, |device| {
-                let (gate_up, dact) = (upload(device, &gate_up), upload(device, &dact));
-                let act = poisoned::<u16>(device, rows * width);
-                let shape = [Argument::I32(rows as i32), Argument::I32(width as i32)];
-                let arguments = [Argument::of(&gate_up), Argument::of(&act), shape[0], shape[1]];
-                launch(device, &format!("gated_silu_forward_{}", half.suffix()), blocks, 256, &arguments);
-                let arguments = [Argument::of(&dact), Argument::of(&gate_up), shape[0], shape[1]];
-                launch(device, &format!("gated_silu_backward_{}", half.suffix()), blocks, 256, &arguments);
-                let mut outputs: Vec<u16> = download(device, &act);
-                outputs.extend(download::<u16>(device, &gate_up));
-                outputs
-            });
-            let (gate_up, dact) = (half.decode_all(&gate_up), half.decode_all(&dact));
-            let mut act = Vec::new();
-            let mut gradient = vec![Expected { value: 0.0, tolerance: 0.0 }; rows * 2 * width];
-            for row in 0..rows {
-                for column in 0..width {
-                    let g = gate_up[row * 2 * width + column];
-                    let u = gate_up[row * 2 * width + width + column];
-                    let d = dact[row * width + column];
-                    let (s, error) = (sigmoid(g), sigmoid_error(g));
-                    let expect = |value: f64, magnitude: f64| Expected {
-                        value,
-                        tolerance: half.unit_roundoff() * (value.abs() + error * magnitude)
-                            + half.underflow()
-                            + error * magnitude,
-                    };
-                    act.push(expect(g * s * u, (g * s * u).abs()));
-                    let slope = s * (1.0 + g * (1.0 - s));
-                    // 1 − s loses s's relative error where s is near 1.
-                    let slope_magnitude = s * (1.0 + g.abs());
-                    gradient[row * 2 * width + column] =
-                        expect(d * u * slope, (d * u * slope_magnitude).abs());
-                    gradient[row * 2 * width + width + column] = expect(d * g * s, (d * g * s).abs());
-                }
-            }
-            assert_close(&name, width, &half.decode_all(&outputs[..rows * width]), &act);
-            let backward = half.decode_all(&outputs[rows * width..]);
-            assert_close(&format!("{name}, gradient"), 2 * width, &backward, &gradient);
+            gated(half, Activation::Silu, rows, width);
+            gated(half, Activation::GeluTanh, rows, width);
         }
     }
 }

@@ -31,7 +31,7 @@ fn forward(half: Half, group: &Group, with_residual: bool) {
     let w = random.halves(half, outputs * inputs, 1.0);
     let bias = random.halves(half, outputs, 1.0);
     let residual = random.halves(half, tokens * outputs, 2.0);
-    let s = random.halves(half, tokens * leading, 1.0);
+    let s = group.with_poisoned_padding(random.halves(half, tokens * leading, 1.0));
     let parameters = random.floats(group.parameter_count(), 1.0);
     let b_hat = group.b_hat(half, &parameters);
     let slots = group.slots();
@@ -83,7 +83,7 @@ fn backward_input(half: Half, group: &Group, with_dropout: bool) {
     let mut random = Random(tokens as u64 * 3 + inputs as u64);
     let dy = random.halves(half, tokens * outputs, 1.0);
     let w = random.halves(half, outputs * inputs, 1.0);
-    let ds = random.halves(half, tokens * leading, 1.0);
+    let ds = group.with_poisoned_padding(random.halves(half, tokens * leading, 1.0));
     let a = random.halves(half, rank * inputs, 1.0);
     let mask = Mask::new(tokens);
     let dx = run_everywhere(&name, |device| {

@@ -108,8 +108,8 @@ fn gradients(half: Half, group: &Group, stretches: usize) {
     let mut random = Random(tokens as u64 + 2);
     let x = random.halves(half, tokens * inputs, 1.0);
     let dy = random.halves(half, tokens * outputs, 1.0);
-    let s = random.halves(half, tokens * leading, 1.0);
-    let ds = random.halves(half, tokens * leading, 1.0);
+    let s = group.with_poisoned_padding(random.halves(half, tokens * leading, 1.0));
+    let ds = group.with_poisoned_padding(random.halves(half, tokens * leading, 1.0));
     let before = random.floats(group.parameter_count(), 1.0);
     let slots = group.slots();
     let after = run_everywhere(&name, |device| {

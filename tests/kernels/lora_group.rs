@@ -75,6 +75,14 @@ impl Group {
         })
     }
 
+    /// `[T, R̄]` with NaN in the columns beyond R, which nobody may read.
+    pub fn with_poisoned_padding(&self, mut s: Vec<u16>) -> Vec<u16> {
+        if self.rank() > 0 {
+            s.chunks_mut(self.rank_leading()).for_each(|row| row[self.rank()..].fill(0xFFFF));
+        }
+        s
+    }
+
     /// B̂ [O][R̄] in halves, from a flat buffer.
     pub fn b_hat(&self, half: Half, parameters: &[f32]) -> Vec<u16> {
         let leading = self.rank_leading();

@@ -7,9 +7,11 @@
 
 mod adamw;
 mod attention;
+mod attention_cached;
 mod cross_entropy;
 mod element_wise;
 mod harness;
+mod layer_norm;
 mod linear;
 mod lora;
 mod lora_group;
