@@ -94,6 +94,19 @@ impl fmt::Display for Simd {
     }
 }
 
+/// Asks for the cache line at `address`, which need not be valid, ahead of its use.
+#[inline(always)]
+pub fn prefetch<T>(address: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a hint; it reads nothing that a program could see.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
+
 /// Lanes of the widest vector.
 pub const MAX_LANES: usize = 16;
 

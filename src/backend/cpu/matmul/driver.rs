@@ -13,6 +13,7 @@
 
 use std::cell::Cell;
 use std::ops::Range;
+use std::thread::LocalKey;
 
 use rayon::prelude::*;
 
@@ -20,6 +21,7 @@ use super::element::Element;
 use super::pack::{Destination, SPILL, Straight, Transposed};
 use super::tile::{Stretch, Target, Tile, TileShape};
 use super::{LowRank, Rows, Start, Weight, with_elements};
+use crate::backend::cpu::memory::AlignedFloats;
 use crate::backend::cpu::simd::Simd;
 
 /// Longest block of the summed axis.
@@ -355,27 +357,22 @@ impl Grid {
 
 thread_local! {
     /// The packed left operand of the product that this thread started.
-    static LEFT: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    static LEFT: Cell<AlignedFloats> = Cell::default();
     /// The packed right operand of this thread's task.
-    static RIGHT: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    static RIGHT: Cell<AlignedFloats> = Cell::default();
 }
 
-/// Calls `work` with `elements` values of scratch, aligned to cache lines, contents undefined. Kept for the next call.
+/// Calls `work` with `elements` values of scratch, contents undefined. Kept for the next call.
 ///
 /// While `work` waits for other threads, this thread may run another product's task, which then finds the scratch
 /// taken and makes its own.
 fn with_scratch<R>(
-    scratch: &'static std::thread::LocalKey<Cell<Vec<f32>>>,
+    scratch: &'static LocalKey<Cell<AlignedFloats>>,
     elements: usize,
     work: impl FnOnce(&mut [f32]) -> R,
 ) -> R {
-    const LINE_ELEMENTS: usize = 64 / size_of::<f32>();
     let mut buffer = scratch.take();
-    if buffer.len() < elements + LINE_ELEMENTS {
-        buffer.resize(elements + LINE_ELEMENTS, 0.0);
-    }
-    let start = buffer.as_ptr().align_offset(64).min(LINE_ELEMENTS);
-    let result = work(&mut buffer[start..start + elements]);
+    let result = work(buffer.at_least(elements));
     scratch.set(buffer);
     result
 }

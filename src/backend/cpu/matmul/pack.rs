@@ -5,11 +5,14 @@
 //! [`Transposed`] where the summed axis is contiguous in memory, [`Straight`] where the other one is.
 
 use super::element::Element;
-use crate::backend::cpu::simd::{Kernel, MAX_LANES, Vector};
+use crate::backend::cpu::simd::{Kernel, MAX_LANES, Vector, prefetch};
 
 /// Elements that a packed operand may spill over its end (a vector is stored where fewer lanes count; the next step's
 /// store overwrites the surplus, and the last one's lands here).
 pub(super) const SPILL: usize = MAX_LANES;
+
+/// Distance of prefetching along the summed axis.
+const STEPS_AHEAD: usize = 16;
 
 /// Where packed values go: `to[step · width + offset..]`, and what they are multiplied by.
 pub(super) struct Destination<'a> {
@@ -71,6 +74,8 @@ impl<E: Element> Kernel for Transposed<'_, E> {
                     // SAFETY: the source row is less than `count` and start + LANES <= depth, so the load ends within
                     // `needed` elements.
                     *row = unsafe { E::load(from.as_ptr().add(source)) };
+                    // The next block's rows follow, mostly, and their order defeats the CPU's own prefetching.
+                    prefetch(from.as_ptr().wrapping_add(source + V::LANES * stride));
                 }
                 V::transpose(&mut block);
                 for (step, column) in block.iter().enumerate().take(V::LANES) {
@@ -119,6 +124,7 @@ impl<E: Element> Kernel for Straight<'_, E> {
             for step in 0..depth {
                 // SAFETY: the load of the last step ends inside `from`, as asserted.
                 let vector: V = unsafe { E::load(from.as_ptr().add(step * stride)) };
+                prefetch(from.as_ptr().wrapping_add((step + STEPS_AHEAD) * stride));
                 self.destination.put(step, vector);
             }
         } else {

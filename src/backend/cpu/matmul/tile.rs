@@ -2,7 +2,7 @@
 
 use std::mem::MaybeUninit;
 
-use crate::backend::cpu::simd::{Kernel, MAX_LANES, Simd, Vector};
+use crate::backend::cpu::simd::{Kernel, MAX_LANES, Simd, Vector, prefetch};
 
 /// Vectors side by side in the widest tile.
 pub(super) const MAX_VECTORS: usize = 2;
@@ -114,6 +114,15 @@ impl<const ROWS: usize, const VECTORS: usize> Kernel for Sized<'_, ROWS, VECTORS
         }
         let Tile { stretches, target, .. } = self.0;
         let width = VECTORS * V::LANES;
+        // What the sums are added to, and where they go, arrives while they are summed.
+        for row in 0..ROWS {
+            for column in (0..width).step_by(V::LANES) {
+                prefetch(target.output.wrapping_add(row * target.output_stride + column));
+                if !target.addend.is_null() {
+                    prefetch(target.addend.wrapping_add(row * target.addend_stride + column));
+                }
+            }
+        }
         // SAFETY: the asserts bound every load; the target is valid by the contract of `compute`.
         unsafe {
             let mut sums = [[V::splat(0.0); VECTORS]; ROWS];
