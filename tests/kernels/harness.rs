@@ -3,8 +3,10 @@
 use std::sync::OnceLock;
 
 use bytemuck::Pod;
+use fastlora::device::driver::{Driver, DriverMemory};
 use fastlora::device::emulator::{Emulator, EmulatorMemory, Flavour};
 use fastlora::device::{Argument, Device, Launch, Memory};
+use fastlora::error::Result;
 
 /// A 16-bit float type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,31 +95,90 @@ impl Random {
     }
 }
 
-pub fn upload<T: Pod>(device: &Emulator, values: &[T]) -> EmulatorMemory {
+/// Where a test's kernels run.
+pub enum Place {
+    Emulator(Emulator),
+    Gpu(Driver),
+}
+
+/// Memory of a [`Place`].
+#[derive(Debug)]
+pub enum PlaceMemory {
+    Emulator(EmulatorMemory),
+    Gpu(DriverMemory),
+}
+
+impl Memory for PlaceMemory {
+    fn address(&self) -> u64 {
+        match self {
+            PlaceMemory::Emulator(memory) => memory.address(),
+            PlaceMemory::Gpu(memory) => memory.address(),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            PlaceMemory::Emulator(memory) => memory.bytes(),
+            PlaceMemory::Gpu(memory) => memory.bytes(),
+        }
+    }
+}
+
+impl Place {
+    /// Memory that nobody wrote: NaN, and the checker objects to reading it.
+    fn allocate(&self, bytes: usize) -> PlaceMemory {
+        match self {
+            Place::Emulator(device) => PlaceMemory::Emulator(device.allocate(bytes).unwrap()),
+            Place::Gpu(device) => {
+                let mut memory = device.allocate(bytes).unwrap();
+                device.fill(&mut memory, 0..bytes, 0xFF).unwrap();
+                PlaceMemory::Gpu(memory)
+            }
+        }
+    }
+
+    fn upload(&self, bytes: &[u8], memory: &mut PlaceMemory) -> Result<()> {
+        match (self, memory) {
+            (Place::Emulator(device), PlaceMemory::Emulator(memory)) => device.upload(bytes, memory, 0),
+            (Place::Gpu(device), PlaceMemory::Gpu(memory)) => device.upload(bytes, memory, 0),
+            _ => unreachable!("memory of another place"),
+        }
+    }
+
+    fn download(&self, memory: &PlaceMemory, into: &mut [u8]) -> Result<()> {
+        match (self, memory) {
+            (Place::Emulator(device), PlaceMemory::Emulator(memory)) => device.download(memory, 0, into),
+            (Place::Gpu(device), PlaceMemory::Gpu(memory)) => device.download(memory, 0, into),
+            _ => unreachable!("memory of another place"),
+        }
+    }
+}
+
+pub fn upload<T: Pod>(place: &Place, values: &[T]) -> PlaceMemory {
     let bytes = bytemuck::cast_slice(values);
-    let mut memory = device.allocate(bytes.len()).unwrap();
-    device.upload(bytes, &mut memory, 0).unwrap();
+    let mut memory = place.allocate(bytes.len());
+    place.upload(bytes, &mut memory).unwrap();
     memory
 }
 
-/// Memory for `count` elements that nobody wrote: NaN, and the checker objects to reading it.
-pub fn poisoned<T: Pod>(device: &Emulator, count: usize) -> EmulatorMemory {
-    device.allocate(count * size_of::<T>()).unwrap()
+/// Memory for `count` elements that nobody wrote.
+pub fn poisoned<T: Pod>(place: &Place, count: usize) -> PlaceMemory {
+    place.allocate(count * size_of::<T>())
 }
 
-pub fn download<T: Pod>(device: &Emulator, memory: &EmulatorMemory) -> Vec<T> {
+pub fn download<T: Pod>(place: &Place, memory: &PlaceMemory) -> Vec<T> {
     let mut values = vec![T::zeroed(); memory.bytes() / size_of::<T>()];
-    device.download(memory, 0, bytemuck::cast_slice_mut(&mut values)).unwrap();
+    place.download(memory, bytemuck::cast_slice_mut(&mut values)).unwrap();
     values
 }
 
 /// Runs a kernel; a finding of the emulator is a panic with its message.
-pub fn launch(device: &Emulator, kernel: &str, blocks: usize, threads: u32, arguments: &[Argument]) {
-    launch_grid(device, kernel, [blocks as u32, 1, 1], threads, 0, arguments);
+pub fn launch(place: &Place, kernel: &str, blocks: usize, threads: u32, arguments: &[Argument]) {
+    launch_grid(place, kernel, [blocks as u32, 1, 1], threads, 0, arguments);
 }
 
 pub fn launch_grid(
-    device: &Emulator,
+    place: &Place,
     kernel: &str,
     grid: [u32; 3],
     threads: u32,
@@ -126,29 +187,49 @@ pub fn launch_grid(
 ) {
     let launch = Launch { kernel, grid, threads, dynamic_shared_bytes, arguments };
     // SAFETY: the callers hold the arguments' memory; the emulator guards what lies around it.
-    if let Err(error) = unsafe { device.launch(&launch) } {
+    let launched = unsafe {
+        match place {
+            Place::Emulator(device) => device.launch(&launch),
+            Place::Gpu(device) => device.launch(&launch).and_then(|()| device.synchronize()),
+        }
+    };
+    if let Err(error) = launched {
         panic!("{error}");
     }
 }
 
-fn emulator(flavour: Flavour) -> &'static Emulator {
-    static FAST: OnceLock<Emulator> = OnceLock::new();
-    static CHECKED: OnceLock<Emulator> = OnceLock::new();
-    let slot = match flavour {
-        Flavour::Fast => &FAST,
-        Flavour::Checked => &CHECKED,
-    };
-    slot.get_or_init(|| Emulator::new(flavour, 0).unwrap())
+/// Where every test runs: on GPU N if FASTLORA_TEST_DEVICE is `cuda:N`, twice; else on the emulator, in order, under three
+/// random schedules and in the checker.
+fn places() -> &'static [Place] {
+    static PLACES: OnceLock<Vec<Place>> = OnceLock::new();
+    PLACES.get_or_init(|| match std::env::var("FASTLORA_TEST_DEVICE") {
+        Ok(name) => {
+            let index = name.strip_prefix("cuda:").and_then(|index| index.parse().ok()).expect("cuda:N");
+            let gpu = Driver::new(index).unwrap_or_else(|error| panic!("{error}"));
+            println!("on {}", gpu.description());
+            vec![Place::Gpu(gpu.clone()), Place::Gpu(gpu)]
+        }
+        Err(_) => {
+            let fast = Emulator::new(Flavour::Fast, 0).unwrap();
+            let checked = Emulator::new(Flavour::Checked, 4).unwrap();
+            let mut emulators: Vec<_> = (0..4).map(|seed| fast.with_seed(seed)).collect();
+            emulators.push(checked);
+            emulators.into_iter().map(Place::Emulator).collect()
+        }
+    })
 }
 
-/// Runs `work` in order, under three random schedules and in the checker; the bits must not differ.
-pub fn run_everywhere<T: Pod + PartialEq>(name: &str, work: impl Fn(&Emulator) -> Vec<T>) -> Vec<T> {
-    let reference = work(emulator(Flavour::Fast));
-    let others = [(Flavour::Fast, 1), (Flavour::Fast, 2), (Flavour::Fast, 3), (Flavour::Checked, 4)];
-    for (flavour, seed) in others {
-        let values = work(&emulator(flavour).with_seed(seed));
+/// Runs `work` in every place; the bits must not differ.
+pub fn run_everywhere<T: Pod + PartialEq>(name: &str, work: impl Fn(&Place) -> Vec<T>) -> Vec<T> {
+    let mut results = places().iter().map(|place| (place, work(place)));
+    let (_, reference) = results.next().expect("a place");
+    for (place, values) in results {
         let same = bytemuck::cast_slice::<T, u8>(&values) == bytemuck::cast_slice::<T, u8>(&reference);
-        assert!(same, "{name}: bits differ between schedule 0 and schedule {seed} ({flavour:?})");
+        let place = match place {
+            Place::Emulator(device) => device.description(),
+            Place::Gpu(device) => device.description(),
+        };
+        assert!(same, "{name}: bits differ between the first run and {place}");
     }
     reference
 }

@@ -3,7 +3,6 @@
 use fastlora::backend::Dropout;
 use fastlora::backend::dropout;
 use fastlora::device::Argument;
-use fastlora::device::emulator::{Emulator, EmulatorMemory};
 
 use crate::harness::*;
 
@@ -103,13 +102,13 @@ impl Group {
 
 /// The slots' tables on the device.
 pub struct SlotTables {
-    pub slots: EmulatorMemory,
-    pub b_offsets: EmulatorMemory,
-    pub scales: EmulatorMemory,
+    pub slots: PlaceMemory,
+    pub b_offsets: PlaceMemory,
+    pub scales: PlaceMemory,
 }
 
 impl SlotTables {
-    pub fn new(device: &Emulator, slots: &[Slot]) -> Self {
+    pub fn new(place: &Place, slots: &[Slot]) -> Self {
         let table: Vec<i32> = slots
             .iter()
             .flat_map(|slot| {
@@ -119,9 +118,9 @@ impl SlotTables {
         let b_offsets: Vec<i64> = slots.iter().map(|slot| slot.b_offset as i64).collect();
         let scales: Vec<f32> = slots.iter().map(|slot| slot.scale).collect();
         Self {
-            slots: upload(device, &table),
-            b_offsets: upload(device, &b_offsets),
-            scales: upload(device, &scales),
+            slots: upload(place, &table),
+            b_offsets: upload(place, &b_offsets),
+            scales: upload(place, &scales),
         }
     }
 }
@@ -154,8 +153,8 @@ impl Mask {
     }
 
     /// The kernels' last arguments; null positions for no dropout.
-    pub fn arguments(&self, positions: Option<(&EmulatorMemory, &EmulatorMemory)>) -> [Argument; 7] {
-        let address = |memory: Option<&EmulatorMemory>| memory.map_or(Argument::Address(0), Argument::of);
+    pub fn arguments(&self, positions: Option<(&PlaceMemory, &PlaceMemory)>) -> [Argument; 7] {
+        let address = |memory: Option<&PlaceMemory>| memory.map_or(Argument::Address(0), Argument::of);
         [
             address(positions.map(|pair| pair.0)),
             address(positions.map(|pair| pair.1)),
