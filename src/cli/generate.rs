@@ -17,7 +17,6 @@ use super::device::DeviceArgs;
 use super::model::ModelArgs;
 use super::output::{accept_closed, for_terminal, print_line};
 use crate::backend::Backend;
-use crate::checkpoint::mapped;
 use crate::data;
 use crate::error::{Error, Result};
 use crate::inference::{
@@ -305,7 +304,6 @@ impl Runner<'_> {
         }
         // A last, unfinished character; whether anyone still reads does not matter any more.
         let _ = show(stream.finish()?, &mut on_text);
-        mapped::check_intact()?;
         Ok(Answer { text, generation })
     }
 }

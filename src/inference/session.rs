@@ -2,6 +2,7 @@
 
 use super::NextTokenLogits;
 use crate::backend::Backend;
+use crate::checkpoint::mapped;
 use crate::error::Result;
 use crate::model::{Cache, Transformer};
 
@@ -55,6 +56,7 @@ impl<B: Backend> NextTokenLogits for Session<'_, B> {
     }
 
     fn next_token_logits(&mut self, token_ids: &[u32], logits: &mut Vec<f32>) -> Result<()> {
-        self.model.forward_cached(token_ids, &mut self.cache, logits)
+        self.model.forward_cached(token_ids, &mut self.cache, logits)?;
+        mapped::check_intact()
     }
 }
