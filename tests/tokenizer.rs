@@ -208,6 +208,85 @@ fn end_of_text_is_found_where_transformers_finds_it() {
     assert!(eos().unwrap_err().to_string().contains("512"));
 }
 
+/// A template as Llama 3 has it, which also adds EOS as some Llama 2 files do.
+fn with_bos(bos: Value) -> Value {
+    json!({"type": "Sequence", "processors": [
+        {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": false, "use_regex": true},
+        {
+            "type": "TemplateProcessing",
+            "single": [
+                {"SpecialToken": {"id": "<s>", "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": "</s>", "type_id": 0}},
+            ],
+            "pair": [],
+            "special_tokens": {
+                "<s>": {"id": "<s>", "ids": [bos], "tokens": ["<|im_start|>"]},
+                "</s>": {"id": "</s>", "ids": [2], "tokens": ["<|im_end|>"]},
+            },
+        },
+    ]})
+}
+
+#[test]
+fn a_tokenizer_that_begins_texts_with_bos_begins_samples_with_it() {
+    let plain = Tokenizer::from_folder(tiny_folder()).unwrap();
+    let tokenizer = changed(|file| file["post_processor"] = with_bos(json!(1))).unwrap().with_eos_id(2);
+    let text = "the weather";
+    let ids = plain.encode(text).unwrap();
+    assert_eq!(plain.encode_start(text).unwrap(), ids);
+    assert_eq!(tokenizer.encode(text).unwrap(), ids);
+    assert_eq!(tokenizer.encode_start(text).unwrap(), [&[1], &ids[..]].concat());
+    // Written out, it is not doubled.
+    assert_eq!(tokenizer.encode_start("<|im_start|>the weather").unwrap(), [&[1], &ids[..]].concat());
+
+    let content =
+        RecordContent::Instruction { instruction: "the weather ".repeat(30), output: "warm".into() };
+    let origin = Origin { file: "train.json".into(), line: 1 };
+    let dataset =
+        Dataset { records: vec![Record { content, hash: "h".into(), origin }], ..Dataset::default() };
+    let tokens = |tokenizer, max_length| {
+        let options = SampleOptions {
+            max_length,
+            overlong: Overlong::Truncate,
+            loss_on: LossOn::Completion,
+            on_bad_record: OnBadRecord::Error,
+            embedding_rows: 512,
+        };
+        tokenise(&dataset, Some(tokenizer), &options).unwrap().samples[0].token_ids.clone()
+    };
+    let whole = tokens(&plain, 1000);
+    assert_eq!(tokens(&tokenizer, 1001), [&[1], &whole[..]].concat());
+    // Cut, the sample is that of one token less, after BOS.
+    for max_length in [whole.len(), whole.len() / 2] {
+        assert_eq!(tokens(&tokenizer, max_length + 1)[..2], [1, whole[0]], "{max_length}");
+        assert!(tokens(&tokenizer, max_length + 1).len() <= max_length + 1);
+    }
+}
+
+#[test]
+fn fault_22_a_template_that_names_what_is_not_there_is_refused() {
+    for (what, template, part) in [
+        ("an id out of range", with_bos(json!(512)), "the id 512"),
+        (
+            "an unknown token",
+            json!({"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}],
+                   "pair": [], "special_tokens": {}}),
+            "\"<s>\"",
+        ),
+    ] {
+        let refused = changed(|file| file["post_processor"] = template);
+        let error = refused.err().unwrap_or_else(|| panic!("{what} was accepted"));
+        assert_eq!(error.kind(), ErrorKind::Model, "{what}: {error}");
+        assert!(error.to_string().contains(part), "{what}: {error}");
+    }
+    // A second text that a template speaks of, and nobody gives, must not end in a panic.
+    let second = json!({"type": "TemplateProcessing", "single": [{"Sequence": {"id": "B", "type_id": 0}}],
+                        "pair": [], "special_tokens": {}});
+    let tokenizer = changed(|file| file["post_processor"] = second).unwrap();
+    assert!(!tokenizer.encode("the").unwrap().is_empty());
+}
+
 /// The pattern that Llama 3 splits by; Qwen2 has the same but for single digits.
 const LLAMA3_PATTERN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 

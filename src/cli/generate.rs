@@ -167,7 +167,7 @@ pub(super) fn run(args: &GenerateArgs, cli: &Cli) -> Result<()> {
         .into_iter()
         .map(|case| {
             let prompt = args.prompts.render(&case);
-            let prompt_ids = tokenizer.encode(&prompt)?;
+            let prompt_ids = tokenizer.encode_start(&prompt)?;
             Ok(Prepared { case, prompt, prompt_ids })
         })
         .collect::<Result<_>>()?;

@@ -5,6 +5,7 @@
 
 mod batches;
 mod samples;
+mod template;
 mod tokenizer;
 mod truncation;
 mod vocabulary;

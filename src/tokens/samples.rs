@@ -89,7 +89,8 @@ impl SampleSet {
 
 /// Turns records into samples, on all cores, in order.
 ///
-/// An instruction record becomes its prompt's tokens, its completion's tokens (encoded apart, so that the boundary is
+/// An instruction record becomes its prompt's tokens (after BOS, where the tokenizer puts one in front of a text), its
+/// completion's tokens (encoded apart, so that the boundary is
 /// the same when the model answers) and EOS, which is learned. With `loss_on: completion` the prompt is masked.
 /// Pre-tokenised records are taken as they are; they need no tokenizer.
 ///
@@ -305,7 +306,7 @@ fn tokenise_instruction(
     options: &SampleOptions,
 ) -> Result<Fate> {
     let rendered = render(hash, instruction, output);
-    let prompt = text.tokenizer.encode(&rendered.prompt)?;
+    let prompt = text.tokenizer.encode_start(&rendered.prompt)?;
     let mut completion = text.tokenizer.encode(&rendered.completion)?;
     completion.push(text.eos_id);
     let length = prompt.len() + completion.len();

@@ -5,12 +5,15 @@ use std::path::Path;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::vocabulary;
+use super::template;
+use super::vocabulary::{self, Checked};
 use crate::error::{Error, Result};
 
 /// The tokenizer of a model folder. Ids equal those of transformers for the same folder.
 pub struct Tokenizer {
     library: tokenizers::Tokenizer,
+    /// What the tokenizer itself puts in front of a text: BOS for Llama 3 and Mistral, nothing for Qwen and SmolLM2.
+    text_start: Vec<u32>,
     bos_id: Option<u32>,
     eos_id: Option<u32>,
     fingerprint: String,
@@ -51,10 +54,11 @@ impl Tokenizer {
     /// A tokenizer from the content of a `tokenizer.json`, without BOS and EOS; `place` names it in errors.
     pub fn from_bytes(bytes: &[u8], place: &str) -> Result<Self> {
         let refuse = |message: String| Error::model(message).at(place);
-        let added_tokens = vocabulary::check(bytes, place)?;
+        let Checked { added_tokens, post_processor } = vocabulary::check(bytes, place)?;
         let mut library = tokenizers::Tokenizer::from_bytes(bytes)
             .map_err(|error| refuse("not a tokenizer that can be used".into()).caused_by(error))?;
         library.with_padding(None);
+        library.with_post_processor(None::<tokenizers::PostProcessorWrapper>);
         library
             .with_truncation(None)
             .map_err(|error| refuse("cannot turn truncation off".into()).caused_by(error))?;
@@ -71,7 +75,9 @@ impl Tokenizer {
             }
         }
         let fingerprint = hex(&Sha256::digest(bytes));
-        Ok(Self { library, bos_id: None, eos_id: None, fingerprint })
+        let text_start =
+            template::text_start(&post_processor, library.get_vocab_size(true)).map_err(refuse)?;
+        Ok(Self { library, text_start, bos_id: None, eos_id: None, fingerprint })
     }
 
     /// Token ids of `text`. Special tokens written out in it are recognised, none are added.
@@ -79,10 +85,27 @@ impl Tokenizer {
         Ok(self.library.encode_fast(text, false).map_err(cannot_encode)?.get_ids().to_vec())
     }
 
-    pub(super) fn encode_placed(&self, text: &str) -> Result<PlacedTokens> {
+    /// Token ids of a text from its beginning: those of [`encode`](Self::encode) after the special tokens that the
+    /// tokenizer puts in front (BOS for Llama 3 and Mistral), as in training scripts and servers that call the
+    /// tokenizer on plain text. A text that spells them out does not get them twice; nothing is added at the end.
+    pub fn encode_start(&self, text: &str) -> Result<Vec<u32>> {
+        let ids = self.encode(text)?;
+        Ok([self.missing_start(&ids), &ids].concat())
+    }
+
+    /// What `ids` lack in front.
+    fn missing_start(&self, ids: &[u32]) -> &[u32] {
+        if ids.starts_with(&self.text_start) { &[] } else { &self.text_start }
+    }
+
+    pub(super) fn encode_start_placed(&self, text: &str) -> Result<PlacedTokens> {
         let encoding = self.library.encode(text, false).map_err(cannot_encode)?;
-        let ends = encoding.get_offsets().iter().map(|&(_, end)| end).collect();
-        Ok(PlacedTokens { ids: encoding.get_ids().to_vec(), ends })
+        let start = self.missing_start(encoding.get_ids());
+        let ends = encoding.get_offsets().iter().map(|&(_, end)| end);
+        Ok(PlacedTokens {
+            ids: [start, encoding.get_ids()].concat(),
+            ends: start.iter().map(|_| 0).chain(ends).collect(),
+        })
     }
 
     /// Text of `token_ids`, without special tokens. A character that is not whole becomes U+FFFD: stream with

@@ -23,7 +23,7 @@ pub(super) fn cut(
     mut completion: Vec<u32>,
     max_length: usize,
 ) -> Result<Result<Cut, usize>> {
-    let frame_length = tokenizer.encode(&prompt(hash, ""))?.len();
+    let frame_length = tokenizer.encode_start(&prompt(hash, ""))?.len();
     if frame_length >= max_length {
         return Ok(Err(frame_length));
     }
@@ -39,7 +39,7 @@ fn cut_prompt(tokenizer: &Tokenizer, hash: &str, instruction: &str, budget: usiz
     let mut kept = instruction;
     loop {
         let text = prompt(hash, kept);
-        let tokens = tokenizer.encode_placed(&text)?;
+        let tokens = tokenizer.encode_start_placed(&text)?;
         if tokens.ids.len() <= budget || kept.is_empty() {
             return Ok(tokens.ids);
         }

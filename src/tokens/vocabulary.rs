@@ -22,6 +22,8 @@ pub(super) struct AddedToken {
 struct TokenizerFile {
     #[serde(default)]
     added_tokens: Vec<AddedToken>,
+    #[serde(default)]
+    post_processor: serde_json::Value,
     model: Model,
 }
 
@@ -70,12 +72,19 @@ impl<'de> Deserialize<'de> for Vocabulary {
     }
 }
 
-/// The added tokens of a file whose ids are `0 .. n` without gap or repetition.
+/// What a checked file says beside its model.
+pub(super) struct Checked {
+    pub added_tokens: Vec<AddedToken>,
+    /// Null where there is none.
+    pub post_processor: serde_json::Value,
+}
+
+/// The added tokens and the template of a file whose ids are `0 .. n` without gap or repetition.
 ///
 /// # Errors
 /// Model errors at `place` for JSON that is no tokenizer, ids out of range, gaps, repetitions, and what would make
 /// tokens depend on chance or on features that are not implemented.
-pub(super) fn check(bytes: &[u8], place: &str) -> Result<Vec<AddedToken>> {
+pub(super) fn check(bytes: &[u8], place: &str) -> Result<Checked> {
     let refuse = |message: String| Error::model(message).at(place);
     let hint = "is the file the model's own, and whole?";
     let file: TokenizerFile = serde_json::from_slice(bytes)
@@ -121,5 +130,5 @@ pub(super) fn check(bytes: &[u8], place: &str) -> Result<Vec<AddedToken>> {
     if ids.is_empty() {
         return Err(refuse("the vocabulary is empty".into()).hint(hint));
     }
-    Ok(file.added_tokens)
+    Ok(Checked { added_tokens: file.added_tokens, post_processor: file.post_processor })
 }
