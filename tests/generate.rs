@@ -299,6 +299,37 @@ fn json_errors_are_objects() {
     assert_eq!(object["error"]["where"], "--temperature");
 }
 
+#[test]
+fn usage_errors_are_objects_too() {
+    for (arguments, part) in [
+        (&["--json"][..], "--model"),
+        (&["-m", "x", "--json", "--prompt"], "--prompt"),
+        (&["--json", "--promt"], "--promt"),
+    ] {
+        let output = generate(arguments);
+        assert_eq!(output.status.code(), Some(2));
+        let object: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(object["error"]["kind"], "config");
+        assert!(object["error"]["message"].as_str().unwrap().contains(part), "{object}");
+    }
+    assert!(generate(&["--promt"]).stdout.is_empty());
+}
+
+/// A log that nobody reads any more is no reason to stop (fault 57, in part).
+#[test]
+fn a_closed_log_does_not_end_the_run() {
+    let folder = model_folder("tiny_qwen2");
+    let path = folder.path().to_str().unwrap();
+    let options = ["-m", path, "--prompt", "a", "--max-new-tokens", "3"];
+    let expected = stdout_of(&options);
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = Command::new(cargo_bin("fastlora"));
+    let output = command.arg("generate").args(options).stdin(Stdio::null()).stderr(writer).output().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), expected);
+}
+
 /// The real model, where `scripts/quickstart` has put it.
 #[test]
 fn smollm2_answers_in_its_chat_format() {

@@ -7,6 +7,7 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::Cli;
+use super::output::print_line;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::import::{ImportOptions, import_gguf};
@@ -73,16 +74,15 @@ pub(super) fn run(args: &ImportArgs, cli: &Cli) -> Result<()> {
             "dtype": options.dtype.to_string(),
             "seconds": seconds,
         });
-        println!("{result}");
+        print_line(&result.to_string())
     } else {
-        println!(
+        print_line(&format!(
             "{}: {} model, {} tensors, {} parameters in {}, imported in {seconds:.1} s",
             args.output.display(),
             report.architecture,
             report.tensors,
             report.parameters,
             options.dtype,
-        );
+        ))
     }
-    Ok(())
 }
