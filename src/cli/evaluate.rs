@@ -65,7 +65,7 @@ pub(super) fn run(args: &EvaluateArgs, cli: &Cli) -> Result<()> {
         on_bad_record: args.on_bad_record,
     };
     let dataset = load(&args.data, &options)?;
-    let files = args.model.open()?;
+    let files = args.model.open(cli)?;
     let needs_tokenizer =
         dataset.records.iter().any(|record| matches!(record.content, RecordContent::Instruction { .. }));
     let tokenizer = needs_tokenizer.then(|| Tokenizer::from_folder(files.base.folder())).transpose()?;

@@ -161,7 +161,7 @@ pub(super) fn run(args: &GenerateArgs, cli: &Cli) -> Result<()> {
     let sampling = args.sampling.resolve()?;
     args.device.validate()?;
     let cases = args.prompts.read()?;
-    let files = args.model.open()?;
+    let files = args.model.open(cli)?;
     let tokenizer = Tokenizer::from_folder(files.base.folder())?;
     let prepared: Vec<Prepared> = cases
         .into_iter()

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::Cli;
 use crate::backend::Backend;
 use crate::checkpoint::adapter::{Adapter, AdapterConfig, read_adapter};
 use crate::checkpoint::base::BaseModel;
-use crate::checkpoint::hub;
+use crate::checkpoint::hub::{HubSettings, ResolvedModel, resolve_with};
 use crate::error::{Error, Result};
 use crate::model::Transformer;
 
@@ -33,14 +34,20 @@ pub(super) struct ModelFiles {
 
 impl ModelArgs {
     /// Reads the adapter, finds the base (downloading it if need be) and opens it.
-    pub(super) fn open(&self) -> Result<ModelFiles> {
+    pub(super) fn open(&self, cli: &Cli) -> Result<ModelFiles> {
         let adapter = self.adapter.as_deref().map(read_adapter).transpose()?;
         let name = match (&self.model, &adapter) {
             (Some(name), _) => name.clone(),
             (None, Some(adapter)) => base_of(adapter)?,
             (None, None) => return Err(Error::config("no model was named").hint("name it with -m MODEL")),
         };
-        let base = BaseModel::open(hub::resolve(&name)?.folder)?;
+        let resolved = resolve_model(&name, cli).map_err(|error| match error.hint_text() {
+            None if self.model.is_none() => {
+                error.hint("the adapter names this base; name another with -m MODEL")
+            }
+            _ => error,
+        })?;
+        let base = BaseModel::open(resolved.folder)?;
         Ok(ModelFiles { name, base, adapter })
     }
 
@@ -50,7 +57,12 @@ impl ModelArgs {
     }
 }
 
-/// The base that an adapter names, as [`hub::resolve`] takes it.
+/// The folder of a named model; a download shows its progress unless all is quiet.
+pub(super) fn resolve_model(name: &str, cli: &Cli) -> Result<ResolvedModel> {
+    resolve_with(name, &HubSettings { progress: !cli.quiet, ..HubSettings::from_env() })
+}
+
+/// The base that an adapter names, as [`resolve_model`] takes it.
 fn base_of(adapter: &Adapter) -> Result<String> {
     let AdapterConfig { base_model, revision, .. } = &adapter.config;
     match (base_model, revision) {

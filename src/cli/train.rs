@@ -17,9 +17,10 @@ use self::progress::{Progress, human_time};
 use self::recorder::Recorder;
 use super::Cli;
 use super::device::cpu_backend;
+use super::model::resolve_model;
 use crate::checkpoint::adapter::{Adapter, AdapterConfig, read_adapter};
 use crate::checkpoint::base::BaseModel;
-use crate::checkpoint::hub::{self, ResolvedModel};
+use crate::checkpoint::hub::ResolvedModel;
 use crate::config::{DEFAULT_CONFIG_PATH, DataSource, Options, TrainingConfig};
 use crate::data::{Dataset, LoadOptions, RecordContent, load};
 use crate::error::{Error, Result};
@@ -58,7 +59,7 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     let validation_records =
         config.val_data.as_ref().map(|sources| load_records(&config, sources)).transpose()?;
 
-    let model_files = hub::resolve(&config.model_name)?;
+    let model_files = resolve_model(&config.model_name, cli)?;
     let base = BaseModel::open(&model_files.folder)?;
     let adapter_config = adapter_config(&config, &model_files);
     match (&init_adapter, &args.init_adapter) {
@@ -132,6 +133,8 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         settings.schedule.total_steps
     );
     prepare_output_folder(&config.output_dir, &config)?;
+    let data_fingerprint = training_samples.fingerprint();
+    info!("training samples have SHA-256 {data_fingerprint}");
     let writer = AdapterWriter {
         config: &config,
         adapter: adapter_config,
@@ -139,7 +142,7 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         init_adapter: args.init_adapter.as_deref(),
         base_fingerprints: OnceCell::new(),
         data_fingerprints: json!({
-            "train": training_samples.fingerprint(),
+            "train": data_fingerprint,
             "validation": validation_samples.as_ref().map(SampleSet::fingerprint),
         }),
         tokenizer_fingerprint: tokenizer.as_ref().map(|tokenizer| tokenizer.fingerprint().to_string()),
@@ -174,9 +177,9 @@ fn resolve_config(args: &TrainArgs) -> Result<(TrainingConfig, Option<Adapter>)>
 }
 
 /// Takes the adapter's value where the configuration is silent; where it says otherwise, that is an error.
-fn adopt<T: PartialEq + std::fmt::Debug>(option: &mut Option<T>, value: T, key: &str) -> Result<()> {
+fn adopt<T: PartialEq + std::fmt::Display>(option: &mut Option<T>, value: T, key: &str) -> Result<()> {
     if let Some(set) = option.as_ref().filter(|set| **set != value) {
-        return Err(Error::config(format!("{set:?}, but the adapter of --init-adapter has {value:?}"))
+        return Err(Error::config(format!("{set}, but the adapter of --init-adapter has {value}"))
             .at(key)
             .hint("remove the key: the adapter brings its own"));
     }

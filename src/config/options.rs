@@ -72,10 +72,10 @@ pub struct Options {
     #[arg(long, value_name = "R")]
     pub lora_r: Option<usize>,
     /// Scale of the adapters, α; their output is multiplied by α/r.
-    #[arg(long, value_name = "ALPHA")]
+    #[arg(long, value_name = "ALPHA", allow_negative_numbers = true)]
     pub lora_alpha: Option<f64>,
     /// Chance of a zero in an adapter's input while training.
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub lora_dropout: Option<f64>,
     /// Linears to adapt: names (`q_proj,v_proj`), a regular expression, or `all-linear`.
     #[arg(long, value_name = "MODULES", value_parser = parse_targets)]
@@ -84,7 +84,7 @@ pub struct Options {
     #[arg(long, value_name = "BOOL")]
     pub use_rslora: Option<bool>,
     /// Peak learning rate.
-    #[arg(long, value_name = "RATE")]
+    #[arg(long, value_name = "RATE", allow_negative_numbers = true)]
     pub learning_rate: Option<f64>,
     /// How the rate moves after the warm-up.
     #[arg(long, value_enum)]
@@ -93,19 +93,19 @@ pub struct Options {
     #[arg(long, value_name = "N")]
     pub warmup_steps: Option<u64>,
     /// Decoupled weight decay.
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub weight_decay: Option<f64>,
     /// AdamW's β₁.
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub adam_beta1: Option<f64>,
     /// AdamW's β₂.
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub adam_beta2: Option<f64>,
     /// AdamW's ε.
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub adam_epsilon: Option<f64>,
     /// Gradients are scaled down to this global norm.
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub max_grad_norm: Option<f64>,
     /// Steps between validations; without it, one each epoch.
     #[arg(long, value_name = "STEPS")]

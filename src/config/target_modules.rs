@@ -7,7 +7,9 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 
 /// Which linear layers carry an adapter, as PEFT's `target_modules` says it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+///
+/// Two lists of the same names are equal in any order: PEFT saves its set as it comes.
+#[derive(Clone, Debug, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum TargetModules {
     /// A module is a target when its full name equals an entry or ends with `.entry`.
@@ -79,6 +81,18 @@ impl TargetModules {
     }
 }
 
+impl PartialEq for TargetModules {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Names(names), Self::Names(others)) => {
+                names.iter().collect::<BTreeSet<_>>() == others.iter().collect::<BTreeSet<_>>()
+            }
+            (Self::Pattern(pattern), Self::Pattern(other)) => pattern == other,
+            _ => false,
+        }
+    }
+}
+
 impl std::fmt::Display for TargetModules {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -141,6 +155,15 @@ mod tests {
         for unusable in [TargetModules::Pattern("(".into()), TargetModules::Names(vec![])] {
             assert_eq!(unusable.validate().unwrap_err().kind(), ErrorKind::Config, "{unusable}");
         }
+    }
+
+    #[test]
+    fn lists_are_equal_in_any_order() {
+        let names =
+            |names: &[&str]| TargetModules::Names(names.iter().map(|name| name.to_string()).collect());
+        assert_eq!(names(&["v_proj", "q_proj"]), names(&["q_proj", "v_proj"]));
+        assert_ne!(names(&["q_proj"]), names(&["q_proj", "v_proj"]));
+        assert_ne!(names(&["q_proj"]), TargetModules::Pattern("q_proj".into()));
     }
 
     #[test]
