@@ -1,8 +1,8 @@
 //! Choosing the next token from logits `[V]`: greedy, or drawn from a distribution that is reshaped in the order of
 //! transformers: repetition penalty → temperature → top-k → top-p → min-p.
 
-use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
 use crate::error::{Error, Result};
 
@@ -67,7 +67,8 @@ struct Candidate {
 #[derive(Debug)]
 pub struct Sampler {
     parameters: SamplingParameters,
-    generator: StdRng,
+    /// ChaCha8, whose stream stays the same from one version of its crate to the next.
+    generator: ChaCha8Rng,
     /// Distinct tokens of the prompt and the text so far, and whether a token is one of them.
     seen: Vec<u32>,
     is_seen: Vec<bool>,
@@ -81,7 +82,7 @@ impl Sampler {
     /// Parameters out of range.
     pub fn new(parameters: SamplingParameters) -> Result<Self> {
         parameters.validate()?;
-        let generator = StdRng::seed_from_u64(parameters.seed);
+        let generator = ChaCha8Rng::seed_from_u64(parameters.seed);
         Ok(Self { parameters, generator, seen: Vec::new(), is_seen: Vec::new(), candidates: Vec::new() })
     }
 

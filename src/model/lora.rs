@@ -23,7 +23,7 @@ pub struct LoraConfig {
 }
 
 impl LoraConfig {
-    /// The factor on every adapter's output.
+    /// The factor on `x·Aᵀ·Bᵀ`: α/r, with rsLoRA α/√r.
     pub fn scale(&self) -> f32 {
         let rank = self.rank as f64;
         (self.alpha / if self.use_rslora { rank.sqrt() } else { rank }) as f32
@@ -215,5 +215,6 @@ mod tests {
             target_modules: TargetModules::Names(vec!["q".into()]),
         };
         assert_eq!(config.scale(), 2.0);
+        assert_eq!(LoraConfig { use_rslora: false, ..config }.scale(), 0.5);
     }
 }

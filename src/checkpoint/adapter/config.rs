@@ -45,12 +45,6 @@ const WITHOUT_EFFECT: &[&str] = &[
 const INITIALISATIONS: &[&str] = &["gaussian", "eva", "orthogonal"];
 
 impl AdapterConfig {
-    /// The factor on `x·Aᵀ·Bᵀ`: α/r, with rsLoRA α/√r (Kalajdzievski 2023).
-    pub fn scale(&self) -> f64 {
-        let rank = self.rank as f64;
-        self.alpha / if self.use_rslora { rank.sqrt() } else { rank }
-    }
-
     /// Reads the text of an `adapter_config.json` as PEFT 0.20 and 0.21 write it.
     ///
     /// # Errors
@@ -222,8 +216,6 @@ mod tests {
             revision: None,
         };
         assert_eq!(config, expected);
-        assert_eq!(config.scale(), 2.0);
-        assert_eq!(AdapterConfig { use_rslora: true, ..config }.scale(), 4.0);
     }
 
     #[test]
