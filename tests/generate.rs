@@ -258,7 +258,7 @@ fn what_cannot_be_is_refused_with_its_exit_code() {
         (&["-m", path, "--prompt", "a", "--temperature", "1", "--top-k", "0"], 2, "at least 1"),
         (&["-m", path, "--prompt", "a", "--repetition-penalty", "0"], 2, "above 0"),
         (&["-m", path, "--prompt", "a", "--top-p", "0.5"], 2, "no effect at temperature 0"),
-        (&["-m", path, "--prompt", "a", "--threads", "0"], 2, "expected 1 or more"),
+        (&["-m", path, "--prompt", "a", "--threads", "0"], 2, "expected 1 to 1024"),
         (&["-m", path, "--prompt", "a", "--device", "gpu"], 2, "`gpu` is no device"),
         (&["-m", path, "--prompt", "a", "--compare-base"], 2, "--adapter"),
         (&["--prompt", "a"], 2, "--model"),
