@@ -16,6 +16,7 @@ const KERNELS: &[&str] = &[
     "attention",
     "attention_backward",
     "attention_cached",
+    "conformance",
     "convert",
     "cross_entropy",
     "gated_activation",

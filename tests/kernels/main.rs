@@ -8,6 +8,7 @@
 mod adamw;
 mod attention;
 mod attention_cached;
+mod conformance;
 mod cross_entropy;
 mod element_wise;
 mod harness;
