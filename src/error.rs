@@ -24,8 +24,6 @@ pub enum ErrorKind {
     Numerical,
     /// Corruption found and no valid copy left (exit 8).
     Corrupt,
-    /// Stopped by a signal with nothing to resume (exit 130).
-    Interrupted,
 }
 
 impl ErrorKind {
@@ -40,7 +38,6 @@ impl ErrorKind {
             ErrorKind::Io => 6,
             ErrorKind::Numerical => 7,
             ErrorKind::Corrupt => 8,
-            ErrorKind::Interrupted => 130,
         }
     }
 
@@ -55,7 +52,6 @@ impl ErrorKind {
             ErrorKind::Io => "io",
             ErrorKind::Numerical => "numerical",
             ErrorKind::Corrupt => "corrupt",
-            ErrorKind::Interrupted => "interrupted",
         }
     }
 }

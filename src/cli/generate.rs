@@ -171,6 +171,16 @@ pub(super) fn run(args: &GenerateArgs, cli: &Cli) -> Result<()> {
             Ok(Prepared { case, prompt, prompt_ids })
         })
         .collect::<Result<_>>()?;
+    // Before the first answer, which would be lost when a later prompt fails.
+    let positions = files.base.config().max_positions;
+    if let Some(place) = prepared.iter().position(|prepared| prepared.prompt_ids.len() > positions) {
+        let length = prepared[place].prompt_ids.len();
+        return Err(Error::data(format!(
+            "the prompt has {length} tokens, the model has room for {positions}"
+        ))
+        .at(format!("prompt {}", place + 1))
+        .hint("shorten it"));
+    }
     let mut model = files.load(args.device.backend()?)?;
     let mut stop_ids = files.base.config().eos_token_ids.clone();
     stop_ids.extend(tokenizer.eos_id());

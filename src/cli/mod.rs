@@ -19,7 +19,7 @@ pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
-    /// Only errors and results.
+    /// No progress and no log but errors; results stay on standard output.
     #[arg(short, long, global = true, conflicts_with = "verbose", display_order = 100)]
     pub quiet: bool,
     /// More of what happens; twice for everything.

@@ -23,7 +23,7 @@ use crate::checkpoint::base::BaseModel;
 use crate::checkpoint::hub::ResolvedModel;
 use crate::config::{DEFAULT_CONFIG_PATH, DataSource, Options, TrainingConfig};
 use crate::data::{Dataset, LoadOptions, RecordContent, load};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, escape_control};
 use crate::model::{LoraConfig, Transformer};
 use crate::optim::{AdamWSettings, Schedule};
 use crate::tokens::{
@@ -241,7 +241,8 @@ fn print_parameter_counts(trainable: u64, frozen: u64) {
 }
 
 fn describe_data(samples: &SampleSet) -> String {
-    let hashes: Vec<String> = samples.hash_names.iter().map(|hash| format!("`{hash}`")).collect();
+    let hashes: Vec<String> =
+        samples.hash_names.iter().map(|hash| format!("`{}`", escape_control(hash))).collect();
     format!(
         "{} training samples with {} tokens, of which {} carry loss; hashes: {}.",
         samples.samples.len(),

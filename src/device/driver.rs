@@ -1,7 +1,7 @@
 //! An NVIDIA GPU through the CUDA driver, loaded at run time: the binary builds and starts without it.
 //!
 //! The only file that names `cudarc`. Its functions panic where the driver library or a symbol is missing, so
-//! [`check_library`] asks first.
+//! `check_library` asks first.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_void};

@@ -1,4 +1,4 @@
-//! A compute device as bytes, kernel names and grids: [`driver`] speaks to an NVIDIA GPU, [`emulator`] runs the same
+//! A compute device as bytes, kernel names and grids: [`driver`] speaks to an NVIDIA GPU, `emulator` runs the same
 //! kernels on the CPU, for tests. Shapes live a level higher, in the backend.
 //!
 //! All work of a device is ordered: copies and launches run one after the other, as on one CUDA stream.
