@@ -1,5 +1,7 @@
 //! `fastlora evaluate`.
 
+use std::sync::Arc;
+
 use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
 use serde_json::json;
@@ -83,7 +85,8 @@ pub(super) fn run(args: &EvaluateArgs, cli: &Cli) -> Result<()> {
     let split = Split::new(&samples, batch_options)?;
 
     let mut model = files.load(args.device.backend()?)?;
-    let evaluation = evaluate(&mut model, &split)?;
+    let backend = Arc::clone(model.backend());
+    let evaluation = backend.run(|| evaluate(&mut model, &split))?;
     if cli.json {
         let mut object = args.model.to_json(&files);
         object["data"] = args.data.iter().map(|source| source.path.display().to_string()).collect();

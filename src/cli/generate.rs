@@ -6,6 +6,7 @@ mod table;
 use std::io::{self, IsTerminal, Read, Write};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::Args;
 use serde_json::{Value, json};
@@ -181,7 +182,8 @@ pub(super) fn run(args: &GenerateArgs, cli: &Cli) -> Result<()> {
         .at(format!("prompt {}", place + 1))
         .hint("shorten it"));
     }
-    let mut model = files.load(args.device.backend()?)?;
+    let backend = args.device.backend()?;
+    let mut model = files.load(Arc::clone(&backend))?;
     let mut stop_ids = files.base.config().eos_token_ids.clone();
     stop_ids.extend(tokenizer.eos_id());
     let stop = StopConditions { max_new_tokens: args.max_new_tokens, eos_token_ids: stop_ids };
@@ -189,14 +191,14 @@ pub(super) fn run(args: &GenerateArgs, cli: &Cli) -> Result<()> {
 
     let is_streamed = args.prompts.cases.is_none() && !args.compare_base && !cli.json;
     if is_streamed {
-        return runner.stream(&mut model, &prepared[0]);
+        return backend.run(|| runner.stream(&mut model, &prepared[0]));
     }
-    let answers = runner.answer_all(&mut model, &prepared)?;
+    let answers = backend.run(|| runner.answer_all(&mut model, &prepared))?;
     let base_answers = if args.compare_base {
         // An adapter of zeros adds nothing: this is the base, without loading it twice.
         let zeros = vec![0.0; model.layout().parameter_count()];
         model.set_parameters(&zeros)?;
-        Some(runner.answer_all(&mut model, &prepared)?)
+        Some(backend.run(|| runner.answer_all(&mut model, &prepared))?)
     } else {
         None
     };

@@ -4,8 +4,8 @@ mod output;
 mod progress;
 mod recorder;
 
-use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use clap::Args;
@@ -140,7 +140,7 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         adapter: adapter_config,
         base: &base,
         init_adapter: args.init_adapter.as_deref(),
-        base_fingerprints: OnceCell::new(),
+        base_fingerprints: OnceLock::new(),
         data_fingerprints: json!({
             "train": data_fingerprint,
             "validation": validation_samples.as_ref().map(SampleSet::fingerprint),
@@ -151,7 +151,9 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     let progress = Progress::new(settings.schedule.total_steps, cli.quiet);
     let mut recorder = Recorder::new(&config.output_dir.join(METRICS), progress, &writer)?;
     info!("first step after {:.2} s", started.elapsed().as_secs_f64());
-    let summary = train(&mut model, &training, validation.as_ref(), &settings, &mut recorder)?;
+    let backend = Arc::clone(model.backend());
+    let summary =
+        backend.run(|| train(&mut model, &training, validation.as_ref(), &settings, &mut recorder))?;
     recorder.finish();
     writer.write_final(&summary, &model.adapters()?)?;
     report(cli, &config, &writer, &summary)

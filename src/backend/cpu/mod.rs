@@ -68,6 +68,12 @@ impl CpuBackend {
         })
     }
 
+    /// Runs `work` on a thread of the pool. Operations may be called from any thread, but from one of the pool they start
+    /// without waking another: with short batches a training step is 10 % faster inside.
+    pub fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        self.threads.pool().install(work)
+    }
+
     fn attention_scratch(&self) -> MutexGuard<'_, AttentionScratch> {
         lock(&self.attention)
     }

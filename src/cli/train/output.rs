@@ -1,7 +1,7 @@
 //! The output folder: checked before the run, and the adapters written into it.
 
-use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use serde_json::{Value, json};
 
@@ -65,7 +65,7 @@ pub(super) struct AdapterWriter<'a> {
     /// The adapter that the run started from.
     pub init_adapter: Option<&'a Path>,
     /// Fingerprints of the base's files, which are read through only once.
-    pub base_fingerprints: OnceCell<Value>,
+    pub base_fingerprints: OnceLock<Value>,
     /// Fingerprints of the training and of the validation samples.
     pub data_fingerprints: Value,
     /// Fingerprint of `tokenizer.json`, where the base has one.
