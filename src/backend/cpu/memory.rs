@@ -4,60 +4,23 @@ use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut, Range};
 
 use bytemuck::{Pod, Zeroable};
-use memmap2::MmapMut;
 
 /// One cache line.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
 struct Line([f32; 16]);
 
-/// Memory of at least this many bytes is mapped on its own, in pages of this size where the system has them: with those
-/// of 4 KiB, operations that walk down the columns of a large matrix wait for address translation.
-const LARGE_PAGE: usize = 2 << 20;
-
 /// f32 elements, the first at a cache line's start; dereferences to a slice.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct AlignedFloats {
-    memory: Memory,
+    lines: Vec<Line>,
     length: usize,
-}
-
-enum Memory {
-    Lines(Vec<Line>),
-    /// Used from byte `start` on.
-    Mapped {
-        map: MmapMut,
-        start: usize,
-    },
-}
-
-impl Default for Memory {
-    fn default() -> Self {
-        Self::Lines(Vec::new())
-    }
-}
-
-impl Memory {
-    /// Zeros for `length` elements.
-    fn zeroed(length: usize) -> Self {
-        let bytes = length * size_of::<f32>();
-        if bytes >= LARGE_PAGE
-            && let Ok(map) = MmapMut::map_anon(bytes + LARGE_PAGE)
-        {
-            // Advice: what the system makes of it changes no value.
-            #[cfg(target_os = "linux")]
-            let _ = map.advise(memmap2::Advice::HugePage);
-            let start = map.as_ptr().align_offset(LARGE_PAGE);
-            return Self::Mapped { map, start };
-        }
-        Self::Lines(vec![Line::zeroed(); length.div_ceil(16)])
-    }
 }
 
 impl AlignedFloats {
     /// `length` zeros.
     pub fn zeroed(length: usize) -> Self {
-        Self { memory: Memory::zeroed(length), length }
+        Self { lines: vec![Line::zeroed(); length.div_ceil(16)], length }
     }
 
     /// A copy of `values`.
@@ -78,32 +41,16 @@ impl AlignedFloats {
     }
 }
 
-impl Clone for AlignedFloats {
-    fn clone(&self) -> Self {
-        Self::copy_of(self)
-    }
-}
-
 impl Deref for AlignedFloats {
     type Target = [f32];
     fn deref(&self) -> &[f32] {
-        match &self.memory {
-            Memory::Lines(lines) => &bytemuck::cast_slice(lines)[..self.length],
-            Memory::Mapped { map, start } => {
-                bytemuck::cast_slice(&map[*start..][..size_of::<f32>() * self.length])
-            }
-        }
+        &bytemuck::cast_slice(&self.lines)[..self.length]
     }
 }
 
 impl DerefMut for AlignedFloats {
     fn deref_mut(&mut self) -> &mut [f32] {
-        match &mut self.memory {
-            Memory::Lines(lines) => &mut bytemuck::cast_slice_mut(lines)[..self.length],
-            Memory::Mapped { map, start } => {
-                bytemuck::cast_slice_mut(&mut map[*start..][..size_of::<f32>() * self.length])
-            }
-        }
+        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.length]
     }
 }
 
