@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::block::{Block, BlockShape, Pass};
+use super::block::{Block, BlockShape, ForwardBuffers, Pass};
 use super::config::{LinearModule, ModelConfig};
 use super::lora::{AdapterLayout, LoraConfig};
 use super::workspace::{Gradient, HeadBuffers, Limits, Purpose, Workspace};
@@ -272,24 +272,30 @@ impl<B: Backend> Transformer<B> {
     }
 
     fn forward(&mut self, batch: &Batch, dropout: Option<Dropout>) -> Result<()> {
+        self.run_blocks(batch.token_count(), dropout, |block, _, pass, buffers| block.forward(pass, buffers))
+    }
+
+    /// Embeds the loaded batch and hands every block, with its place and buffers, to `run`.
+    fn run_blocks(
+        &mut self,
+        tokens: usize,
+        dropout: Option<Dropout>,
+        mut run: impl FnMut(&Block<B>, usize, Pass<'_, B>, ForwardBuffers<'_, B>) -> Result<()>,
+    ) -> Result<()> {
         let workspace = self.workspace.as_mut().expect("reserved with the batch");
         let backend = &*self.backend;
-        backend.embedding(
-            &self.batch,
-            &self.embedding,
-            self.config.hidden_size,
-            workspace.first_residual(),
-        )?;
+        let x = workspace.first_residual();
+        backend.embedding(&self.batch, &self.embedding, self.config.hidden_size, x)?;
         let pass = Pass {
             backend,
             adapters: &self.parameters,
             batch: &self.batch,
             rope: &self.rope,
-            tokens: batch.token_count(),
+            tokens,
             dropout,
         };
         for (layer, block) in self.blocks.iter().enumerate() {
-            block.forward(pass, workspace.layer(layer))?;
+            run(block, layer, pass, workspace.layer(layer))?;
         }
         Ok(())
     }
@@ -399,25 +405,10 @@ impl<B: Backend> Transformer<B> {
             ..Batch::default()
         };
         self.load_batch(Purpose::Inference, &batch)?;
-        let workspace = self.workspace.as_mut().expect("reserved with the batch");
-        let backend = &*self.backend;
-        backend.embedding(
-            &self.batch,
-            &self.embedding,
-            self.config.hidden_size,
-            workspace.first_residual(),
-        )?;
-        let pass = Pass {
-            backend,
-            adapters: &self.parameters,
-            batch: &self.batch,
-            rope: &self.rope,
-            tokens: tokens.len(),
-            dropout: None,
-        };
-        for (layer, (block, layer_cache)) in self.blocks.iter().zip(&mut cache.layers).enumerate() {
-            block.forward_cached(pass, cache.length, layer_cache, workspace.layer(layer))?;
-        }
+        let position = cache.length;
+        self.run_blocks(tokens.len(), None, |block, layer, pass, buffers| {
+            block.forward_cached(pass, position, &mut cache.layers[layer], buffers)
+        })?;
         cache.length += tokens.len();
         Ok(())
     }
