@@ -63,7 +63,7 @@ fn halves(elements: usize) -> Vec<f16> {
 }
 
 fn training(criterion: &mut Criterion) {
-    for rows in [40, 128, 1024, 2048] {
+    for rows in [128, 1024] {
         for (inputs, outputs) in LINEARS {
             let shape = format!("{rows}x{inputs}x{outputs}");
             let (x, dy, s) = (values(rows * inputs), values(rows * outputs), values(rows * RANK));
