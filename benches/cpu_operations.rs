@@ -124,13 +124,9 @@ fn rows(criterion: &mut Criterion) {
     let data = floats(HIDDEN * 1536);
     let tensor = WeightTensor::from_f32("w", vec![HIDDEN, 1536], &data);
     let lora = LoraSlot { rank: 16, scale: 1.0, a_offset: 0, b_offset: 16 * 1536 };
-    let linear = LinearGroup::<CpuBackend> {
-        input_index: 1,
-        weight: backend.matrix(&[tensor]).unwrap(),
-        bias: None,
-        in_features: 1536,
-        projections: vec![Projection { out_features: HIDDEN, lora: Some(lora) }],
-    };
+    let matrix = backend.matrix(&[tensor]).unwrap();
+    let projections = vec![Projection { out_features: HIDDEN, lora: Some(lora) }];
+    let linear = LinearGroup::new(&backend, 1, matrix, None, 1536, projections).unwrap();
     let adapters = floats(16 * (1536 + HIDDEN));
     let mut s = floats(rows * 16);
     group.throughput(Throughput::Elements((2 * rows * 1536 * HIDDEN) as u64));
@@ -183,6 +179,7 @@ fn optimizer(criterion: &mut Criterion) {
         weight_decay: 0.01,
         step: 10,
         max_grad_norm: 1.0,
+        loss_scale: 1.0,
     };
     let mut group = criterion.benchmark_group("optimizer");
     group.throughput(Throughput::Elements(count as u64));

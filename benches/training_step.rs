@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use fastlora::backend::Backend;
 use fastlora::backend::cpu::CpuBackend;
 use fastlora::batch::Batch;
 use fastlora::checkpoint::base::BaseModel;

@@ -54,15 +54,15 @@ REGISTER_KERNEL(grad_norm_finish);
 template <class T>
 DEVICE void adamw(float* __restrict__ parameters, float* __restrict__ first_moment, float* __restrict__ second_moment,
                   T* __restrict__ half_parameters, const float* __restrict__ gradients,
-                  const float* __restrict__ scalars, long long count, float beta1, float beta2, float epsilon,
-                  float weight_decay) {
+                  const float* __restrict__ scalars, long long count, float beta1, float one_minus_beta1,
+                  float beta2, float one_minus_beta2, float epsilon, float weight_decay) {
     if (!(scalars[scalar::norm] <= 3.402823466e+38f)) return;
     const long long i = static_cast<long long>(blockIdx.x) * adamw_threads + threadIdx.x;
     if (i >= count) return;
     const float rate = scalars[scalar::learning_rate];
     const float gradient = gradients[i] * (scalars[scalar::unscale] * scalars[scalar::clip_factor]);
-    const float m = beta1 * first_moment[i] + (1.f - beta1) * gradient;
-    const float v = beta2 * second_moment[i] + (1.f - beta2) * gradient * gradient;
+    const float m = beta1 * first_moment[i] + one_minus_beta1 * gradient;
+    const float v = beta2 * second_moment[i] + one_minus_beta2 * gradient * gradient;
     const float root = sqrtf(v) / sqrtf(scalars[scalar::second_correction]) + epsilon;
     const float decayed = parameters[i] * (1.f - rate * weight_decay);
     const float parameter = decayed - rate / scalars[scalar::first_correction] * (m / root);
@@ -71,10 +71,10 @@ DEVICE void adamw(float* __restrict__ parameters, float* __restrict__ first_mome
     parameters[i] = parameter;
     half_parameters[i] = from_float<T>(parameter);
 }
-// Grid: ceil(count / 256) blocks.
+// 1 − β comes from the host: in f32 0.999 is off by 1e-8, and 1 − 0.999 by 1e-5 of itself. Grid: ceil(count / 256) blocks.
 EXPORT_HALF_KERNELS(adamw, adamw_threads,
                     (float* parameters, float* first_moment, float* second_moment, T* half_parameters,
-                     const float* gradients, const float* scalars, long long count, float beta1, float beta2,
-                     float epsilon, float weight_decay),
-                    (parameters, first_moment, second_moment, half_parameters, gradients, scalars, count, beta1, beta2,
-                     epsilon, weight_decay))
+                     const float* gradients, const float* scalars, long long count, float beta1, float one_minus_beta1,
+                     float beta2, float one_minus_beta2, float epsilon, float weight_decay),
+                    (parameters, first_moment, second_moment, half_parameters, gradients, scalars, count, beta1,
+                     one_minus_beta1, beta2, one_minus_beta2, epsilon, weight_decay))

@@ -1,7 +1,8 @@
-// Rows by index: the embedding's gather, and the labelled rows' gather and scatter.
+// Rows by index: the embedding's gather, and the labelled rows' gather and scatter; and columns of rows, into a cache.
 //
-//   gather     out[i] = table[index[i]]
-//   scatter    out[index[i]] = in[i]; the other rows keep what they hold (zero them first), indices must differ
+//   gather         out[i] = table[index[i]]
+//   scatter        out[index[i]] = in[i]; the other rows keep what they hold (zero them first), indices must differ
+//   copy_columns   out[i][0 … width) = in[i][0 … width), rows of `in` and `out` being longer
 //
 // in, out [count, width], table [*, width] in 16-bit elements, width a multiple of 8; no arithmetic, so f16 and bf16 share
 // a kernel. A thread moves 16 bytes. An index is at most 2³¹ − 1; offsets are 64-bit.
@@ -21,7 +22,7 @@ DEVICE RowVector find_row_vector(int count, int vectors_per_row) {
             static_cast<int>(linear % vectors_per_row)};
 }
 
-// Grid of both: ceil(count · width / 8 / 256) blocks.
+// Grid of all: ceil(count · width / 8 / 256) blocks.
 extern "C" __global__ void __launch_bounds__(rows_threads)
     gather_rows(const uint4* __restrict__ table, const unsigned* __restrict__ index, uint4* __restrict__ out, int count,
                 int width) {
@@ -43,3 +44,12 @@ extern "C" __global__ void __launch_bounds__(rows_threads)
         in[at.row * vectors_per_row + at.vector];
 }
 REGISTER_KERNEL(scatter_rows);
+
+extern "C" __global__ void __launch_bounds__(rows_threads)
+    copy_columns(const uint4* __restrict__ in, uint4* __restrict__ out, int count, int width, int in_leading,
+                 int out_leading) {
+    const RowVector at = find_row_vector(count, width / vector_width);
+    if (!at.inside) return;
+    out[at.row * (out_leading / vector_width) + at.vector] = in[at.row * (in_leading / vector_width) + at.vector];
+}
+REGISTER_KERNEL(copy_columns);

@@ -7,6 +7,8 @@ mod metrics;
 
 use std::time::Instant;
 
+use tracing::debug;
+
 pub use metrics::MetricsFile;
 
 use crate::backend::{Backend, Dropout};
@@ -237,21 +239,30 @@ pub fn train<B: Backend>(
         });
         for step in order.steps().take((total_steps - summary.steps) as usize) {
             let started = Instant::now();
-            model.zero_gradients()?;
-            let mut loss_sum = 0.0;
-            for micro_batch in step.micro_batches() {
-                training.plan.fill(micro_batch, &mut batch);
-                let scores = model.accumulate_gradients(&batch, step.loss_scale() as f32, dropout)?;
-                loss_sum += scores.loss_sum();
-            }
-            mapped::check_intact()?;
-            let loss = loss_sum * step.loss_scale();
-            if !loss.is_finite() {
-                return Err(not_finite("loss", loss, summary.steps + 1, training, &step));
-            }
             let learning_rate = settings.schedule.learning_rate(summary.steps);
-            let (backend, parameters, gradients) = model.trainable();
-            let grad_norm = optimizer.update(backend, parameters, gradients, learning_rate)?;
+            // Once, but for gradients that overflow f16: those are computed again with a lower loss scale.
+            let (loss, grad_norm) = loop {
+                model.zero_gradients()?;
+                let gradient_scale = step.token_weight() * optimizer.loss_scale().factor();
+                let mut loss_sum = 0.0;
+                for micro_batch in step.micro_batches() {
+                    training.plan.fill(micro_batch, &mut batch);
+                    let scores = model.accumulate_gradients(&batch, gradient_scale as f32, dropout)?;
+                    loss_sum += scores.loss_sum();
+                }
+                mapped::check_intact()?;
+                let loss = loss_sum * step.token_weight();
+                if !loss.is_finite() {
+                    return Err(not_finite("loss", loss, summary.steps + 1, training, &step));
+                }
+                let (backend, parameters, gradients) = model.trainable();
+                let grad_norm = optimizer.update(backend, parameters, gradients, learning_rate)?;
+                if grad_norm.is_finite() || !optimizer.lower_loss_scale() {
+                    break (loss, grad_norm);
+                }
+                let lowered = optimizer.loss_scale().factor();
+                debug!("step {}: gradients overflow; loss scale lowered to {lowered}", summary.steps + 1);
+            };
             if !grad_norm.is_finite() {
                 return Err(not_finite("gradient norm", grad_norm, summary.steps + 1, training, &step));
             }

@@ -2,19 +2,19 @@
 
 mod backend_suite;
 
-use backend_suite::{batch_cuts_agree, batch_of, buffer, read, read_floats, resident, run, values};
+use backend_suite::{
+    Precision, batch_cuts_agree, batch_of, buffer, read, read_floats, resident, run, values,
+};
 use fastlora::backend::cpu::CpuBackend;
 use fastlora::backend::cpu::simd::Simd;
 use fastlora::backend::{Backend, Head};
 use fastlora::tensor::WeightTensor;
 
-const ROUNDING_UNIT: f64 = f32::EPSILON as f64 / 2.0;
-
 #[test]
 fn every_operation_matches_float64_at_every_level_with_equal_bits_on_any_threads() {
     for simd in Simd::available() {
         let [one, two, three] = [1, 2, 3]
-            .map(|threads| run(&CpuBackend::with_simd(Some(threads), simd).unwrap(), ROUNDING_UNIT).outputs);
+            .map(|threads| run(&CpuBackend::with_simd(Some(threads), simd).unwrap(), Precision::F32).outputs);
         for (other, threads) in [(&two, 2), (&three, 3)] {
             assert_eq!(one.len(), other.len());
             for ((case, a), (_, b)) in one.iter().zip(other) {

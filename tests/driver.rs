@@ -157,9 +157,9 @@ fn bytes_go_there_and_back() {
         let driver = Driver::new(0)?;
         let (mut a, mut b) = (driver.allocate(100)?, driver.allocate(100)?);
         let start = driver.record_event()?;
-        driver.upload(&(0..100).collect::<Vec<u8>>(), &mut a, 0)?;
-        driver.fill(&mut b, 0..100, 7)?;
-        driver.copy(&a, 10..20, &mut b, 50)?;
+        driver.upload(&(0..100).collect::<Vec<u8>>(), &a, 0)?;
+        driver.fill(&b, 0..100, 7)?;
+        driver.copy(&a, 10..20, &b, 50)?;
         let mut bytes = [0; 12];
         driver.download(&b, 49, &mut bytes)?;
         let end = driver.record_event()?;

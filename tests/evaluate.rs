@@ -165,7 +165,7 @@ fn what_cannot_be_is_refused_with_its_exit_code() {
     let cases: &[(&Path, &Path, &[&str], i32, &str)] = &[
         (&folder, &good, &["--batch-size", "0"], 2, "expected at least 1"),
         (&folder, &good, &["--max-length", "0"], 2, "expected at least 1"),
-        (&folder, &good, &["--device", "cuda"], 5, "this build has no CUDA"),
+        (&folder, &good, &["--device", "cuda:99"], 5, "cuda:99"),
         (&folder, &good, &["--max-length", "2"], 3, "max_length"),
         (&folder, &beyond, &[], 3, "beyond.jsonl:1"),
         (&folder, &masked, &[], 3, "masked.jsonl:1"),

@@ -267,8 +267,8 @@ fn what_cannot_be_is_refused_with_its_exit_code() {
         (&["-m", path, "--raw", "--prompt", &long], 3, "300 tokens, the model has room for 256"),
         (&["-m", missing, "--prompt", "a"], 4, "missing"),
         (&["-m", path, "--adapter", missing, "--prompt", "a"], 4, "cannot read the adapter"),
-        (&["-m", path, "--prompt", "a", "--device", "cuda"], 5, "this build has no CUDA"),
-        (&["-m", path, "--prompt", "a", "--dtype", "bf16"], 5, "computes in f32"),
+        (&["-m", path, "--prompt", "a", "--device", "cuda:99"], 5, "cuda:99"),
+        (&["-m", path, "--prompt", "a", "--device", "cpu", "--dtype", "bf16"], 5, "computes in f32"),
     ];
     for (arguments, expected, part) in cases {
         let (code, stderr) = refusal_of(arguments);

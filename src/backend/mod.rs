@@ -8,10 +8,11 @@
 //! changes for it. Each has a forward and a backward; there is no autograd tape.
 
 pub mod cpu;
+pub mod cuda;
 pub mod dropout;
 
 use crate::batch::Batch;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::tensor::WeightTensor;
 
 /// Root-mean-square norm: `y = x · rstd · w`, `rstd = 1/√(mean(x²) + ε)` over each row (Zhang & Sennrich 2019).
@@ -70,9 +71,24 @@ pub struct LinearGroup<B: Backend + ?Sized> {
     pub in_features: usize,
     /// The projections in the order of their output columns.
     pub projections: Vec<Projection>,
+    /// What the backend keeps for the adapters besides their parameters.
+    pub prepared: B::Group,
 }
 
 impl<B: Backend + ?Sized> LinearGroup<B> {
+    /// Widths and places of the projections' adapters.
+    pub fn new(
+        backend: &B,
+        input_index: u32,
+        weight: B::Matrix,
+        bias: Option<B::Vector>,
+        in_features: usize,
+        projections: Vec<Projection>,
+    ) -> Result<Self> {
+        let prepared = backend.prepare_group(in_features, &projections)?;
+        Ok(Self { input_index, weight, bias, in_features, projections, prepared })
+    }
+
     /// `O`, the summed output widths.
     pub fn out_features(&self) -> usize {
         self.projections.iter().map(|projection| projection.out_features).sum()
@@ -85,19 +101,24 @@ impl<B: Backend + ?Sized> LinearGroup<B> {
 
     /// The adapters with the columns of `y` and of `s` that belong to each.
     pub fn adapters(&self) -> impl Iterator<Item = PlacedAdapter> + '_ {
-        let (mut out_column, mut rank_column) = (0, 0);
-        self.projections.iter().filter_map(move |projection| {
-            let placed = projection.lora.map(|slot| PlacedAdapter {
-                slot,
-                out_column,
-                out_features: projection.out_features,
-                rank_column,
-            });
-            out_column += projection.out_features;
-            rank_column += projection.lora.map_or(0, |slot| slot.rank);
-            placed
-        })
+        placed_adapters(&self.projections)
     }
+}
+
+/// The adapters of projections that share their input, with the columns of `y` and of `s` that belong to each.
+pub fn placed_adapters(projections: &[Projection]) -> impl Iterator<Item = PlacedAdapter> + '_ {
+    let (mut out_column, mut rank_column) = (0, 0);
+    projections.iter().filter_map(move |projection| {
+        let placed = projection.lora.map(|slot| PlacedAdapter {
+            slot,
+            out_column,
+            out_features: projection.out_features,
+            rank_column,
+        });
+        out_column += projection.out_features;
+        rank_column += projection.lora.map_or(0, |slot| slot.rank);
+        placed
+    })
 }
 
 /// An adapter and the columns that it owns within its group.
@@ -180,6 +201,14 @@ pub struct Head<'a, B: Backend + ?Sized> {
     pub width: usize,
 }
 
+impl<B: Backend + ?Sized> Clone for Head<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B: Backend + ?Sized> Copy for Head<'_, B> {}
+
 /// One AdamW step with decoupled decay and bias correction (Loshchilov & Hutter 2019; as in PyTorch).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamWStep {
@@ -197,6 +226,8 @@ pub struct AdamWStep {
     pub step: u64,
     /// Gradients are scaled down to this global norm; infinite: never.
     pub max_grad_norm: f64,
+    /// The gradients are this many times too large: the loss scale they were computed with, a power of two.
+    pub loss_scale: f64,
 }
 
 /// The flat f32 buffers of the optimizer, all of one length.
@@ -216,20 +247,44 @@ pub struct OptimizerState<'a, B: Backend + ?Sized> {
 /// Buffers may be longer than an operation needs: it reads and writes the first `rows × width` elements. Outputs are
 /// overwritten unless the operation says that it adds. An operation allocates nothing after its first call at the
 /// largest shape.
-pub trait Backend {
+pub trait Backend: Send + Sync {
     /// A frozen matrix in the form that the products want.
-    type Matrix;
+    type Matrix: Send + Sync;
     /// A frozen vector.
-    type Vector;
+    type Vector: Send + Sync;
     /// Activations in the compute type.
-    type Buffer;
+    type Buffer: Send + Sync;
     /// f32 values: adapters, gradients, moments, losses, tables.
-    type Floats;
+    type Floats: Send + Sync;
     /// A [`Batch`] on the device.
-    type Batch;
+    type Batch: Send + Sync;
+    /// What a [`LinearGroup`] keeps for its adapters.
+    type Group: Send + Sync;
 
     /// What computes, for the log: "cpu, 2 threads, avx512".
     fn description(&self) -> String;
+    /// Runs `work`, which calls many operations, where they start fastest.
+    fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R
+    where
+        Self: Sized,
+    {
+        work()
+    }
+    /// Whether gradients must be scaled up to stay inside the compute type's range (f16).
+    fn needs_loss_scale(&self) -> bool {
+        false
+    }
+    /// Refuses heads of a width that attention has no kernel for.
+    fn check_head_dim(&self, head_dim: usize) -> Result<()> {
+        let _ = head_dim;
+        Ok(())
+    }
+    /// Elements from one row of a group's `s [T, R]` to the next; `R` or more.
+    fn low_rank_stride(&self, rank: usize) -> usize {
+        rank
+    }
+    /// What the adapters of a [`LinearGroup`] need besides their parameters.
+    fn prepare_group(&self, in_features: usize, projections: &[Projection]) -> Result<Self::Group>;
 
     /// A frozen matrix: the rows of `parts` (each `[rows, columns]`, equal columns) in turn.
     fn matrix(&self, parts: &[WeightTensor]) -> Result<Self::Matrix>;
@@ -283,7 +338,8 @@ pub trait Backend {
         dx: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// `s = dropout(x)·Aᵀ [T, R]` and `y = residual + bias + x·Wᵀ + scale·s·Bᵀ [T, O]`.
+    /// `s = dropout(x)·Aᵀ [T, R]` and `y = residual + bias + x·Wᵀ + scale·s·Bᵀ [T, O]`. The rows of `s` stand
+    /// [`low_rank_stride`](Self::low_rank_stride) apart.
     fn linear(
         &self,
         group: &LinearGroup<Self>,
@@ -397,4 +453,14 @@ pub trait Backend {
     /// Clips by the global norm, updates, and returns the norm before clipping. A norm that is not finite changes
     /// nothing.
     fn adamw(&self, state: OptimizerState<'_, Self>, step: AdamWStep) -> Result<f64>;
+}
+
+/// Refuses an id beyond the rows of a table; `place` is its place in the batch. Backends share it, since their kernels do
+/// not look.
+fn check_id(kind: &str, id: u32, place: usize, rows: usize) -> Result<()> {
+    if (id as usize) < rows {
+        return Ok(());
+    }
+    let message = format!("{kind} id {id} (number {place} of its batch); the table has {rows} rows");
+    Err(Error::model(message).hint("use the tokenizer of this model"))
 }

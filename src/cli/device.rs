@@ -6,7 +6,13 @@ use clap::Args;
 
 use crate::backend::Backend;
 use crate::backend::cpu::CpuBackend;
+use crate::backend::cuda::{ComputeType, CudaBackend};
+use crate::checkpoint::base::BaseModel;
 use crate::config::check_compute_choices;
+use crate::device::driver::Driver;
+#[cfg(feature = "emulator")]
+use crate::device::emulator::{Emulator, Flavour};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 
 /// Arguments that choose what computes.
@@ -15,7 +21,7 @@ pub struct DeviceArgs {
     /// `auto`, `cpu` or `cuda[:N]`.
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: String,
-    /// Compute type: `auto`, `f32`, `f16` or `bf16`.
+    /// Compute type: `auto`, `f32` (CPU), `f16` or `bf16` (GPU).
     #[arg(long, value_name = "DTYPE", default_value = "auto")]
     pub dtype: String,
     /// CPU threads; without it, all cores.
@@ -29,35 +35,102 @@ impl DeviceArgs {
         check_compute_choices(&self.device, &self.dtype, self.threads)
     }
 
-    /// The backend that was asked for.
+    /// The backend that was asked for, for the weights of `base`.
     ///
     /// # Errors
-    /// As [`cpu_backend`].
-    pub fn backend(&self) -> Result<Arc<CpuBackend>> {
-        cpu_backend(&self.device, &self.dtype, self.threads)
+    /// As [`choose_backend`].
+    pub fn backend(&self, base: &BaseModel) -> Result<Chosen> {
+        choose_backend(&self.device, &self.dtype, self.threads, base)
     }
 }
 
-/// The CPU backend, where `device` and `dtype` allow it.
+/// The backend that was chosen. [`on_backend!`] goes on with it.
+pub enum Chosen {
+    /// The CPU, in f32.
+    Cpu(Arc<CpuBackend>),
+    /// An NVIDIA GPU.
+    Cuda(Arc<CudaBackend<Driver>>),
+    /// The GPU's kernels on the CPU.
+    #[cfg(feature = "emulator")]
+    Emulator(Arc<CudaBackend<Emulator>>),
+}
+
+/// Runs generic code with the backend that was [`Chosen`]: the one place where the type is matched on.
+macro_rules! on_backend {
+    ($chosen:expr, |$backend:ident| $work:expr) => {
+        match $chosen {
+            $crate::cli::device::Chosen::Cpu($backend) => $work,
+            $crate::cli::device::Chosen::Cuda($backend) => $work,
+            #[cfg(feature = "emulator")]
+            $crate::cli::device::Chosen::Emulator($backend) => $work,
+        }
+    };
+}
+pub(super) use on_backend;
+
+impl Chosen {
+    fn description(&self) -> String {
+        on_backend!(self, |backend| backend.description())
+    }
+}
+
+/// The backend of `device` and `dtype` for the weights of `base`. `auto` takes the first GPU where there is one, and
+/// computes in the weights' own half type (bf16 where they are f32).
 ///
 /// # Errors
-/// A name that does not exist (config); a device that this build lacks, or a type that it does not compute in
+/// A name that does not exist (config); a device that this build or machine lacks, or a type that it does not compute in
 /// (device).
-pub fn cpu_backend(device: &str, dtype: &str, threads: Option<usize>) -> Result<Arc<CpuBackend>> {
+pub fn choose_backend(device: &str, dtype: &str, threads: Option<usize>, base: &BaseModel) -> Result<Chosen> {
     check_compute_choices(device, dtype, threads)?;
-    if !matches!(device, "auto" | "cpu") {
-        return Err(Error::device(format!("`{device}`: this build has no CUDA"))
-            .at("device")
-            .hint("choose auto or cpu"));
-    }
+    let chosen = match (device, device.strip_prefix("cuda")) {
+        (_, Some(index)) => cuda(index.trim_start_matches(':').parse().unwrap_or(0), dtype, base)?,
+        ("auto", _) if dtype != "f32" => match cuda(0, dtype, base) {
+            Ok(chosen) => chosen,
+            Err(error) => {
+                tracing::debug!("no GPU: {error}");
+                // A half type was asked for by name, and only a GPU computes in it.
+                cpu(if dtype == "auto" { "f32" } else { dtype }, threads)?
+            }
+        },
+        #[cfg(feature = "emulator")]
+        ("emulator" | "emulator:checked", _) => {
+            let flavour = if device == "emulator" { Flavour::Fast } else { Flavour::Checked };
+            let compute = compute_type(dtype, base)?;
+            Chosen::Emulator(Arc::new(CudaBackend::new(Emulator::new(flavour, 0)?, compute)))
+        }
+        _ => cpu(dtype, threads)?,
+    };
+    tracing::info!("device: {}", chosen.description());
+    Ok(chosen)
+}
+
+fn cpu(dtype: &str, threads: Option<usize>) -> Result<Chosen> {
     if !matches!(dtype, "auto" | "f32") {
         return Err(Error::device(format!("`{dtype}`: the CPU backend computes in f32"))
             .at("dtype")
             .hint("choose auto or f32; weights keep their stored precision"));
     }
-    let backend = CpuBackend::new(threads)?;
-    tracing::info!("device: {}", backend.description());
-    Ok(Arc::new(backend))
+    Ok(Chosen::Cpu(Arc::new(CpuBackend::new(threads)?)))
+}
+
+fn cuda(index: u32, dtype: &str, base: &BaseModel) -> Result<Chosen> {
+    let compute = compute_type(dtype, base)?;
+    let device = Driver::new(index).map_err(|error| error.at(format!("device cuda:{index}")))?;
+    Ok(Chosen::Cuda(Arc::new(CudaBackend::new(device, compute))))
+}
+
+fn compute_type(dtype: &str, base: &BaseModel) -> Result<ComputeType> {
+    match dtype {
+        "f16" => Ok(ComputeType::F16),
+        "bf16" => Ok(ComputeType::Bf16),
+        "f32" => Err(Error::device("`f32`: the CUDA kernels compute in f16 and bf16, with f32 sums")
+            .at("dtype")
+            .hint("choose auto, bf16 or f16, or `--device cpu`")),
+        _ => Ok(match base.embedding()?.dtype() {
+            DType::F16 => ComputeType::F16,
+            DType::Bf16 | DType::F32 => ComputeType::Bf16,
+        }),
+    }
 }
 
 #[cfg(test)]
@@ -66,19 +139,24 @@ mod tests {
 
     #[test]
     fn what_does_not_exist_is_refused_by_name() {
+        let base = BaseModel::open("tests/fixtures/tiny_qwen2").unwrap();
+        let has_gpu = Driver::new(0).is_ok();
         for (device, dtype, threads, exit_code, part) in [
             ("gpu", "auto", None, 2, "`gpu` is no device"),
             ("cuda:x", "auto", None, 2, "`cuda:x` is no device"),
             ("cpu", "f64", None, 2, "`f64` is no compute type"),
             ("cpu", "auto", Some(0), 2, "0 threads"),
-            ("cuda", "auto", None, 5, "this build has no CUDA"),
-            ("cuda:1", "bf16", None, 5, "this build has no CUDA"),
+            ("cuda", "f32", None, 5, "compute in f16 and bf16"),
             ("cpu", "bf16", None, 5, "computes in f32"),
         ] {
-            let error = cpu_backend(device, dtype, threads).err().expect(part);
+            let error = choose_backend(device, dtype, threads, &base).err().expect(part);
             assert_eq!(error.kind().exit_code(), exit_code, "{error}");
             assert!(error.to_string().contains(part), "{error}");
         }
-        assert!(cpu_backend("auto", "f32", Some(1)).is_ok());
+        assert!(matches!(choose_backend("auto", "f32", Some(1), &base), Ok(Chosen::Cpu(_))));
+        if !has_gpu {
+            assert_eq!(choose_backend("cuda", "auto", None, &base).err().unwrap().kind().exit_code(), 5);
+            assert!(matches!(choose_backend("auto", "auto", Some(1), &base), Ok(Chosen::Cpu(_))));
+        }
     }
 }

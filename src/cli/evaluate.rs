@@ -7,9 +7,10 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde_json::json;
 
 use super::Cli;
-use super::device::DeviceArgs;
+use super::device::{DeviceArgs, on_backend};
 use super::model::ModelArgs;
 use super::output::print_line;
+use crate::backend::Backend;
 use crate::config::{DataSource, LossOn, OnBadRecord, Overlong};
 use crate::data::{LoadOptions, Outcome, RecordContent, load};
 use crate::error::{Error, Result, escape_control};
@@ -84,9 +85,10 @@ pub(super) fn run(args: &EvaluateArgs, cli: &Cli) -> Result<()> {
         BatchOptions { batch_size: args.batch_size, gradient_accumulation_steps: 1, shuffle: false, seed: 0 };
     let split = Split::new(&samples, batch_options)?;
 
-    let mut model = files.load(args.device.backend()?)?;
-    let backend = Arc::clone(model.backend());
-    let evaluation = backend.run(|| evaluate(&mut model, &split))?;
+    let evaluation = on_backend!(args.device.backend(&files.base)?, |backend| {
+        let mut model = files.load(Arc::clone(&backend))?;
+        backend.run(|| evaluate(&mut model, &split))?
+    });
     if cli.json {
         let mut object = args.model.to_json(&files);
         object["data"] = args.data.iter().map(|source| source.path.display().to_string()).collect();

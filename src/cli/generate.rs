@@ -14,8 +14,8 @@ use tracing::info;
 
 use self::cases::{Case, read_cases};
 use super::Cli;
-use super::device::DeviceArgs;
-use super::model::ModelArgs;
+use super::device::{DeviceArgs, on_backend};
+use super::model::{ModelArgs, ModelFiles};
 use super::output::{accept_closed, for_terminal, print_line};
 use crate::backend::Backend;
 use crate::data;
@@ -182,32 +182,47 @@ pub(super) fn run(args: &GenerateArgs, cli: &Cli) -> Result<()> {
         .at(format!("prompt {}", place + 1))
         .hint("shorten it"));
     }
-    let backend = args.device.backend()?;
-    let mut model = files.load(Arc::clone(&backend))?;
     let mut stop_ids = files.base.config().eos_token_ids.clone();
     stop_ids.extend(tokenizer.eos_id());
     let stop = StopConditions { max_new_tokens: args.max_new_tokens, eos_token_ids: stop_ids };
     let runner = Runner { tokenizer: &tokenizer, sampling, stop, is_raw: args.prompts.raw };
+    let work = Work { args, cli, files: &files, prepared: &prepared, runner };
+    on_backend!(args.device.backend(&files.base)?, |backend| work.run_on(backend))
+}
 
-    let is_streamed = args.prompts.cases.is_none() && !args.compare_base && !cli.json;
-    if is_streamed {
-        return backend.run(|| runner.stream(&mut model, &prepared[0]));
-    }
-    let answers = backend.run(|| runner.answer_all(&mut model, &prepared))?;
-    let base_answers = if args.compare_base {
-        // An adapter of zeros adds nothing: this is the base, without loading it twice.
-        let zeros = vec![0.0; model.layout().parameter_count()];
-        model.set_parameters(&zeros)?;
-        Some(backend.run(|| runner.answer_all(&mut model, &prepared))?)
-    } else {
-        None
-    };
-    if cli.json {
-        let mut object = args.model.to_json(&files);
-        object["cases"] = cases_to_json(&prepared, &answers, base_answers.as_deref());
-        print_line(&format!("{object:#}"))
-    } else {
-        print_line(&table::render(&prepared, &answers, base_answers.as_deref(), files.adapter.is_some()))
+/// Everything but the backend.
+struct Work<'a> {
+    args: &'a GenerateArgs,
+    cli: &'a Cli,
+    files: &'a ModelFiles,
+    prepared: &'a [Prepared],
+    runner: Runner<'a>,
+}
+
+impl Work<'_> {
+    fn run_on<B: Backend>(&self, backend: Arc<B>) -> Result<()> {
+        let Work { args, cli, files, prepared, runner } = self;
+        let mut model = files.load(Arc::clone(&backend))?;
+        let is_streamed = args.prompts.cases.is_none() && !args.compare_base && !cli.json;
+        if is_streamed {
+            return backend.run(|| runner.stream(&mut model, &prepared[0]));
+        }
+        let answers = backend.run(|| runner.answer_all(&mut model, prepared))?;
+        let base_answers = if args.compare_base {
+            // An adapter of zeros adds nothing: this is the base, without loading it twice.
+            let zeros = vec![0.0; model.layout().parameter_count()];
+            model.set_parameters(&zeros)?;
+            Some(backend.run(|| runner.answer_all(&mut model, prepared))?)
+        } else {
+            None
+        };
+        if cli.json {
+            let mut object = args.model.to_json(files);
+            object["cases"] = cases_to_json(prepared, &answers, base_answers.as_deref());
+            print_line(&format!("{object:#}"))
+        } else {
+            print_line(&table::render(prepared, &answers, base_answers.as_deref(), files.adapter.is_some()))
+        }
     }
 }
 

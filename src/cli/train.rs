@@ -16,8 +16,9 @@ use self::output::{AdapterWriter, METRICS, check_output_folder, prepare_output_f
 use self::progress::{Progress, human_time};
 use self::recorder::Recorder;
 use super::Cli;
-use super::device::cpu_backend;
+use super::device::{choose_backend, on_backend};
 use super::model::resolve_model;
+use crate::backend::Backend;
 use crate::checkpoint::adapter::{Adapter, AdapterConfig, read_adapter};
 use crate::checkpoint::base::BaseModel;
 use crate::checkpoint::hub::ResolvedModel;
@@ -112,51 +113,89 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     let validation =
         validation_samples.as_ref().map(|samples| Split::new(samples, one_by_one)).transpose()?;
 
-    let backend = cpu_backend(&config.device, &config.dtype, config.threads)?;
-    let mut model = match &init_adapter {
-        Some(adapter) => Transformer::load_with_adapter(backend, &base, adapter)?,
-        None => {
-            let mut model = Transformer::load(backend, &base, Some(&(&adapter_config).into()))?;
-            let parameters = model.layout().initial_parameters(config.seed);
-            model.set_parameters(&parameters)?;
-            model
-        }
-    };
-    print_parameter_counts(model.layout().parameter_count() as u64, base.parameter_count());
-
-    let settings = training_settings(&config, training.plan().steps_per_epoch() as u64);
-    info!(
-        "{} samples, {} tokens ({} labelled), {} steps",
-        training_samples.samples.len(),
-        training_samples.token_count(),
-        training_samples.labelled_count(),
-        settings.schedule.total_steps
-    );
-    prepare_output_folder(&config.output_dir, &config)?;
-    let data_fingerprint = training_samples.fingerprint();
-    info!("training samples have SHA-256 {data_fingerprint}");
-    let writer = AdapterWriter {
+    let run = Run {
+        args,
+        cli,
+        started,
         config: &config,
-        adapter: adapter_config,
         base: &base,
-        init_adapter: args.init_adapter.as_deref(),
-        base_fingerprints: OnceLock::new(),
-        data_fingerprints: json!({
-            "train": data_fingerprint,
-            "validation": validation_samples.as_ref().map(SampleSet::fingerprint),
-        }),
-        tokenizer_fingerprint: tokenizer.as_ref().map(|tokenizer| tokenizer.fingerprint().to_string()),
-        data_description: describe_data(&training_samples),
+        init_adapter: init_adapter.as_ref(),
+        adapter_config,
+        tokenizer: tokenizer.as_ref(),
+        training_samples: &training_samples,
+        training,
+        validation_samples: validation_samples.as_ref(),
+        validation,
     };
-    let progress = Progress::new(settings.schedule.total_steps, cli.quiet);
-    let mut recorder = Recorder::new(&config.output_dir.join(METRICS), progress, &writer)?;
-    info!("first step after {:.2} s", started.elapsed().as_secs_f64());
-    let backend = Arc::clone(model.backend());
-    let summary =
-        backend.run(|| train(&mut model, &training, validation.as_ref(), &settings, &mut recorder))?;
-    recorder.finish();
-    writer.write_final(&summary, &model.adapters()?)?;
-    report(cli, &config, &writer, &summary)
+    let chosen = choose_backend(&config.device, &config.dtype, config.threads, &base)?;
+    on_backend!(chosen, |backend| run.on(backend))
+}
+
+/// Everything that was read and checked: what is left is to compute.
+struct Run<'a> {
+    args: &'a TrainArgs,
+    cli: &'a Cli,
+    started: Instant,
+    config: &'a TrainingConfig,
+    base: &'a BaseModel,
+    init_adapter: Option<&'a Adapter>,
+    adapter_config: AdapterConfig,
+    tokenizer: Option<&'a Tokenizer>,
+    training_samples: &'a SampleSet,
+    training: Split<'a>,
+    validation_samples: Option<&'a SampleSet>,
+    validation: Option<Split<'a>>,
+}
+
+impl Run<'_> {
+    /// Loads the model, trains it and writes the adapter.
+    fn on<B: Backend>(self, backend: Arc<B>) -> Result<()> {
+        let Run { args, cli, config, base, training_samples, training, .. } = self;
+        let mut model = match self.init_adapter {
+            Some(adapter) => Transformer::load_with_adapter(Arc::clone(&backend), base, adapter)?,
+            None => {
+                let lora = (&self.adapter_config).into();
+                let mut model = Transformer::load(Arc::clone(&backend), base, Some(&lora))?;
+                let parameters = model.layout().initial_parameters(config.seed);
+                model.set_parameters(&parameters)?;
+                model
+            }
+        };
+        print_parameter_counts(model.layout().parameter_count() as u64, base.parameter_count());
+
+        let settings = training_settings(config, training.plan().steps_per_epoch() as u64);
+        info!(
+            "{} samples, {} tokens ({} labelled), {} steps",
+            training_samples.samples.len(),
+            training_samples.token_count(),
+            training_samples.labelled_count(),
+            settings.schedule.total_steps
+        );
+        prepare_output_folder(&config.output_dir, config)?;
+        let data_fingerprint = training_samples.fingerprint();
+        info!("training samples have SHA-256 {data_fingerprint}");
+        let writer = AdapterWriter {
+            config,
+            adapter: self.adapter_config,
+            base,
+            init_adapter: args.init_adapter.as_deref(),
+            base_fingerprints: OnceLock::new(),
+            data_fingerprints: json!({
+                "train": data_fingerprint,
+                "validation": self.validation_samples.map(SampleSet::fingerprint),
+            }),
+            tokenizer_fingerprint: self.tokenizer.map(|tokenizer| tokenizer.fingerprint().to_string()),
+            data_description: describe_data(training_samples),
+        };
+        let progress = Progress::new(settings.schedule.total_steps, cli.quiet);
+        let mut recorder = Recorder::new(&config.output_dir.join(METRICS), progress, &writer)?;
+        info!("first step after {:.2} s", self.started.elapsed().as_secs_f64());
+        let summary = backend
+            .run(|| train(&mut model, &training, self.validation.as_ref(), &settings, &mut recorder))?;
+        recorder.finish();
+        writer.write_final(&summary, &model.adapters()?)?;
+        report(cli, config, &writer, &summary)
+    }
 }
 
 /// The configuration of file, `--set` and flags, and the adapter that the run starts from.

@@ -67,7 +67,9 @@ pub fn check_compute_choices(device: &str, dtype: &str, threads: Option<usize>) 
         Some(rest) => rest.strip_prefix(':').is_some_and(|number| number.parse::<u32>().is_ok()),
         None => false,
     };
-    if !matches!(device, "auto" | "cpu") && !is_cuda(device) {
+    // The kernels on the CPU, in builds that have them.
+    let is_emulator = cfg!(feature = "emulator") && matches!(device, "emulator" | "emulator:checked");
+    if !matches!(device, "auto" | "cpu") && !is_cuda(device) && !is_emulator {
         return Err(
             Error::config(format!("`{device}` is no device; there are auto, cpu and cuda[:N]")).at("device")
         );

@@ -155,7 +155,7 @@ impl Driver {
             return Err(Error::device(
                 "this build has no CUDA kernels: nvcc was not found when it was compiled",
             )
-            .hint("install CUDA's nvcc, or run scripts/get-nvcc, and build again"));
+            .hint("build again with nvcc (scripts/get-nvcc gets it), or use `--device cpu`"));
         }
         check_library()?;
         check_version()?;
@@ -382,7 +382,7 @@ impl Device for Driver {
         Ok(DriverMemory { inner: self.inner.clone(), address, bytes })
     }
 
-    fn upload(&self, bytes: &[u8], memory: &mut DriverMemory, offset: usize) -> Result<()> {
+    fn upload(&self, bytes: &[u8], memory: &DriverMemory, offset: usize) -> Result<()> {
         check_range(memory, offset, bytes.len())?;
         self.enter()?;
         // SAFETY: the range is inside the allocation, and the slice outlives the copy because it is waited for.
@@ -404,7 +404,7 @@ impl Device for Driver {
         .map_err(|error| self.failed_after_launch("copy from the GPU", error))
     }
 
-    fn fill(&self, memory: &mut DriverMemory, range: Range<usize>, byte: u8) -> Result<()> {
+    fn fill(&self, memory: &DriverMemory, range: Range<usize>, byte: u8) -> Result<()> {
         check_range(memory, range.start, range.len())?;
         self.enter()?;
         let address = memory.address + range.start as u64;
@@ -413,13 +413,7 @@ impl Device for Driver {
             .map_err(|error| self.failed_after_launch("fill GPU memory", error))
     }
 
-    fn copy(
-        &self,
-        from: &DriverMemory,
-        range: Range<usize>,
-        to: &mut DriverMemory,
-        offset: usize,
-    ) -> Result<()> {
+    fn copy(&self, from: &DriverMemory, range: Range<usize>, to: &DriverMemory, offset: usize) -> Result<()> {
         check_range(from, range.start, range.len())?;
         check_range(to, offset, range.len())?;
         self.enter()?;

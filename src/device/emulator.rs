@@ -226,7 +226,7 @@ impl Device for Emulator {
         Ok(EmulatorMemory { functions: self.functions.clone(), address, bytes })
     }
 
-    fn upload(&self, bytes: &[u8], memory: &mut EmulatorMemory, offset: usize) -> Result<()> {
+    fn upload(&self, bytes: &[u8], memory: &EmulatorMemory, offset: usize) -> Result<()> {
         check_range(memory, offset, bytes.len())?;
         // SAFETY: the range is inside the allocation, and the slice is readable.
         copied(unsafe { (self.functions.upload)(memory.at(offset), bytes.as_ptr().cast(), bytes.len()) })
@@ -238,7 +238,7 @@ impl Device for Emulator {
         copied(unsafe { (self.functions.download)(into.as_mut_ptr().cast(), memory.at(offset), into.len()) })
     }
 
-    fn fill(&self, memory: &mut EmulatorMemory, range: Range<usize>, byte: u8) -> Result<()> {
+    fn fill(&self, memory: &EmulatorMemory, range: Range<usize>, byte: u8) -> Result<()> {
         check_range(memory, range.start, range.len())?;
         // SAFETY: the range is inside the allocation.
         copied(unsafe { (self.functions.fill)(memory.at(range.start), c_int::from(byte), range.len()) })
@@ -248,7 +248,7 @@ impl Device for Emulator {
         &self,
         from: &EmulatorMemory,
         range: Range<usize>,
-        to: &mut EmulatorMemory,
+        to: &EmulatorMemory,
         offset: usize,
     ) -> Result<()> {
         check_range(from, range.start, range.len())?;

@@ -1,7 +1,8 @@
 //! A compute device as bytes, kernel names and grids: [`driver`] speaks to an NVIDIA GPU, `emulator` runs the same
 //! kernels on the CPU, for tests. Shapes live a level higher, in the backend.
 //!
-//! All work of a device is ordered: copies and launches run one after the other, as on one CUDA stream.
+//! All work of a device is ordered: copies and launches run one after the other, as on one CUDA stream. That is why memory is
+//! written through shared references: who may write which part is the backend's to know.
 
 pub mod driver;
 #[cfg(feature = "emulator")]
@@ -118,19 +119,13 @@ pub trait Device: Clone + Send + Sync + 'static {
     /// New memory with undefined contents. Zero bytes are allowed.
     fn allocate(&self, bytes: usize) -> Result<Self::Memory>;
     /// Copies `bytes` to `memory` from byte `offset` on; `bytes` may be reused when it returns.
-    fn upload(&self, bytes: &[u8], memory: &mut Self::Memory, offset: usize) -> Result<()>;
+    fn upload(&self, bytes: &[u8], memory: &Self::Memory, offset: usize) -> Result<()>;
     /// Waits for the work so far and copies from byte `offset` of `memory`.
     fn download(&self, memory: &Self::Memory, offset: usize, into: &mut [u8]) -> Result<()>;
     /// Sets every byte of a range.
-    fn fill(&self, memory: &mut Self::Memory, range: Range<usize>, byte: u8) -> Result<()>;
+    fn fill(&self, memory: &Self::Memory, range: Range<usize>, byte: u8) -> Result<()>;
     /// Copies `range` of `from` to byte `offset` of `to`.
-    fn copy(
-        &self,
-        from: &Self::Memory,
-        range: Range<usize>,
-        to: &mut Self::Memory,
-        offset: usize,
-    ) -> Result<()>;
+    fn copy(&self, from: &Self::Memory, range: Range<usize>, to: &Self::Memory, offset: usize) -> Result<()>;
     /// Starts a kernel. On a GPU a fault inside it is reported by a later call.
     ///
     /// # Safety

@@ -97,7 +97,8 @@ impl<B: Backend> Saved<B> {
         ranks: [usize; GROUP_COUNT],
         tokens: usize,
     ) -> Result<Self> {
-        let [qkv, output, gate_up, down] = ranks.map(|rank| backend.buffer(tokens * rank));
+        let [qkv, output, gate_up, down] =
+            ranks.map(|rank| backend.buffer(tokens * backend.low_rank_stride(rank)));
         Ok(Self {
             qkv: backend.buffer(tokens * shape.qkv_width())?,
             log_sum: backend.floats(&vec![0.0; tokens * shape.query_heads])?,
@@ -214,13 +215,14 @@ impl<B: Backend> Block<B> {
                 out_features: linear.out_features,
                 lora,
             };
-            Ok(LinearGroup {
-                input_index: (layer * GROUP_COUNT + place) as u32,
-                weight: backend.matrix(&parts("weight")?)?,
-                bias: if first.bias { Some(backend.vector(&parts("bias")?)?) } else { None },
-                in_features: first.in_features,
-                projections: linears.iter().zip(slots).map(projection).collect(),
-            })
+            LinearGroup::new(
+                backend,
+                (layer * GROUP_COUNT + place) as u32,
+                backend.matrix(&parts("weight")?)?,
+                if first.bias { Some(backend.vector(&parts("bias")?)?) } else { None },
+                first.in_features,
+                linears.iter().zip(slots).map(projection).collect(),
+            )
         };
         Ok(Self {
             input_norm: norm("input_layernorm")?,

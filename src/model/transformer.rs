@@ -119,6 +119,7 @@ impl<B: Backend> Transformer<B> {
     /// Targets that match no module, a tensor that is missing, or a device without room.
     pub fn load(backend: Arc<B>, base: &BaseModel, lora: Option<&LoraConfig>) -> Result<Self> {
         let config = base.config().clone();
+        backend.check_head_dim(config.head_dim)?;
         let linears: Vec<(LinearModule, bool)> = match lora {
             Some(lora) => lora.linears(&config)?,
             None => config.linear_modules().map(|module| (module, false)).collect(),

@@ -1,5 +1,6 @@
 //! AdamW: moments over the flat parameter buffer.
 
+use super::LossScale;
 use crate::backend::{AdamWStep, Backend, OptimizerState};
 use crate::error::Result;
 
@@ -24,6 +25,7 @@ pub struct AdamW<B: Backend> {
     first_moment: B::Floats,
     second_moment: B::Floats,
     steps: u64,
+    loss_scale: LossScale,
 }
 
 impl<B: Backend> AdamW<B> {
@@ -35,6 +37,7 @@ impl<B: Backend> AdamW<B> {
             first_moment: backend.floats(&zeros)?,
             second_moment: backend.floats(&zeros)?,
             steps: 0,
+            loss_scale: if backend.needs_loss_scale() { LossScale::dynamic() } else { LossScale::none() },
         })
     }
 
@@ -43,8 +46,19 @@ impl<B: Backend> AdamW<B> {
         self.steps
     }
 
-    /// Clips `gradients` by their global norm and updates `parameters`. Returns the norm before clipping; when that
-    /// is not finite, nothing has changed.
+    /// The factor that the next update expects its gradients to carry.
+    pub fn loss_scale(&self) -> &LossScale {
+        &self.loss_scale
+    }
+
+    /// After an update that found gradients which are not finite: halves the loss scale, so that they can be computed
+    /// again. False where scaling is not the reason.
+    pub fn lower_loss_scale(&mut self) -> bool {
+        self.loss_scale.lower()
+    }
+
+    /// Divides `gradients` by the loss scale, clips them by their global norm and updates `parameters`. Returns the norm
+    /// before clipping; when that is not finite, nothing has changed.
     pub fn update(
         &mut self,
         backend: &B,
@@ -60,6 +74,7 @@ impl<B: Backend> AdamW<B> {
             weight_decay: self.settings.weight_decay,
             step: self.steps + 1,
             max_grad_norm: self.settings.max_grad_norm,
+            loss_scale: self.loss_scale.factor(),
         };
         let state = OptimizerState {
             parameters,
@@ -70,6 +85,7 @@ impl<B: Backend> AdamW<B> {
         let norm = backend.adamw(state, step)?;
         if norm.is_finite() {
             self.steps += 1;
+            self.loss_scale.raise_in_time();
         }
         Ok(norm)
     }

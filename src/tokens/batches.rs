@@ -44,7 +44,7 @@ pub struct BatchOptions {
 ///         plan.fill(micro_batch, &mut batch);
 ///         assert!(batch.token_count() <= plan.max_tokens());
 ///     }
-///     assert_eq!(step.loss_scale(), 1.0 / step.labelled_count() as f64);
+///     assert_eq!(step.token_weight(), 1.0 / step.labelled_count() as f64);
 /// }
 /// # Ok::<(), fastlora::error::Error>(())
 /// ```
@@ -190,7 +190,7 @@ impl<'a> Step<'a> {
 
     /// What the summed loss and its gradients are multiplied by to give the step's mean over labelled tokens; 0 where
     /// there are none, never 0/0.
-    pub fn loss_scale(&self) -> f64 {
+    pub fn token_weight(&self) -> f64 {
         match self.labelled_count() {
             0 => 0.0,
             count => 1.0 / count as f64,
@@ -286,7 +286,7 @@ mod tests {
                 assert!(batch.targets.iter().all(|target| micro_batch.contains(target)));
             }
             assert_eq!((tokens, labelled), (step.token_count(), step.labelled_count()));
-            assert_eq!(step.loss_scale(), 1.0 / labelled as f64);
+            assert_eq!(step.token_weight(), 1.0 / labelled as f64);
         }
         // Sample 2 has a label on its first token, which no row learns.
         assert_eq!(order.steps().map(|step| step.labelled_count()).collect::<Vec<_>>(), [2 + 1 + 2 + 1, 4]);
@@ -371,10 +371,10 @@ mod tests {
     fn fault_39_a_batch_without_targets_is_scaled_by_zero() {
         let samples = samples(&[3, 3], &[0, 1]);
         let plan = BatchPlan::new(&samples, options(1, 1, false)).unwrap();
-        let scales: Vec<f64> = plan.epoch(0).steps().map(|step| step.loss_scale()).collect();
+        let scales: Vec<f64> = plan.epoch(0).steps().map(|step| step.token_weight()).collect();
         assert_eq!(scales, [0.0, 1.0]);
         let plan = BatchPlan::new(&samples, options(1, 2, false)).unwrap();
-        assert_eq!(plan.epoch(0).steps().next().unwrap().loss_scale(), 1.0);
+        assert_eq!(plan.epoch(0).steps().next().unwrap().token_weight(), 1.0);
     }
 
     #[test]

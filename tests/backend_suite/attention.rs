@@ -4,7 +4,7 @@ use fastlora::backend::{self, Backend, KvCache, RmsNorm};
 use fastlora::tensor::WeightTensor;
 
 use super::reference::{self, dot, finite_differences};
-use super::{Record, batch_of, buffer, read, read_floats, resident, values, widen};
+use super::{Precision, Record, batch_of, buffer, read, read_floats, resident, values, widen};
 
 const NORM_EPSILON: f32 = 1e-6;
 
@@ -50,7 +50,7 @@ pub struct Inputs {
 }
 
 impl Inputs {
-    pub fn new(case: Case) -> Self {
+    pub fn new(case: Case, precision: Precision) -> Self {
         let Case { lengths, query_heads, key_value_heads, head_dim, window, norms } = case;
         let rows: usize = lengths.iter().sum();
         let half = head_dim / 2;
@@ -62,7 +62,7 @@ impl Inputs {
             })
             .map(|value| value as f32)
             .collect();
-        let (query_norm, key_norm) = (values(head_dim, 21), values(head_dim, 22));
+        let (query_norm, key_norm) = (precision.values(head_dim, 21), precision.values(head_dim, 22));
         let norm = |weight: &[f32]| norms.then(|| (widen(weight), f64::from(NORM_EPSILON)));
         // Scores between about -3 and 3.
         let sharpness = 3.0 / (head_dim as f32).sqrt();
@@ -76,8 +76,8 @@ impl Inputs {
             key_norm: norm(&key_norm),
             rope: widen(&rope),
         };
-        let qkv = values(rows * reference.width(), 23);
-        let dout = values(rows * query_heads * head_dim, 24);
+        let qkv = precision.values(rows * reference.width(), 23);
+        let dout = precision.values(rows * query_heads * head_dim, 24);
         Self { reference, qkv, dout, query_norm, key_norm, rope }
     }
 
@@ -107,8 +107,8 @@ impl Inputs {
 }
 
 pub fn run<B: Backend>(backend: &B, record: &mut Record) {
-    for &case in CASES {
-        let inputs = Inputs::new(case);
+    for &case in CASES.iter().filter(|case| backend.check_head_dim(case.head_dim).is_ok()) {
+        let inputs = Inputs::new(case, record.precision);
         check_reference(case, &inputs);
         inputs.with_attention(backend, |attention| {
             forward_and_backward(backend, record, case, &inputs, attention);

@@ -7,22 +7,22 @@ use fastlora::dtype::DType;
 use fastlora::tensor::WeightTensor;
 
 use super::reference::{dot, finite_differences, gated_silu, rms_norm};
-use super::{Record, batch_of, buffer, read, resident, values, widen};
+use super::{Precision, Record, batch_of, buffer, read, resident, values, widen};
 
 pub fn run<B: Backend>(backend: &B, record: &mut Record) {
     for (rows, width) in [(1, 1), (3, 5), (2, 16), (7, 33), (4, 100), (40, 576)] {
-        norm(backend, record, rows, width);
-        activation(backend, record, rows, width);
+        norm(backend, record, rows, record.precision.width(width));
+        activation(backend, record, rows, record.precision.width(width));
     }
     embedding(backend, record);
-    labelled_rows(backend);
-    transfers(backend);
+    labelled_rows(backend, record.precision);
+    transfers(backend, record.precision);
 }
 
 fn norm<B: Backend>(backend: &B, record: &mut Record, rows: usize, width: usize) {
     let case = format!("rms_norm [{rows}, {width}]");
-    let (x, dy) = (values(rows * width, 1), values(rows * width, 2));
-    let weight = values(width, 3);
+    let (x, dy) = (record.precision.values(rows * width, 1), record.precision.values(rows * width, 2));
+    let weight = record.precision.values(width, 3);
     let epsilon = 1e-5;
     let tensors = [WeightTensor::from_f32("w", vec![width], &weight)];
     let vector = backend.vector(&tensors).unwrap();
@@ -33,7 +33,7 @@ fn norm<B: Backend>(backend: &B, record: &mut Record, rows: usize, width: usize)
     let (x, dy, weight, epsilon) = (widen(&x), widen(&dy), widen(&weight), f64::from(epsilon));
     record.check(&case, &read(backend, &y, rows * width), &rms_norm(&x, &weight, epsilon), width);
 
-    let before = values(rows * width, 4);
+    let before = record.precision.values(rows * width, 4);
     let mut dx = buffer(backend, &before);
     backend.rms_norm_backward(norm, rows, &x_buffer, &dy_buffer, &mut dx).unwrap();
     let mut expected = Vec::new();
@@ -46,8 +46,9 @@ fn norm<B: Backend>(backend: &B, record: &mut Record, rows: usize, width: usize)
 
 fn activation<B: Backend>(backend: &B, record: &mut Record, rows: usize, width: usize) {
     let case = format!("gated_silu [{rows}, {width}]");
-    let gate_up: Vec<f32> = values(2 * rows * width, 5).iter().map(|x| 6.0 * x).collect();
-    let dact = values(rows * width, 6);
+    let gate_up: Vec<f32> =
+        values(2 * rows * width, 5).iter().map(|x| record.precision.rounded(6.0 * x)).collect();
+    let dact = record.precision.values(rows * width, 6);
     let mut gate_up_buffer = buffer(backend, &gate_up);
     let mut act = backend.buffer(rows * width).unwrap();
     backend.gated_silu(rows, width, &gate_up_buffer, &mut act).unwrap();
@@ -74,8 +75,9 @@ fn activation<B: Backend>(backend: &B, record: &mut Record, rows: usize, width: 
     );
 }
 
-/// `values` rounded to `dtype`, stored `offset` bytes into their storage, and what a reader must see.
+/// `values` rounded to `dtype`, stored `offset` bytes into their storage, and what a product must see.
 pub fn stored(
+    precision: Precision,
     name: &str,
     dtype: DType,
     shape: Vec<usize>,
@@ -92,17 +94,19 @@ pub fn stored(
     }
     let range = offset..bytes.len();
     let tensor = WeightTensor::new(name, dtype, shape, Arc::new(bytes), range);
-    let seen = widen(&tensor.to_f32());
+    let seen = tensor.to_f32().into_iter().map(|value| f64::from(precision.rounded(value))).collect();
     (tensor, seen)
 }
 
 fn embedding<B: Backend>(backend: &B, record: &mut Record) {
-    let width = 21;
+    let precision = record.precision;
+    let width = precision.width(21);
     for dtype in [DType::F32, DType::F16, DType::Bf16] {
         for offset in [0, 1] {
             let (first, mut expected_table) =
-                stored("first", dtype, vec![30, width], &values(30 * width, 7), offset);
-            let (second, rest) = stored("second", dtype, vec![13, width], &values(13 * width, 8), offset);
+                stored(precision, "first", dtype, vec![30, width], &values(30 * width, 7), offset);
+            let (second, rest) =
+                stored(precision, "second", dtype, vec![13, width], &values(13 * width, 8), offset);
             expected_table.extend(rest);
             let table = backend.matrix(&[first, second]).unwrap();
             let batch = batch_of(&[5, 1, 900], 43);
@@ -119,11 +123,11 @@ fn embedding<B: Backend>(backend: &B, record: &mut Record) {
     }
 }
 
-fn labelled_rows<B: Backend>(backend: &B) {
-    let width = 37;
+fn labelled_rows<B: Backend>(backend: &B, precision: Precision) {
+    let width = precision.width(37);
     let host = batch_of(&[4, 1, 700, 2], 50);
     let batch = resident(backend, &host);
-    let x = values(host.token_count() * width, 9);
+    let x = precision.values(host.token_count() * width, 9);
     let mut packed = backend.buffer(host.labelled_count() * width).unwrap();
     backend.gather_labelled(&batch, width, &buffer(backend, &x), &mut packed).unwrap();
     let row = |&row: &u32| x[row as usize * width..][..width].to_vec();
@@ -139,8 +143,8 @@ fn labelled_rows<B: Backend>(backend: &B) {
     assert_eq!(read(backend, &dx, x.len()), expected, "scatter_labelled");
 }
 
-fn transfers<B: Backend>(backend: &B) {
-    let data = values(50, 10);
+fn transfers<B: Backend>(backend: &B, precision: Precision) {
+    let data = precision.values(50, 10);
     let mut floats = backend.floats(&data).unwrap();
     backend.write_floats(&mut floats, &[7.0; 3]).unwrap();
     assert_eq!(super::read_floats(backend, &floats, 5)[..], [7.0, 7.0, 7.0, data[3], data[4]]);

@@ -6,7 +6,7 @@ use fastlora::dtype::DType;
 
 use super::attention::{Case, Inputs};
 use super::elementwise::stored;
-use super::{batch_of, buffer, linear, read, read_floats, resident, values};
+use super::{Precision, batch_of, buffer, linear, read, read_floats, resident, values};
 
 const LENGTHS: &[usize] = &[
     9, 1, 70, 3, 30, 12, 8, 2, 51, 17, 5, 64, 1, 33, 6, 20, 4, 11, 7, 26, 40, 15, 3, 9, 2, 48, 13, 10, 22,
@@ -55,7 +55,7 @@ fn attention<B: Backend>(backend: &B, whole: &Batch, cuts: &[Batch]) {
     let (query_heads, key_value_heads, head_dim) = (6, 2, 32);
     let case =
         Case { lengths: LENGTHS, query_heads, key_value_heads, head_dim, window: Some(40), norms: true };
-    let inputs = Inputs::new(case);
+    let inputs = Inputs::new(case, Precision::F32);
     inputs.with_attention(backend, |attention| {
         let run = |batch: &Batch, qkv: &[f32], dout: &[f32]| {
             let rows = batch.token_count();
@@ -95,7 +95,7 @@ fn linear_group<B: Backend>(backend: &B, whole: &Batch, cuts: &[Batch]) {
         dropout: 0.2,
         dtype: DType::F16,
     };
-    let setup = linear::Setup::new(backend, case);
+    let setup = linear::Setup::new(backend, case, Precision::F32);
     let (width, outs, ranks) = (case.in_features, setup.group.out_features(), setup.group.total_rank());
     let adapters = backend.floats(&setup.adapters).unwrap();
     let x = values(whole.token_count() * width, 80);
@@ -135,7 +135,14 @@ fn linear_group<B: Backend>(backend: &B, whole: &Batch, cuts: &[Batch]) {
 
 fn head_loss<B: Backend>(backend: &B, whole: &Batch, cuts: &[Batch]) {
     let (vocabulary, width) = (301, 24);
-    let (tensor, _) = stored("head", DType::F16, vec![vocabulary, width], &values(vocabulary * width, 82), 0);
+    let (tensor, _) = stored(
+        Precision::F32,
+        "head",
+        DType::F16,
+        vec![vocabulary, width],
+        &values(vocabulary * width, 82),
+        0,
+    );
     let weight = backend.matrix(&[tensor]).unwrap();
     let x = values(whole.labelled_count() * width, 83);
     let run = |batch: &Batch, x: &[f32]| {

@@ -8,7 +8,7 @@ use fastlora::tensor::WeightTensor;
 
 use super::elementwise::stored;
 use super::reference::{dot, finite_differences, product_transposed};
-use super::{Record, batch_of, buffer, read, read_floats, resident, values, widen};
+use super::{Precision, Record, batch_of, buffer, read, read_floats, resident, values, widen};
 
 /// One shape.
 #[derive(Clone, Copy, Debug)]
@@ -77,6 +77,7 @@ const SEED: u64 = 0x1234_5678_9ABC;
 /// A case on a backend, and in float64.
 pub struct Setup<B: Backend> {
     pub case: Case,
+    precision: Precision,
     pub group: LinearGroup<B>,
     pub dropout: Option<Dropout>,
     pub adapters: Vec<f32>,
@@ -85,40 +86,52 @@ pub struct Setup<B: Backend> {
 }
 
 impl<B: Backend> Setup<B> {
-    pub fn new(backend: &B, case: Case) -> Self {
+    pub fn new(backend: &B, case: Case, precision: Precision) -> Self {
+        let case = Case { in_features: precision.width(case.in_features), ..case };
         let width = case.in_features;
+        let widened = case.projections.iter().map(|&(out, rank)| (precision.width(out), rank));
         let (mut tensors, mut weight) = (Vec::new(), Vec::new());
-        for (number, &(out, _)) in case.projections.iter().enumerate() {
-            let (tensor, seen) =
-                stored("w", case.dtype, vec![out, width], &values(out * width, 30 + number as u64), 0);
+        for (number, (out, _)) in widened.clone().enumerate() {
+            let (tensor, seen) = stored(
+                precision,
+                "w",
+                case.dtype,
+                vec![out, width],
+                &values(out * width, 30 + number as u64),
+                0,
+            );
             tensors.push(tensor);
             weight.extend(seen);
         }
-        let outs: usize = case.projections.iter().map(|&(out, _)| out).sum();
-        let bias = values(outs, 40);
+        let outs: usize = widened.clone().map(|(out, _)| out).sum();
+        let bias = precision.values(outs, 40);
         // A matrices side by side, B matrices behind them in the opposite order, gaps around.
         let ranks: usize = case.projections.iter().map(|&(_, rank)| rank).sum();
-        let (mut a_offset, mut b_offset) = (3, 3 + ranks * width + 2);
+        let mut a_offset = precision.width(3);
+        let mut b_offset = a_offset + ranks * width + 2;
         let mut projections = Vec::new();
-        for &(out_features, rank) in case.projections {
+        for (out_features, rank) in widened {
             let scale = 0.5 + rank as f32;
             let lora = (rank > 0).then_some(LoraSlot { rank, scale, a_offset, b_offset });
             projections.push(Projection { out_features, lora });
             a_offset += rank * width;
             b_offset += rank * out_features;
         }
-        let group = LinearGroup {
-            input_index: INPUT_INDEX,
-            weight: backend.matrix(&tensors).unwrap(),
-            bias: case
-                .bias
-                .then(|| backend.vector(&[WeightTensor::from_f32("b", vec![outs], &bias)]).unwrap()),
-            in_features: width,
-            projections,
-        };
+        let bias_vector =
+            case.bias.then(|| backend.vector(&[WeightTensor::from_f32("b", vec![outs], &bias)]).unwrap());
+        let matrix = backend.matrix(&tensors).unwrap();
+        let group = LinearGroup::new(backend, INPUT_INDEX, matrix, bias_vector, width, projections).unwrap();
         let dropout =
             (case.dropout > 0.0).then_some(Dropout { probability: case.dropout, seed: SEED, epoch: 2 });
-        Self { case, group, dropout, adapters: values(b_offset + 4, 41), weight, bias: widen(&bias) }
+        Self {
+            case,
+            precision,
+            group,
+            dropout,
+            adapters: values(b_offset + 4, 41),
+            weight,
+            bias: widen(&bias),
+        }
     }
 
     /// Factors of the mask, `[T, I]`.
@@ -167,22 +180,25 @@ impl<B: Backend> Setup<B> {
 
 pub fn run<B: Backend>(backend: &B, record: &mut Record) {
     for &case in CASES {
-        check(backend, record, case);
+        let setup = Setup::new(backend, case, record.precision);
+        check(backend, record, setup);
     }
 }
 
-fn check<B: Backend>(backend: &B, record: &mut Record, case: Case) {
-    let setup = Setup::new(backend, case);
+fn check<B: Backend>(backend: &B, record: &mut Record, setup: Setup<B>) {
+    let case = setup.case;
     let host_batch = batch_of(case.lengths, 9);
     let batch = resident(backend, &host_batch);
     let (rows, width) = (host_batch.token_count(), case.in_features);
     let (outs, ranks) = (setup.group.out_features(), setup.group.total_rank());
-    let (x, dy) = (values(rows * width, 42), values(rows * outs, 43));
-    let residual = values(rows * outs, 44);
+    let precision = setup.precision;
+    let (x, dy) = (precision.values(rows * width, 42), precision.values(rows * outs, 43));
+    let residual = precision.values(rows * outs, 44);
     let adapters = backend.floats(&setup.adapters).unwrap();
     let (x_buffer, dy_buffer) = (buffer(backend, &x), buffer(backend, &dy));
     let input = || LinearInput { x: &x_buffer, rows, batch: &batch, dropout: setup.dropout };
-    let untouched = vec![7.5; rows * ranks.max(1)];
+    let stride = backend.low_rank_stride(ranks);
+    let untouched = vec![7.5; rows * stride.max(1)];
     let mut s = buffer(backend, &untouched);
     let mut y = backend.buffer(rows * outs).unwrap();
     let residual_buffer = case.residual.then(|| buffer(backend, &residual));
@@ -194,7 +210,9 @@ fn check<B: Backend>(backend: &B, record: &mut Record, case: Case) {
     if ranks == 0 {
         assert_eq!(read(backend, &s, rows), untouched, "{case:?}: s without adapters");
     } else {
-        record.check(&format!("{case:?} s"), &read(backend, &s, rows * ranks), &expected_s, width);
+        let padded = read(backend, &s, rows * stride);
+        let found: Vec<f32> = padded.chunks(stride).flat_map(|row| &row[..ranks]).copied().collect();
+        record.check(&format!("{case:?} s"), &found, &expected_s, width);
     }
     record.check(&format!("{case:?} y"), &read(backend, &y, rows * outs), &expected_y, width + ranks);
 

@@ -15,24 +15,83 @@ pub mod reference;
 
 use fastlora::backend::Backend;
 use fastlora::batch::Batch;
+use fastlora::dtype::DType;
 
+#[allow(unused_imports)] // Only backends in f32 promise it.
 pub use invariance::batch_cuts_agree;
+
+/// What the cases must know of a backend's numbers.
+#[derive(Clone, Copy, Debug)]
+pub struct Precision {
+    /// Type of activations and of frozen weights in products.
+    pub compute: DType,
+    /// Widths are multiples of this.
+    pub width_multiple: usize,
+    /// Relative error of the gradients' norm.
+    pub norm_tolerance: f64,
+}
+
+impl Precision {
+    /// f32 throughout, any width, the norm summed in f64.
+    pub const F32: Self = Self { compute: DType::F32, width_multiple: 1, norm_tolerance: 1e-12 };
+
+    /// Half the distance of 1 and the next number of the compute type.
+    fn rounding_unit(self) -> f64 {
+        match self.compute {
+            DType::F32 => f64::from(f32::EPSILON) / 2.0,
+            DType::F16 => 2f64.powi(-11),
+            DType::Bf16 => 2f64.powi(-8),
+        }
+    }
+
+    /// `width` or the next that the backend takes.
+    pub fn width(self, width: usize) -> usize {
+        width.next_multiple_of(self.width_multiple)
+    }
+
+    /// What a value becomes on the backend.
+    pub fn rounded(self, value: f32) -> f32 {
+        match self.compute {
+            DType::F32 => value,
+            DType::F16 => half::f16::from_f32(value).to_f32(),
+            DType::Bf16 => half::bf16::from_f32(value).to_f32(),
+        }
+    }
+
+    /// As [`values`], in the compute type.
+    pub fn values(self, count: usize, seed: u64) -> Vec<f32> {
+        values(count, seed).into_iter().map(|value| self.rounded(value)).collect()
+    }
+}
 
 /// What the cases found, checked as it came.
 pub struct Record {
-    /// Half the distance of 1 and the next number of the compute type.
-    rounding_unit: f64,
+    /// The backend's numbers.
+    pub precision: Precision,
     /// Every output, by case.
     pub outputs: Vec<(String, Vec<f32>)>,
 }
 
 impl Record {
-    /// Checks `found` against `expected`. Each element may differ by the rounding of a sum of `terms` (a random walk
-    /// of as many steps, eight deviations wide) of the size of the tensor's largest.
+    /// Checks `found` against `expected`: each element may differ by [`slack`](Self::slack).
     fn check(&mut self, case: &str, found: &[f32], expected: &[f64], terms: usize) {
+        self.check_in(self.precision.rounding_unit(), case, found, expected, terms);
+    }
+
+    /// The same for what is f32 on every backend.
+    fn check_f32(&mut self, case: &str, found: &[f32], expected: &[f64], terms: usize) {
+        self.check_in(Precision::F32.rounding_unit(), case, found, expected, terms);
+    }
+
+    /// How far an element may be off: the rounding of a sum of `terms` (a random walk of as many steps, eight deviations
+    /// wide) of the size of the largest.
+    fn slack(&self, expected: &[f64], terms: usize) -> f64 {
+        slack(self.precision.rounding_unit(), expected, terms)
+    }
+
+    fn check_in(&mut self, unit: f64, case: &str, found: &[f32], expected: &[f64], terms: usize) {
         assert_eq!(found.len(), expected.len(), "{case}: length");
-        let largest = expected.iter().fold(0.0_f64, |largest, value| largest.max(value.abs()));
-        let bound = 8.0 * self.rounding_unit * (terms as f64 + 4.0).sqrt() * largest;
+        let bound = slack(unit, expected, terms);
         let mut worst = (0.0, 0);
         for (place, (&found, &expected)) in found.iter().zip(expected).enumerate() {
             let error = (f64::from(found) - expected).abs();
@@ -44,7 +103,7 @@ impl Record {
         let (error, place) = worst;
         assert!(
             error <= bound,
-            "{case}: element {place} is {}, expected {}: off by {error:e}, allowed {bound:e} (largest {largest:e})",
+            "{case}: element {place} is {}, expected {}: off by {error:e}, allowed {bound:e}",
             found[place],
             expected[place]
         );
@@ -52,9 +111,14 @@ impl Record {
     }
 }
 
+fn slack(unit: f64, expected: &[f64], terms: usize) -> f64 {
+    let largest = expected.iter().fold(0.0_f64, |largest, value| largest.max(value.abs()));
+    8.0 * unit * (terms as f64 + 4.0).sqrt() * largest
+}
+
 /// Runs every case on `backend`.
-pub fn run<B: Backend>(backend: &B, rounding_unit: f64) -> Record {
-    let mut record = Record { rounding_unit, outputs: Vec::new() };
+pub fn run<B: Backend>(backend: &B, precision: Precision) -> Record {
+    let mut record = Record { precision, outputs: Vec::new() };
     elementwise::run(backend, &mut record);
     linear::run(backend, &mut record);
     attention::run(backend, &mut record);

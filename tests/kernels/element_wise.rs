@@ -137,6 +137,25 @@ fn rows_are_gathered_and_scattered_bit_for_bit() {
 }
 
 #[test]
+fn columns_are_copied_between_rows_of_other_lengths() {
+    let (rows, width, in_leading, out_leading) = (37, 24, 72, 40);
+    let input: Vec<u16> = (0..rows * in_leading).map(|i| i as u16).collect();
+    let before = vec![0xABCD_u16; rows * out_leading];
+    let copied = run_everywhere("copy_columns", |device| {
+        let (input, out) = (upload(device, &input), upload(device, &before));
+        let mut arguments = vec![Argument::of(&input), Argument::of(&out)];
+        arguments.extend([rows, width, in_leading, out_leading].map(|size| Argument::I32(size as i32)));
+        launch(device, "copy_columns", (rows * width / 8).div_ceil(256), 256, &arguments);
+        download::<u16>(device, &out)
+    });
+    for row in 0..rows {
+        let (out, input) = (&copied[row * out_leading..][..out_leading], &input[row * in_leading..]);
+        assert_eq!(out[..width], input[..width], "row {row}");
+        assert_eq!(out[width..], before[width..out_leading], "behind row {row}");
+    }
+}
+
+#[test]
 fn conversions_round_to_nearest_even() {
     let mut random = Random(5);
     let mut floats = random.floats(1000, 300.0);

@@ -130,14 +130,14 @@ impl Place {
         match self {
             Place::Emulator(device) => PlaceMemory::Emulator(device.allocate(bytes).unwrap()),
             Place::Gpu(device) => {
-                let mut memory = device.allocate(bytes).unwrap();
-                device.fill(&mut memory, 0..bytes, 0xFF).unwrap();
+                let memory = device.allocate(bytes).unwrap();
+                device.fill(&memory, 0..bytes, 0xFF).unwrap();
                 PlaceMemory::Gpu(memory)
             }
         }
     }
 
-    fn upload(&self, bytes: &[u8], memory: &mut PlaceMemory) -> Result<()> {
+    fn upload(&self, bytes: &[u8], memory: &PlaceMemory) -> Result<()> {
         match (self, memory) {
             (Place::Emulator(device), PlaceMemory::Emulator(memory)) => device.upload(bytes, memory, 0),
             (Place::Gpu(device), PlaceMemory::Gpu(memory)) => device.upload(bytes, memory, 0),
@@ -156,8 +156,8 @@ impl Place {
 
 pub fn upload<T: Pod>(place: &Place, values: &[T]) -> PlaceMemory {
     let bytes = bytemuck::cast_slice(values);
-    let mut memory = place.allocate(bytes.len());
-    place.upload(bytes, &mut memory).unwrap();
+    let memory = place.allocate(bytes.len());
+    place.upload(bytes, &memory).unwrap();
     memory
 }
 

@@ -1,6 +1,8 @@
 //! What several test files share: fixtures and their tensors.
 #![allow(dead_code)] // Each test file uses its part.
 
+pub mod golden;
+
 use std::path::PathBuf;
 
 use safetensors::{Dtype, SafeTensors};

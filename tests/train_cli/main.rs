@@ -5,6 +5,8 @@ mod support;
 
 mod configuration;
 mod data_faults;
+#[cfg(feature = "emulator")]
+mod emulator;
 mod fault_table;
 mod golden;
 mod invariance;

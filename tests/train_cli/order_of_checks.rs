@@ -24,7 +24,7 @@ fn configuration_then_data_then_model_then_tokens_then_device() {
     train(&config, 2, &["lora_r", "1 to 4096"]);
     config["lora_r"] = json!(4);
     train(&config, 2, &["device", "`gpu` is no device"]);
-    config["device"] = json!("cuda");
+    config["device"] = json!("cuda:99");
     train(&config, 2, &["lora_target_modules", "regular expression"]);
     config["lora_target_modules"] = json!(["q_prj"]);
     train(&config, 2, &["out", "not empty", "--overwrite"]);
@@ -52,7 +52,7 @@ fn configuration_then_data_then_model_then_tokens_then_device() {
     train(&config, 3, &["train.jsonl:1", "999"]);
     workspace.write("train.jsonl", "{\"input_ids\": [5, 99, 2]}\n");
     // The device.
-    train(&config, 5, &["device", "no CUDA"]);
+    train(&config, 5, &["cuda:99"]);
     config["device"] = json!("cpu");
     config["dtype"] = json!("bf16");
     train(&config, 5, &["dtype", "f32"]);

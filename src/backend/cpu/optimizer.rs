@@ -51,13 +51,13 @@ simd_fn! {
 
 impl CpuBackend {
     pub(super) fn adamw_update(&self, state: OptimizerState<'_, Self>, step: AdamWStep) -> f64 {
-        let norm = self.global_norm(state.gradients);
+        let norm = self.global_norm(state.gradients) / step.loss_scale;
         if !norm.is_finite() {
             return norm;
         }
         let exponent = i32::try_from(step.step).unwrap_or(i32::MAX);
         let factors = Factors {
-            clip: (step.max_grad_norm / (norm + 1e-6)).min(1.0) as f32,
+            clip: ((step.max_grad_norm / (norm + 1e-6)).min(1.0) / step.loss_scale) as f32,
             decay: (1.0 - step.learning_rate * step.weight_decay) as f32,
             one_minus_beta1: (1.0 - step.beta1) as f32,
             beta2: step.beta2 as f32,

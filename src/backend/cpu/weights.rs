@@ -7,6 +7,7 @@ use half::slice::HalfFloatSliceExt;
 use super::CpuBackend;
 use super::matmul::{Elements, MAX_PARTS, Weight};
 use super::memory::AlignedFloats;
+use crate::backend::check_id;
 use crate::batch::Batch;
 use crate::error::{Error, Result};
 use crate::tensor::WeightTensor;
@@ -107,10 +108,6 @@ impl CpuBackend {
 pub(super) fn check_ids(kind: &str, ids: &[u32], rows: usize) -> Result<()> {
     match ids.iter().position(|&id| id as usize >= rows) {
         None => Ok(()),
-        Some(place) => {
-            let error =
-                format!("{kind} id {} (number {place} of its batch); the table has {rows} rows", ids[place]);
-            Err(Error::model(error).hint("use the tokenizer of this model"))
-        }
+        Some(place) => check_id(kind, ids[place], place, rows),
     }
 }

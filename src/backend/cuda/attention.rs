@@ -1,0 +1,274 @@
+//! Attention (rope.cu, attention.cu, attention_backward.cu, attention_cached.cu): queries and keys are rotated into a
+//! buffer of their own, values are read where the projection left them.
+
+use super::launch::{NULL, Shape, int};
+use super::memory::{CudaBuffer, CudaFloats, FLOAT_BYTES, HALF_BYTES};
+use super::{CudaBackend, CudaBatch, Scratch};
+use crate::backend::{Attention, KvCache, RmsNorm};
+use crate::device::{Argument, Device};
+use crate::error::{Error, Result};
+
+/// Widths of a head that attention.cu is compiled for.
+pub const HEAD_DIMS: &[usize] = &[16, 32, 64, 80, 96, 128, 256];
+
+const THREADS: u32 = 128;
+/// Rows of a block's own tile (`outer_rows` in attention_tile.h).
+const OUTER_ROWS: usize = 64;
+/// Heads of a token that a block of rope.cu takes.
+const ROPE_HEADS: usize = 4;
+
+/// Rows of the tiles that pass by (`inner_rows` in attention_tile.h).
+fn inner_rows(head_dim: usize) -> usize {
+    match head_dim {
+        0..=64 => 64,
+        65..=128 => 32,
+        _ => 16,
+    }
+}
+
+/// Bytes of one row of a tile, padded.
+fn pitch_bytes(head_dim: usize) -> usize {
+    (head_dim + 8) * HALF_BYTES
+}
+
+fn forward_shared_bytes(head_dim: usize) -> usize {
+    let stages = if head_dim <= 128 { 2 } else { 1 };
+    (OUTER_ROWS + 2 * stages * inner_rows(head_dim)) * pitch_bytes(head_dim)
+}
+
+fn backward_shared_bytes(head_dim: usize) -> usize {
+    2 * (OUTER_ROWS + inner_rows(head_dim)) * pitch_bytes(head_dim)
+}
+
+/// Widths of one call.
+#[derive(Clone, Copy)]
+struct Widths {
+    /// Queries, `Q·D`.
+    query: usize,
+    /// Keys, as many values: `K·D`.
+    key: usize,
+    /// Queries and keys after the rotation.
+    rotated: usize,
+    /// Queries, keys and values side by side.
+    qkv: usize,
+}
+
+impl Widths {
+    fn of<D: Device>(attention: &Attention<'_, CudaBackend<D>>) -> Self {
+        let query = attention.query_heads * attention.head_dim;
+        let key = attention.key_value_heads * attention.head_dim;
+        Self { query, key, rotated: query + key, qkv: query + 2 * key }
+    }
+}
+
+/// Queries and keys after the rotation, values as projected: `[T, …]` with their row lengths.
+struct Operands {
+    q: Argument,
+    k: Argument,
+    v: Argument,
+}
+
+/// Where the rows of a call stand: their positions as the kernels read them, counted from the first of the table.
+struct Positions {
+    array: Argument,
+    first: usize,
+    /// One behind the last.
+    end: usize,
+}
+
+impl<D: Device> CudaBackend<D> {
+    /// `rope_forward` or `rope_backward` on `[input, output]`.
+    fn rope(
+        &self,
+        kernel: &str,
+        attention: &Attention<'_, Self>,
+        rows: usize,
+        positions: &Positions,
+        [input, output]: [Argument; 2],
+    ) -> Result<()> {
+        let Attention { query_heads, key_value_heads, head_dim, query_norm, key_norm, rope, .. } = *attention;
+        let epsilons = [query_norm, key_norm].map(|norm| norm.map(|norm| norm.epsilon));
+        if let [Some(query), Some(key)] = epsilons
+            && query != key
+        {
+            return Err(Error::internal(format!("norms of queries and keys with ε {query} and {key}")));
+        }
+        let weight =
+            |norm: Option<RmsNorm<'_, Self>>| norm.map_or(Ok(NULL), |norm| norm.weight.first(head_dim));
+        let arguments = [
+            input,
+            weight(query_norm)?,
+            weight(key_norm)?,
+            rope.at(positions.first * head_dim, (positions.end - positions.first) * head_dim)?,
+            positions.array,
+            output,
+            int(rows)?,
+            int(query_heads)?,
+            int(key_value_heads)?,
+            int(head_dim)?,
+            Argument::F32(epsilons[0].or(epsilons[1]).unwrap_or(0.0)),
+        ];
+        let heads = rows * (query_heads + key_value_heads);
+        let shape = Shape::blocks(heads.div_ceil(ROPE_HEADS), THREADS);
+        // SAFETY: the callers give [T, qkv] and [T, rotated], and the table covers every position.
+        unsafe { self.kernels.launch_half(kernel, shape, &arguments) }
+    }
+
+    /// Rotates queries and keys into scratch memory.
+    fn rotate(
+        &self,
+        attention: &Attention<'_, Self>,
+        rows: usize,
+        positions: &Positions,
+        qkv: &CudaBuffer<D>,
+        scratch: &mut Scratch<D>,
+    ) -> Result<Operands> {
+        let widths = Widths::of(attention);
+        let region = scratch.rotated.reserve(self.device(), rows * widths.rotated * HALF_BYTES)?;
+        let rotated = region.first(rows * widths.rotated * HALF_BYTES)?;
+        self.rope("rope_forward", attention, rows, positions, [qkv.first(rows * widths.qkv)?, rotated])?;
+        // A column's address; rows follow at the buffer's own length.
+        let key_bytes = (rows - 1) * widths.rotated + widths.key;
+        Ok(Operands {
+            q: rotated,
+            k: region.at(widths.query * HALF_BYTES, key_bytes * HALF_BYTES)?,
+            v: qkv.at(widths.rotated, (rows - 1) * widths.qkv + widths.key)?,
+        })
+    }
+
+    fn batch_positions(&self, batch: &CudaBatch<D>) -> Result<Positions> {
+        Ok(Positions { array: batch.positions()?, first: 0, end: batch.longest_sample })
+    }
+
+    /// Factor, soft cap (none) and window of the scores.
+    fn score_arguments(&self, attention: &Attention<'_, Self>) -> Result<[Argument; 3]> {
+        Ok([
+            Argument::F32(attention.softmax_scale),
+            Argument::F32(0.0),
+            int(attention.window.unwrap_or(0).min(i32::MAX as usize))?,
+        ])
+    }
+
+    pub(super) fn attention_forward(
+        &self,
+        attention: &Attention<'_, Self>,
+        batch: &CudaBatch<D>,
+        qkv: &CudaBuffer<D>,
+        log_sum: &CudaFloats<D>,
+        out: &CudaBuffer<D>,
+    ) -> Result<()> {
+        let (rows, widths, dim) = (batch.tokens, Widths::of(attention), attention.head_dim);
+        if rows == 0 {
+            return Ok(());
+        }
+        let mut scratch = super::lock(&self.scratch);
+        let Operands { q, k, v } =
+            self.rotate(attention, rows, &self.batch_positions(batch)?, qkv, &mut scratch)?;
+        let out = out.first(rows * widths.query)?;
+        let mut arguments =
+            vec![q, k, v, out, log_sum.first(rows * attention.query_heads)?, batch.sample_tiles()?];
+        for size in
+            [attention.query_heads, attention.key_value_heads, widths.rotated, widths.rotated, widths.qkv]
+        {
+            arguments.push(int(size)?);
+        }
+        arguments.extend(self.score_arguments(attention)?);
+        let shape = Shape {
+            grid: [batch.tiles, attention.query_heads, 1],
+            threads: THREADS,
+            shared_bytes: forward_shared_bytes(dim),
+        };
+        // SAFETY: tiles name rows of the batch alone, and every operand has that many rows.
+        unsafe { self.kernels.launch_half(&format!("attention_forward_d{dim}"), shape, &arguments) }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn attention_gradient(
+        &self,
+        attention: &Attention<'_, Self>,
+        batch: &CudaBatch<D>,
+        qkv: &CudaBuffer<D>,
+        log_sum: &CudaFloats<D>,
+        out: &CudaBuffer<D>,
+        dout: &CudaBuffer<D>,
+        dqkv: &CudaBuffer<D>,
+    ) -> Result<()> {
+        let (rows, widths, dim) = (batch.tokens, Widths::of(attention), attention.head_dim);
+        if rows == 0 {
+            return Ok(());
+        }
+        let mut scratch = super::lock(&self.scratch);
+        let positions = self.batch_positions(batch)?;
+        let Operands { q, k, v } = self.rotate(attention, rows, &positions, qkv, &mut scratch)?;
+        let heads = rows * attention.query_heads;
+        let delta = scratch.delta.reserve(self.device(), heads * FLOAT_BYTES)?.first(heads * FLOAT_BYTES)?;
+        let dout = dout.first(rows * widths.query)?;
+        let arguments = [out.first(rows * widths.query)?, dout, delta, int(heads)?, int(dim)?];
+        let shape = Shape::blocks(heads.div_ceil(ROPE_HEADS), THREADS);
+        // SAFETY: out and dout [T, Q·D], delta [T, Q].
+        unsafe { self.kernels.launch_half("attention_delta", shape, &arguments)? };
+
+        let mut inputs = vec![q, k, v, dout, log_sum.first(heads)?, delta, batch.sample_tiles()?];
+        for size in
+            [attention.query_heads, attention.key_value_heads, widths.rotated, widths.rotated, widths.qkv]
+        {
+            inputs.push(int(size)?);
+        }
+        inputs.extend(self.score_arguments(attention)?);
+        let whole = dqkv.first(rows * widths.qkv)?;
+        let column = |first: usize| dqkv.at(first, rows * widths.qkv - first);
+        let leading = int(widths.qkv)?;
+        let shared_bytes = backward_shared_bytes(dim);
+
+        let mut arguments = inputs.clone();
+        arguments.extend([whole, leading]);
+        let shape = Shape { grid: [batch.tiles, attention.query_heads, 1], threads: THREADS, shared_bytes };
+        // SAFETY: as in the forward.
+        unsafe {
+            self.kernels.launch_half(&format!("attention_backward_queries_d{dim}"), shape, &arguments)?
+        };
+        let mut arguments = inputs;
+        arguments.extend([column(widths.query)?, column(widths.rotated)?, leading, leading]);
+        let grid = [batch.tiles, attention.key_value_heads, dim.div_ceil(128)];
+        let shape = Shape { grid, threads: THREADS, shared_bytes };
+        // SAFETY: as in the forward.
+        unsafe { self.kernels.launch_half(&format!("attention_backward_keys_d{dim}"), shape, &arguments)? };
+        self.rope("rope_backward", attention, rows, &positions, [qkv.first(rows * widths.qkv)?, whole])
+    }
+
+    pub(super) fn attention_over_cache(
+        &self,
+        attention: &Attention<'_, Self>,
+        rows: usize,
+        position: usize,
+        qkv: &CudaBuffer<D>,
+        cache: &KvCache<Self>,
+        out: &CudaBuffer<D>,
+    ) -> Result<()> {
+        let (widths, end) = (Widths::of(attention), position + rows);
+        if end > cache.capacity {
+            return Err(Error::internal(format!("position {end} of a cache for {}", cache.capacity)));
+        }
+        let counting = self.counting(rows)?;
+        let positions = Positions { array: counting.first(rows * FLOAT_BYTES)?, first: position, end };
+        let mut scratch = super::lock(&self.scratch);
+        let Operands { q, k, v } = self.rotate(attention, rows, &positions, qkv, &mut scratch)?;
+        for (input, leading, cached) in [(k, widths.rotated, &cache.keys), (v, widths.qkv, &cache.values)] {
+            let out = cached.at(position * widths.key, rows * widths.key)?;
+            // SAFETY: `rotate` checked the rows of k and v, and the cache has room for as many.
+            unsafe { self.copy_columns(rows, widths.key, (input, leading), (out, widths.key))? };
+        }
+        let past = end * widths.key;
+        let mut arguments =
+            vec![q, cache.keys.first(past)?, cache.values.first(past)?, out.first(rows * widths.query)?];
+        for size in
+            [position, attention.query_heads, attention.key_value_heads, attention.head_dim, widths.rotated]
+        {
+            arguments.push(int(size)?);
+        }
+        arguments.extend(self.score_arguments(attention)?);
+        let shape = Shape { grid: [rows, attention.query_heads, 1], threads: THREADS, shared_bytes: 0 };
+        // SAFETY: every operand was asked for by its shape.
+        unsafe { self.kernels.launch_half("attention_cached", shape, &arguments) }
+    }
+}

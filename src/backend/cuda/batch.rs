@@ -1,0 +1,154 @@
+//! A batch on the device: ids, the keys of dropout masks, labelled rows, and attention's tiles.
+
+use super::CudaBackend;
+use super::memory::{FLOAT_BYTES, Growing, Region};
+use crate::backend::check_id;
+use crate::batch::Batch;
+use crate::device::{Argument, Device};
+use crate::error::{Error, Result};
+
+/// Queries or keys of one tile (`outer_rows` in attention_tile.h).
+const TILE_ROWS: usize = 64;
+
+/// Places of the arrays inside one stretch of 32-bit elements.
+#[derive(Clone, Copy, Debug, Default)]
+struct Places {
+    positions: usize,
+    samples: usize,
+    labelled_rows: usize,
+    targets: usize,
+    tiles: usize,
+}
+
+/// A [`Batch`] on the device.
+pub struct CudaBatch<D: Device> {
+    memory: Growing<D>,
+    host: Vec<u32>,
+    places: Places,
+    pub(super) tokens: usize,
+    pub(super) labelled: usize,
+    pub(super) tiles: usize,
+    pub(super) longest_sample: usize,
+    /// The largest id and target with their places: checked against each table, since no kernel does.
+    largest_token: Option<(u32, usize)>,
+    largest_target: Option<(u32, usize)>,
+}
+
+/// An element's bytes: ids, positions and places are 32 bits wide, as floats are.
+const BYTES: usize = FLOAT_BYTES;
+
+fn largest(ids: &[u32]) -> Option<(u32, usize)> {
+    ids.iter().enumerate().map(|(place, &id)| (id, place)).max_by_key(|&(id, place)| (id, usize::MAX - place))
+}
+
+impl<D: Device> CudaBatch<D> {
+    pub(super) fn new() -> Self {
+        Self {
+            memory: Growing::default(),
+            host: Vec::new(),
+            places: Places::default(),
+            tokens: 0,
+            labelled: 0,
+            tiles: 0,
+            longest_sample: 0,
+            largest_token: None,
+            largest_target: None,
+        }
+    }
+
+    /// Replaces what is there.
+    pub(super) fn load(&mut self, device: &D, batch: &Batch) -> Result<()> {
+        let (tokens, labelled) = (batch.token_count(), batch.labelled_count());
+        self.host.clear();
+        self.host.extend_from_slice(&batch.token_ids);
+        self.places.positions = self.host.len();
+        let samples = || batch.sample_starts.windows(2).map(|pair| (pair[0] as u32, pair[1] as u32));
+        self.host.extend(samples().flat_map(|(start, end)| 0..end - start));
+        self.places.samples = self.host.len();
+        for ((start, end), &id) in samples().zip(&batch.sample_ids) {
+            // The masks are keyed by the index's low 32 bits.
+            self.host.resize(self.host.len() + (end - start) as usize, id as u32);
+        }
+        self.places.labelled_rows = self.host.len();
+        self.host.extend_from_slice(&batch.labelled_rows);
+        self.places.targets = self.host.len();
+        self.host.extend_from_slice(&batch.targets);
+        self.places.tiles = self.host.len();
+        // Long samples first, so that the last blocks to finish are short.
+        let mut by_length: Vec<(u32, u32)> = samples().filter(|(start, end)| start < end).collect();
+        by_length.sort_by_key(|&(start, end)| (u32::MAX - (end - start), start));
+        for &(start, end) in &by_length {
+            self.host.extend((start..end).step_by(TILE_ROWS).flat_map(|first| [start, end, first]));
+        }
+        self.tokens = tokens;
+        self.labelled = labelled;
+        self.tiles = (self.host.len() - self.places.tiles) / 3;
+        self.longest_sample = by_length.first().map_or(0, |(start, end)| (end - start) as usize);
+        self.largest_token = largest(&batch.token_ids);
+        self.largest_target = largest(&batch.targets);
+        let bytes = bytemuck::cast_slice(&self.host);
+        self.memory.reserve(device, bytes.len())?.upload(device, bytes, 0)
+    }
+
+    fn array(&self, start: usize, count: usize) -> Result<Argument> {
+        match self.memory.region() {
+            Some(region) => region.at(start * BYTES, count * BYTES),
+            None => Err(Error::internal("no batch was loaded")),
+        }
+    }
+
+    /// `[T]` token ids, all below `rows`.
+    ///
+    /// # Errors
+    /// One that is not.
+    pub(super) fn token_ids(&self, rows: usize) -> Result<Argument> {
+        check_largest("token", self.largest_token, rows)?;
+        self.array(0, self.tokens)
+    }
+
+    /// `[T]` of each token inside its sample.
+    pub(super) fn positions(&self) -> Result<Argument> {
+        self.array(self.places.positions, self.tokens)
+    }
+
+    /// `[T]` low 32 bits of each token's sample index.
+    pub(super) fn samples(&self) -> Result<Argument> {
+        self.array(self.places.samples, self.tokens)
+    }
+
+    /// `[L]` rows that carry loss.
+    pub(super) fn labelled_rows(&self) -> Result<Argument> {
+        self.array(self.places.labelled_rows, self.labelled)
+    }
+
+    /// Targets of `count` labelled rows from `start` on, all below `rows`.
+    ///
+    /// # Errors
+    /// One that is not.
+    pub(super) fn targets(&self, start: usize, count: usize, rows: usize) -> Result<Argument> {
+        check_largest("target", self.largest_target, rows)?;
+        self.array(self.places.targets + start, count)
+    }
+
+    /// `[tiles][3]`: see `SampleTile` in attention_tile.h.
+    pub(super) fn sample_tiles(&self) -> Result<Argument> {
+        self.array(self.places.tiles, 3 * self.tiles)
+    }
+}
+
+impl<D: Device> CudaBackend<D> {
+    /// The numbers 0, 1, … as positions of `rows` new tokens.
+    pub(super) fn counting(&self, rows: usize) -> Result<Region<D>> {
+        let mut scratch = super::lock(&self.scratch);
+        if scratch.counting.region().is_none_or(|region| region.bytes() < rows * BYTES) {
+            let numbers: Vec<u32> = (0..rows.next_power_of_two() as u32).collect();
+            let bytes = bytemuck::cast_slice(&numbers);
+            scratch.counting.reserve(self.device(), bytes.len())?.upload(self.device(), bytes, 0)?;
+        }
+        Ok(scratch.counting.region().expect("just made").clone())
+    }
+}
+
+fn check_largest(kind: &str, largest: Option<(u32, usize)>, rows: usize) -> Result<()> {
+    largest.map_or(Ok(()), |(id, place)| check_id(kind, id, place, rows))
+}

@@ -1,0 +1,194 @@
+//! Norms, the gated activation, and moves of rows (rms_norm.cu, gated_activation.cu, rows.cu).
+
+use super::launch::{NULL, Shape, int};
+use super::memory::{CudaBuffer, CudaMatrix};
+use super::weights::{WIDTH_MULTIPLE, check_width};
+use super::{CudaBackend, CudaBatch};
+use crate::backend::RmsNorm;
+use crate::device::{Argument, Device};
+use crate::error::Result;
+
+/// Threads of the kernels that take 8 elements a thread.
+const VECTOR_THREADS: u32 = 256;
+
+/// A warp a row, eight of them a block.
+fn row_shape(rows: usize) -> Shape {
+    Shape::blocks(rows.div_ceil(8), 256)
+}
+
+/// A thread for every eight of `elements`.
+fn vector_shape(elements: usize) -> Shape {
+    Shape::blocks((elements / WIDTH_MULTIPLE).div_ceil(VECTOR_THREADS as usize), VECTOR_THREADS)
+}
+
+impl<D: Device> CudaBackend<D> {
+    pub(super) fn norm_forward(
+        &self,
+        norm: RmsNorm<'_, Self>,
+        rows: usize,
+        x: &CudaBuffer<D>,
+        y: &CudaBuffer<D>,
+    ) -> Result<()> {
+        check_width("a norm", norm.width)?;
+        let elements = rows * norm.width;
+        let arguments = [
+            x.first(elements)?,
+            NULL,
+            norm.weight.first(norm.width)?,
+            NULL,
+            y.first(elements)?,
+            int(rows)?,
+            int(norm.width)?,
+            Argument::F32(norm.epsilon),
+        ];
+        // SAFETY: the stretches hold [rows, width], and the weight [width].
+        unsafe { self.kernels.launch_half("rms_norm_forward", row_shape(rows), &arguments) }
+    }
+
+    pub(super) fn norm_backward(
+        &self,
+        norm: RmsNorm<'_, Self>,
+        rows: usize,
+        x: &CudaBuffer<D>,
+        dy: &CudaBuffer<D>,
+        dx: &CudaBuffer<D>,
+    ) -> Result<()> {
+        check_width("a norm", norm.width)?;
+        let elements = rows * norm.width;
+        let dx = dx.first(elements)?;
+        let arguments = [
+            x.first(elements)?,
+            norm.weight.first(norm.width)?,
+            dy.first(elements)?,
+            dx, // what it holds is added
+            dx,
+            int(rows)?,
+            int(norm.width)?,
+            Argument::F32(norm.epsilon),
+        ];
+        // SAFETY: as in the forward; the kernel allows dx to be its own addend.
+        unsafe { self.kernels.launch_half("rms_norm_backward", row_shape(rows), &arguments) }
+    }
+
+    pub(super) fn gated_silu_forward(
+        &self,
+        rows: usize,
+        width: usize,
+        gate_up: &CudaBuffer<D>,
+        act: &CudaBuffer<D>,
+    ) -> Result<()> {
+        self.gated(
+            "gated_silu_forward",
+            rows,
+            width,
+            gate_up.first(2 * rows * width)?,
+            act.first(rows * width)?,
+        )
+    }
+
+    pub(super) fn gated_silu_gradient(
+        &self,
+        rows: usize,
+        width: usize,
+        dact: &CudaBuffer<D>,
+        gate_up: &CudaBuffer<D>,
+    ) -> Result<()> {
+        self.gated(
+            "gated_silu_backward",
+            rows,
+            width,
+            dact.first(rows * width)?,
+            gate_up.first(2 * rows * width)?,
+        )
+    }
+
+    fn gated(
+        &self,
+        kernel: &str,
+        rows: usize,
+        width: usize,
+        input: Argument,
+        output: Argument,
+    ) -> Result<()> {
+        check_width("a gated activation", width)?;
+        let arguments = [input, output, int(rows)?, int(width)?];
+        // SAFETY: the callers asked for [rows, 2·width] of gate_up and [rows, width] of act or its gradient.
+        unsafe { self.kernels.launch_half(kernel, vector_shape(rows * width), &arguments) }
+    }
+
+    pub(super) fn embed(
+        &self,
+        batch: &CudaBatch<D>,
+        table: &CudaMatrix<D>,
+        width: usize,
+        x: &CudaBuffer<D>,
+    ) -> Result<()> {
+        let rows = batch.tokens;
+        let ids = batch.token_ids(table.rows)?;
+        self.gather(table.shaped(table.rows, width)?, ids, x.first(rows * width)?, rows, width)
+    }
+
+    pub(super) fn gather_rows(
+        &self,
+        batch: &CudaBatch<D>,
+        width: usize,
+        x: &CudaBuffer<D>,
+        packed: &CudaBuffer<D>,
+    ) -> Result<()> {
+        let rows = batch.labelled;
+        let (x, packed) = (x.first(batch.tokens * width)?, packed.first(rows * width)?);
+        self.gather(x, batch.labelled_rows()?, packed, rows, width)
+    }
+
+    fn gather(
+        &self,
+        table: Argument,
+        index: Argument,
+        out: Argument,
+        rows: usize,
+        width: usize,
+    ) -> Result<()> {
+        check_width("a row", width)?;
+        let arguments = [table, index, out, int(rows)?, int(width)?];
+        // SAFETY: the callers asked for whole tables, and every index is inside them.
+        unsafe { self.kernels.launch("gather_rows", vector_shape(rows * width), &arguments) }
+    }
+
+    pub(super) fn scatter_rows(
+        &self,
+        batch: &CudaBatch<D>,
+        width: usize,
+        packed: &CudaBuffer<D>,
+        dx: &CudaBuffer<D>,
+    ) -> Result<()> {
+        check_width("a row", width)?;
+        self.zero(dx, batch.tokens * width)?;
+        let rows = batch.labelled;
+        let arguments = [
+            packed.first(rows * width)?,
+            batch.labelled_rows()?,
+            dx.first(batch.tokens * width)?,
+            int(rows)?,
+            int(width)?,
+        ];
+        // SAFETY: every labelled row is a row of the batch.
+        unsafe { self.kernels.launch("scatter_rows", vector_shape(rows * width), &arguments) }
+    }
+
+    /// Copies `columns` of every row: `out` and `input` point at the first, with their rows' lengths.
+    ///
+    /// # Safety
+    /// Both hold `rows` rows.
+    pub(super) unsafe fn copy_columns(
+        &self,
+        rows: usize,
+        columns: usize,
+        (input, input_leading): (Argument, usize),
+        (out, out_leading): (Argument, usize),
+    ) -> Result<()> {
+        check_width("a row", columns)?;
+        let arguments = [input, out, int(rows)?, int(columns)?, int(input_leading)?, int(out_leading)?];
+        // SAFETY: the caller's.
+        unsafe { self.kernels.launch("copy_columns", vector_shape(rows * columns), &arguments) }
+    }
+}

@@ -1,0 +1,105 @@
+//! Output head and cross-entropy by chunks of labelled rows (cross_entropy.cu).
+
+use super::launch::{Shape, int};
+use super::linear::tile_shape;
+use super::memory::{CudaBuffer, CudaFloats, HALF_BYTES};
+use super::weights::check_width;
+use super::{CudaBackend, CudaBatch};
+use crate::backend::Head;
+use crate::device::{Argument, Device};
+use crate::error::Result;
+
+/// Logits of one chunk of rows: large enough that its products fill a GPU many times over.
+const CHUNK_BYTES: usize = 512 << 20;
+/// Rows of a product's tile: chunks hold whole ones.
+const TILE_ROWS: usize = 128;
+const LOSS_THREADS: u32 = 256;
+
+/// `V̄`: rows of logits start at 16 bytes.
+fn vocabulary_leading(vocabulary: usize) -> usize {
+    vocabulary.next_multiple_of(8)
+}
+
+/// Rows whose logits exist at once.
+pub(super) fn chunk_rows(vocabulary: usize, rows: usize) -> usize {
+    let fitting = CHUNK_BYTES / (vocabulary_leading(vocabulary) * HALF_BYTES);
+    (fitting / TILE_ROWS * TILE_ROWS).max(TILE_ROWS).min(rows)
+}
+
+impl<D: Device> CudaBackend<D> {
+    pub(super) fn cross_entropy(
+        &self,
+        head: Head<'_, Self>,
+        batch: &CudaBatch<D>,
+        x: &CudaBuffer<D>,
+        gradient_scale: f32,
+        losses: &CudaFloats<D>,
+        dx: Option<&CudaBuffer<D>>,
+    ) -> Result<()> {
+        let Head { vocabulary, width, .. } = head;
+        let (count, leading) = (batch.labelled, vocabulary_leading(vocabulary));
+        let chunk = chunk_rows(vocabulary, count);
+        for first in (0..count).step_by(chunk.max(1)) {
+            let rows = chunk.min(count - first);
+            let row_losses = losses.at(first, rows)?;
+            let correct = losses.at(count + first, rows)?;
+            let targets = batch.targets(first, rows, vocabulary)?;
+            let z = self.logits(head, rows, x.at(first * width, rows * width)?)?;
+            let arguments = [
+                z,
+                targets,
+                row_losses,
+                correct,
+                int(vocabulary)?,
+                int(leading)?,
+                Argument::F32(gradient_scale),
+                Argument::I32(dx.is_some().into()),
+            ];
+            // SAFETY: z [rows, V̄], one target, loss and hit a row.
+            unsafe {
+                self.kernels.launch_half("cross_entropy", Shape::blocks(rows, LOSS_THREADS), &arguments)?
+            };
+            let Some(dx) = dx else { continue };
+            let dx = dx.at(first * width, rows * width)?;
+            let weight = head.weight.shaped(vocabulary, width)?;
+            let arguments = [z, weight, dx, int(rows)?, int(width)?, int(vocabulary)?, int(leading)?];
+            // SAFETY: dz [rows, V̄], W [V, H], dx [rows, H].
+            unsafe { self.kernels.launch_half("head_backward_input", tile_shape(rows, width), &arguments)? };
+        }
+        Ok(())
+    }
+
+    /// `z [rows, V̄]` of `x [rows, H]`, in scratch memory.
+    fn logits(&self, head: Head<'_, Self>, rows: usize, x: Argument) -> Result<Argument> {
+        let Head { vocabulary, width, weight } = head;
+        check_width("the head's input", width)?;
+        let leading = vocabulary_leading(vocabulary);
+        let bytes = rows * leading * HALF_BYTES;
+        let z = super::lock(&self.scratch).logits.reserve(self.device(), bytes)?.first(bytes)?;
+        let arguments = [
+            x,
+            weight.shaped(vocabulary, width)?,
+            z,
+            int(rows)?,
+            int(width)?,
+            int(vocabulary)?,
+            int(leading)?,
+        ];
+        // SAFETY: x [rows, H], W [V, H], z [rows, V̄].
+        unsafe { self.kernels.launch_half("head_logits", tile_shape(rows, vocabulary), &arguments)? };
+        Ok(z)
+    }
+
+    pub(super) fn logits_of_row(
+        &self,
+        head: Head<'_, Self>,
+        x: &CudaBuffer<D>,
+        row: usize,
+        logits: &mut [f32],
+    ) -> Result<()> {
+        self.logits(head, 1, x.at(row * head.width, head.width)?)?;
+        let scratch = super::lock(&self.scratch);
+        let region = scratch.logits.region().expect("the logits were just computed");
+        self.download_halves(region, logits)
+    }
+}

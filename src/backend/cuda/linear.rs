@@ -1,0 +1,344 @@
+//! Linear groups with adapters (linear.cu, lora.cu).
+
+use super::launch::{NULL, Shape, int};
+use super::memory::{CudaBuffer, CudaFloats, FLOAT_BYTES, HALF_BYTES, Region};
+use super::weights::{WIDTH_MULTIPLE, check_width};
+use super::{CudaBackend, CudaBatch, Scratch};
+use crate::backend::{Dropout, LinearGroup, LinearInput, Projection, dropout, placed_adapters};
+use crate::device::{Argument, Device};
+use crate::error::{Error, Result};
+
+/// Tiles of the frozen products.
+const TILE: usize = 128;
+const TILE_THREADS: u32 = 256;
+const TILE_SHARED_BYTES: usize = 64 << 10;
+/// Tiles of the adapters' own products.
+const LORA_TILE: usize = 64;
+const LORA_THREADS: u32 = 128;
+const LORA_SHARED_BYTES: usize = 32 << 10;
+/// Threads of lora.cu's element-wise kernels.
+const ELEMENT_THREADS: usize = 256;
+
+/// Blocks of a product over tokens: enough for every GPU, whatever its size, so that sums do not depend on it.
+const GRADIENT_BLOCKS: usize = 512;
+/// Tokens of one stretch at least.
+const STRETCH_TOKENS: usize = 256;
+
+/// The frozen products' launch over an output `[rows, columns]`.
+pub(super) fn tile_shape(rows: usize, columns: usize) -> Shape {
+    let tiles = rows.div_ceil(TILE) * columns.div_ceil(TILE);
+    Shape { grid: [tiles, 1, 1], threads: TILE_THREADS, shared_bytes: TILE_SHARED_BYTES }
+}
+
+fn lora_shape(rows: usize, columns: usize, stretches: usize) -> Shape {
+    let tiles = rows.div_ceil(LORA_TILE) * columns.div_ceil(LORA_TILE);
+    Shape { grid: [tiles, stretches, 1], threads: LORA_THREADS, shared_bytes: LORA_SHARED_BYTES }
+}
+
+/// Into how many stretches the tokens of a gradient `[rows, columns]` are cut. A matter of shapes alone: the sum's order
+/// must not depend on the GPU.
+pub(super) fn stretch_count(rows: usize, columns: usize, tokens: usize) -> usize {
+    let tiles = rows.div_ceil(LORA_TILE) * columns.div_ceil(LORA_TILE);
+    GRADIENT_BLOCKS.div_ceil(tiles).min(tokens / STRETCH_TOKENS).max(1)
+}
+
+/// What the adapters of a group need on the device.
+pub struct CudaGroup<D: Device> {
+    adapters: Option<Adapters<D>>,
+}
+
+struct Adapters<D: Device> {
+    /// `[adapters][4]`, `[adapters]` and `[adapters]`: see lora.cu.
+    slots: Region<D>,
+    b_offsets: Region<D>,
+    scales: Region<D>,
+    count: usize,
+    /// `B̂ [O, R̄]`: packed by the forward, read by the backward too.
+    b_hat: CudaBuffer<D>,
+    /// First element of `A [R, I]` in the flat buffer.
+    a_offset: usize,
+}
+
+impl<D: Device> Adapters<D> {
+    /// Slots, offsets and scales as the kernels take them.
+    fn tables(&self) -> Result<[Argument; 3]> {
+        Ok([
+            self.slots.first(self.count * 16)?,
+            self.b_offsets.first(self.count * 8)?,
+            self.scales.first(self.count * FLOAT_BYTES)?,
+        ])
+    }
+}
+
+/// `R` rounded up to whole vectors.
+pub(super) fn rank_leading(rank: usize) -> usize {
+    rank.next_multiple_of(WIDTH_MULTIPLE)
+}
+
+/// Sizes of one call.
+#[derive(Clone, Copy)]
+struct Sizes {
+    tokens: usize,
+    inputs: usize,
+    outputs: usize,
+    rank: usize,
+    leading: usize,
+}
+
+impl Sizes {
+    fn of<D: Device>(group: &LinearGroup<CudaBackend<D>>, tokens: usize) -> Self {
+        let rank = group.total_rank();
+        Self {
+            tokens,
+            inputs: group.in_features,
+            outputs: group.out_features(),
+            rank,
+            leading: rank_leading(rank),
+        }
+    }
+}
+
+fn upload<D: Device, T: bytemuck::NoUninit>(device: &D, values: &[T]) -> Result<Region<D>> {
+    let bytes = bytemuck::cast_slice(values);
+    let region = Region::allocate(device, bytes.len())?;
+    region.upload(device, bytes, 0)?;
+    Ok(region)
+}
+
+/// Positions, samples, seed, input and epoch, threshold and factor: `DropoutMask` in philox.h.
+fn mask_arguments<D: Device>(
+    batch: &CudaBatch<D>,
+    input_index: u32,
+    dropout: Option<Dropout>,
+) -> Result<[Argument; 7]> {
+    let [zero, none] = [Argument::U32(0), Argument::F32(0.0)];
+    let Some(given) = dropout else { return Ok([NULL, NULL, zero, zero, zero, zero, none]) };
+    let probability = f64::from(given.probability);
+    Ok([
+        batch.positions()?,
+        batch.samples()?,
+        Argument::U32(given.seed as u32),
+        Argument::U32((given.seed >> 32) as u32),
+        Argument::U32(input_index & 0xFFFF | given.epoch << 16),
+        // The probability is below one, so the threshold fits.
+        Argument::U32(dropout::threshold(given.probability) as u32),
+        Argument::F32((1.0 / (1.0 - probability)) as f32),
+    ])
+}
+
+impl<D: Device> CudaBackend<D> {
+    pub(super) fn make_group(&self, in_features: usize, projections: &[Projection]) -> Result<CudaGroup<D>> {
+        check_width("a linear's input", in_features)?;
+        for projection in projections {
+            check_width("a linear's output", projection.out_features)?;
+        }
+        let placed: Vec<_> = placed_adapters(projections).collect();
+        let Some(first) = placed.first() else { return Ok(CudaGroup { adapters: None }) };
+        let a_offset = first.slot.a_offset;
+        let mut end = a_offset;
+        for adapter in &placed {
+            if adapter.slot.a_offset != end || !a_offset.is_multiple_of(WIDTH_MULTIPLE) {
+                let message = format!("an A matrix at {}, expected at {end}", adapter.slot.a_offset);
+                return Err(Error::internal(message));
+            }
+            end += adapter.slot.rank * in_features;
+        }
+        let slots: Vec<[i32; 4]> = placed
+            .iter()
+            .map(|adapter| {
+                let (out, rank) = (adapter.out_column, adapter.rank_column);
+                [out, out + adapter.out_features, rank, rank + adapter.slot.rank].map(|place| place as i32)
+            })
+            .collect();
+        let b_offsets: Vec<i64> = placed.iter().map(|adapter| adapter.slot.b_offset as i64).collect();
+        let scales: Vec<f32> = placed.iter().map(|adapter| adapter.slot.scale).collect();
+        let outputs: usize = projections.iter().map(|projection| projection.out_features).sum();
+        let rank: usize = placed.iter().map(|adapter| adapter.slot.rank).sum();
+        let b_hat = Region::allocate(self.device(), outputs * rank_leading(rank) * HALF_BYTES)?;
+        let adapters = Adapters {
+            slots: upload(self.device(), &slots)?,
+            b_offsets: upload(self.device(), &b_offsets)?,
+            scales: upload(self.device(), &scales)?,
+            count: placed.len(),
+            b_hat: CudaBuffer { region: b_hat },
+            a_offset,
+        };
+        Ok(CudaGroup { adapters: Some(adapters) })
+    }
+
+    pub(super) fn linear_forward(
+        &self,
+        group: &LinearGroup<Self>,
+        parameters: &CudaFloats<D>,
+        input: LinearInput<'_, Self>,
+        residual: Option<&CudaBuffer<D>>,
+        s: &CudaBuffer<D>,
+        y: &CudaBuffer<D>,
+    ) -> Result<()> {
+        let sizes @ Sizes { tokens, inputs, outputs, rank, leading } = Sizes::of(group, input.rows);
+        let (mut s_argument, mut b_hat, mut slots, mut count) = (NULL, NULL, NULL, 0);
+        if let Some(adapters) = &group.prepared.adapters {
+            let mut scratch = super::lock(&self.scratch);
+            let x = self.adapter_input(group, &input, &mut scratch)?;
+            let a = self.half_copy(parameters)?.at(adapters.a_offset, rank * inputs)?;
+            s_argument = s.first(tokens * leading)?;
+            let arguments = [x, a, s_argument, int(tokens)?, int(inputs)?, int(rank)?, int(leading)?];
+            // SAFETY: x [T, I], A [R, I], s [T, R̄].
+            unsafe { self.kernels.launch_half("lora_down", lora_shape(tokens, rank, 1), &arguments)? };
+            b_hat = self.pack(adapters, sizes, parameters)?;
+            slots = adapters.slots.first(adapters.count * 16)?;
+            count = adapters.count;
+        }
+        let arguments = [
+            input.x.first(tokens * inputs)?,
+            group.weight.shaped(outputs, inputs)?,
+            group.bias.as_ref().map_or(Ok(NULL), |bias| bias.first(outputs))?,
+            residual.map_or(Ok(NULL), |residual| residual.first(tokens * outputs))?,
+            s_argument,
+            b_hat,
+            slots,
+            y.first(tokens * outputs)?,
+            int(tokens)?,
+            int(inputs)?,
+            int(outputs)?,
+            int(count)?,
+            int(leading)?,
+        ];
+        // SAFETY: every stretch was asked for by its shape.
+        unsafe { self.kernels.launch_half("linear_forward", tile_shape(tokens, outputs), &arguments) }
+    }
+
+    /// The adapters' input: `x`, or `x̃` after dropout.
+    fn adapter_input(
+        &self,
+        group: &LinearGroup<Self>,
+        input: &LinearInput<'_, Self>,
+        scratch: &mut Scratch<D>,
+    ) -> Result<Argument> {
+        let (tokens, inputs) = (input.rows, group.in_features);
+        let x = input.x.first(tokens * inputs)?;
+        if input.dropout.is_none() {
+            return Ok(x);
+        }
+        let bytes = tokens * inputs * HALF_BYTES;
+        let dropped = scratch.dropped.reserve(self.device(), bytes)?.first(bytes)?;
+        let mut arguments = vec![x, dropped, int(tokens)?, int(inputs)?];
+        arguments.extend(mask_arguments(input.batch, group.input_index, input.dropout)?);
+        let shape = Shape::blocks((tokens * inputs / 4).div_ceil(ELEMENT_THREADS), ELEMENT_THREADS as u32);
+        // SAFETY: both hold [T, I], and the batch has T tokens.
+        unsafe { self.kernels.launch_half("lora_dropout", shape, &arguments)? };
+        Ok(dropped)
+    }
+
+    /// `B̂` from the parameters as they are now.
+    fn pack(&self, adapters: &Adapters<D>, sizes: Sizes, parameters: &CudaFloats<D>) -> Result<Argument> {
+        let elements = sizes.outputs * sizes.leading;
+        let b_hat = adapters.b_hat.first(elements)?;
+        let [slots, b_offsets, scales] = adapters.tables()?;
+        let flat = parameters.first(parameters.elements())?;
+        let count = int(adapters.count)?;
+        let arguments =
+            [flat, slots, b_offsets, scales, b_hat, count, int(sizes.outputs)?, int(sizes.leading)?];
+        let shape = Shape::blocks(elements.div_ceil(ELEMENT_THREADS), ELEMENT_THREADS as u32);
+        // SAFETY: the layout places every B inside the flat buffer.
+        unsafe { self.kernels.launch_half("lora_pack", shape, &arguments)? };
+        Ok(b_hat)
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn linear_gradient(
+        &self,
+        group: &LinearGroup<Self>,
+        parameters: &CudaFloats<D>,
+        input: LinearInput<'_, Self>,
+        s: &CudaBuffer<D>,
+        dy: &CudaBuffer<D>,
+        gradients: &CudaFloats<D>,
+        dx: Option<&CudaBuffer<D>>,
+    ) -> Result<()> {
+        let sizes @ Sizes { tokens, inputs, outputs, rank, leading } = Sizes::of(group, input.rows);
+        let dy = dy.first(tokens * outputs)?;
+        let mut scratch = super::lock(&self.scratch);
+        let (mut ds, mut a) = (NULL, NULL);
+        if let Some(adapters) = &group.prepared.adapters {
+            let bytes = tokens * leading * HALF_BYTES;
+            ds = scratch.ds.reserve(self.device(), bytes)?.first(bytes)?;
+            let b_hat = adapters.b_hat.first(outputs * leading)?;
+            let arguments = [dy, b_hat, ds, int(tokens)?, int(outputs)?, int(rank)?, int(leading)?];
+            // SAFETY: dy [T, O], B̂ [O, R̄], ds [T, R̄].
+            unsafe { self.kernels.launch_half("lora_down_back", lora_shape(tokens, rank, 1), &arguments)? };
+            a = self.half_copy(parameters)?.at(adapters.a_offset, rank * inputs)?;
+            let x = self.adapter_input(group, &input, &mut scratch)?;
+            self.a_gradient(adapters, sizes, ds, x, gradients, &mut scratch)?;
+            self.b_gradient(adapters, sizes, dy, s.first(tokens * leading)?, gradients, &mut scratch)?;
+        }
+        let Some(dx) = dx else { return Ok(()) };
+        let mut arguments =
+            vec![dy, group.weight.shaped(outputs, inputs)?, ds, a, dx.first(tokens * inputs)?];
+        arguments.extend([int(tokens)?, int(inputs)?, int(outputs)?, int(rank)?, int(leading)?]);
+        arguments.extend(mask_arguments(input.batch, group.input_index, input.dropout)?);
+        // SAFETY: every stretch was asked for by its shape.
+        unsafe { self.kernels.launch_half("linear_backward_input", tile_shape(tokens, inputs), &arguments) }
+    }
+
+    /// `partials[stretch] = leftᵀ · right` over each stretch of tokens, `[m, n]` each.
+    fn partial_products(
+        &self,
+        (left, m, left_leading): (Argument, usize, usize),
+        (right, n, right_leading): (Argument, usize, usize),
+        tokens: usize,
+        scratch: &mut Scratch<D>,
+    ) -> Result<(Argument, usize)> {
+        let stretches = stretch_count(m, n, tokens);
+        let bytes = stretches * m * n * FLOAT_BYTES;
+        let partials = scratch.partials.reserve(self.device(), bytes)?.first(bytes)?;
+        let mut arguments = vec![left, right, partials];
+        arguments.extend([int(tokens)?, int(m)?, int(n)?, int(left_leading)?, int(right_leading)?]);
+        // SAFETY: the callers give matrices of `tokens` rows and these leading dimensions.
+        unsafe { self.kernels.launch_half("lora_gradient", lora_shape(m, n, stretches), &arguments)? };
+        Ok((partials, stretches))
+    }
+
+    /// Adds `dA = dsᵀ · x̃`.
+    fn a_gradient(
+        &self,
+        adapters: &Adapters<D>,
+        sizes: Sizes,
+        ds: Argument,
+        x: Argument,
+        gradients: &CudaFloats<D>,
+        scratch: &mut Scratch<D>,
+    ) -> Result<()> {
+        let Sizes { tokens, inputs, rank, leading, .. } = sizes;
+        let (partials, stretches) =
+            self.partial_products((ds, rank, leading), (x, inputs, inputs), tokens, scratch)?;
+        let elements = rank * inputs;
+        let target = gradients.at(adapters.a_offset, elements)?;
+        let arguments = [partials, target, int(stretches)?, Argument::I64(elements as i64)];
+        let shape = Shape::blocks(elements.div_ceil(ELEMENT_THREADS), ELEMENT_THREADS as u32);
+        // SAFETY: the target holds A's gradient.
+        unsafe { self.kernels.launch("lora_add_a_gradient", shape, &arguments) }
+    }
+
+    /// Adds `dB = scale · dyᵀ · s`.
+    fn b_gradient(
+        &self,
+        adapters: &Adapters<D>,
+        sizes: Sizes,
+        dy: Argument,
+        s: Argument,
+        gradients: &CudaFloats<D>,
+        scratch: &mut Scratch<D>,
+    ) -> Result<()> {
+        let Sizes { tokens, outputs, rank, leading, .. } = sizes;
+        let (partials, stretches) =
+            self.partial_products((dy, outputs, outputs), (s, rank, leading), tokens, scratch)?;
+        let [slots, b_offsets, scales] = adapters.tables()?;
+        let target = gradients.first(gradients.elements())?;
+        let mut arguments = vec![partials, slots, b_offsets, scales, target];
+        arguments.extend([int(stretches)?, int(adapters.count)?, int(outputs)?, int(rank)?]);
+        let shape = Shape::blocks((outputs * rank).div_ceil(ELEMENT_THREADS), ELEMENT_THREADS as u32);
+        // SAFETY: the layout places every B inside the flat buffer.
+        unsafe { self.kernels.launch("lora_add_b_gradient", shape, &arguments) }
+    }
+}

@@ -1,0 +1,356 @@
+//! The CUDA backend: the hand-written kernels of `kernels/`, in f16 or bf16 with f32 sums, on a GPU or on the emulator.
+//!
+//! Activations and frozen weights are in the compute type; adapters, gradients, moments and losses are f32. Every product
+//! and sum has an order that depends on shapes alone, so results have the same bits on every run. All work goes to one
+//! stream: an operation returns when it is enqueued, and only reading waits.
+
+mod attention;
+mod batch;
+mod element;
+mod head;
+mod launch;
+mod linear;
+mod memory;
+mod optimizer;
+mod weights;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+pub use attention::HEAD_DIMS;
+pub use batch::CudaBatch;
+pub use launch::ComputeType;
+pub use linear::CudaGroup;
+pub use memory::{CudaBuffer, CudaFloats, CudaMatrix, Region};
+
+use crate::backend::{
+    AdamWStep, Attention, Backend, Head, KvCache, LinearGroup, LinearInput, OptimizerState, Projection,
+    RmsNorm,
+};
+use crate::batch::Batch;
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::tensor::WeightTensor;
+use launch::Kernels;
+use memory::{FLOAT_BYTES, Growing, HALF_BYTES};
+
+/// The kernels on one device, and scratch memory that grows to the largest shape seen.
+pub struct CudaBackend<D: Device> {
+    kernels: Kernels<D>,
+    scratch: Mutex<Scratch<D>>,
+}
+
+/// Memory that one operation uses and the next may overwrite: the stream runs them in turn.
+struct Scratch<D: Device> {
+    /// `dropout(x) [T, I]`.
+    dropped: Growing<D>,
+    /// `ds [T, R̄]`.
+    ds: Growing<D>,
+    /// Partial gradients of A or B, f32.
+    partials: Growing<D>,
+    /// Rotated queries and keys, `[T, (Q + K)·D]`.
+    rotated: Growing<D>,
+    /// `dout · out [T, Q]`, f32.
+    delta: Growing<D>,
+    /// Logits of a chunk of rows.
+    logits: Growing<D>,
+    /// Scalars, flag and partial sums of the optimizer.
+    norm: Growing<D>,
+    /// 0, 1, …
+    counting: Growing<D>,
+}
+
+impl<D: Device> Default for Scratch<D> {
+    fn default() -> Self {
+        Self {
+            dropped: Growing::default(),
+            ds: Growing::default(),
+            partials: Growing::default(),
+            rotated: Growing::default(),
+            delta: Growing::default(),
+            logits: Growing::default(),
+            norm: Growing::default(),
+            counting: Growing::default(),
+        }
+    }
+}
+
+/// Scratch has no invariant that a panic could break.
+fn lock<T>(scratch: &Mutex<T>) -> MutexGuard<'_, T> {
+    scratch.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<D: Device> CudaBackend<D> {
+    /// The kernels of `compute` on `device`.
+    pub fn new(device: D, compute: ComputeType) -> Self {
+        Self { kernels: Kernels { device, compute }, scratch: Mutex::default() }
+    }
+
+    /// Where the work runs.
+    pub fn device(&self) -> &D {
+        &self.kernels.device
+    }
+
+    /// What activations and weights are.
+    pub fn compute(&self) -> ComputeType {
+        self.kernels.compute
+    }
+
+    fn zero(&self, buffer: &CudaBuffer<D>, elements: usize) -> Result<()> {
+        buffer.region.zero(self.device(), elements * HALF_BYTES)
+    }
+
+    /// The first `into.len()` elements of the compute type, as f32.
+    fn download_halves(&self, region: &Region<D>, into: &mut [f32]) -> Result<()> {
+        let mut bytes = vec![0; into.len() * HALF_BYTES];
+        region.download(self.device(), &mut bytes)?;
+        for (value, bytes) in into.iter_mut().zip(bytes.chunks_exact(HALF_BYTES)) {
+            *value = self.compute().decode([bytes[0], bytes[1]]);
+        }
+        Ok(())
+    }
+}
+
+impl<D: Device> Backend for CudaBackend<D> {
+    type Matrix = CudaMatrix<D>;
+    type Vector = CudaBuffer<D>;
+    type Buffer = CudaBuffer<D>;
+    type Floats = CudaFloats<D>;
+    type Batch = CudaBatch<D>;
+    type Group = CudaGroup<D>;
+
+    fn description(&self) -> String {
+        format!("{}, {}", self.device().description(), self.compute())
+    }
+
+    fn needs_loss_scale(&self) -> bool {
+        self.compute() == ComputeType::F16
+    }
+
+    fn check_head_dim(&self, head_dim: usize) -> Result<()> {
+        if HEAD_DIMS.contains(&head_dim) {
+            return Ok(());
+        }
+        Err(Error::device(format!("heads of width {head_dim}: the CUDA kernels have {HEAD_DIMS:?}"))
+            .hint("use `--device cpu`"))
+    }
+
+    fn low_rank_stride(&self, rank: usize) -> usize {
+        linear::rank_leading(rank)
+    }
+
+    fn prepare_group(&self, in_features: usize, projections: &[Projection]) -> Result<Self::Group> {
+        self.make_group(in_features, projections)
+    }
+
+    fn matrix(&self, parts: &[WeightTensor]) -> Result<Self::Matrix> {
+        self.make_matrix(parts)
+    }
+
+    fn vector(&self, parts: &[WeightTensor]) -> Result<Self::Vector> {
+        self.upload_weights(parts)
+    }
+
+    fn buffer(&self, elements: usize) -> Result<Self::Buffer> {
+        Ok(CudaBuffer { region: Region::allocate(self.device(), elements * HALF_BYTES)? })
+    }
+
+    fn floats(&self, values: &[f32]) -> Result<Self::Floats> {
+        let mut floats = CudaFloats::new(Region::allocate(self.device(), size_of_val(values))?);
+        self.write_floats(&mut floats, values)?;
+        Ok(floats)
+    }
+
+    fn write_floats(&self, floats: &mut Self::Floats, values: &[f32]) -> Result<()> {
+        floats.outdate_half();
+        floats.region.upload(self.device(), bytemuck::cast_slice(values), 0)
+    }
+
+    fn read_floats(&self, floats: &Self::Floats, into: &mut [f32]) -> Result<()> {
+        floats.region.download(self.device(), bytemuck::cast_slice_mut(into))
+    }
+
+    fn zero_floats(&self, floats: &mut Self::Floats) -> Result<()> {
+        floats.outdate_half();
+        floats.region.zero(self.device(), floats.elements() * FLOAT_BYTES)
+    }
+
+    fn write_buffer(&self, buffer: &mut Self::Buffer, values: &[f32]) -> Result<()> {
+        let mut bytes = Vec::with_capacity(values.len() * HALF_BYTES);
+        self.compute().encode(values, &mut bytes);
+        buffer.region.upload(self.device(), &bytes, 0)
+    }
+
+    fn read_buffer(&self, buffer: &Self::Buffer, into: &mut [f32]) -> Result<()> {
+        self.download_halves(&buffer.region, into)
+    }
+
+    fn zero_buffer(&self, buffer: &mut Self::Buffer, elements: usize) -> Result<()> {
+        self.zero(buffer, elements)
+    }
+
+    fn new_batch(&self) -> Result<Self::Batch> {
+        Ok(CudaBatch::new())
+    }
+
+    fn load_batch(&self, resident: &mut Self::Batch, batch: &Batch) -> Result<()> {
+        resident.load(self.device(), batch)
+    }
+
+    fn embedding(
+        &self,
+        batch: &Self::Batch,
+        table: &Self::Matrix,
+        width: usize,
+        x: &mut Self::Buffer,
+    ) -> Result<()> {
+        self.embed(batch, table, width, x)
+    }
+
+    fn rms_norm(
+        &self,
+        norm: RmsNorm<'_, Self>,
+        rows: usize,
+        x: &Self::Buffer,
+        y: &mut Self::Buffer,
+    ) -> Result<()> {
+        self.norm_forward(norm, rows, x, y)
+    }
+
+    fn rms_norm_backward(
+        &self,
+        norm: RmsNorm<'_, Self>,
+        rows: usize,
+        x: &Self::Buffer,
+        dy: &Self::Buffer,
+        dx: &mut Self::Buffer,
+    ) -> Result<()> {
+        self.norm_backward(norm, rows, x, dy, dx)
+    }
+
+    fn linear(
+        &self,
+        group: &LinearGroup<Self>,
+        adapters: &Self::Floats,
+        input: LinearInput<'_, Self>,
+        residual: Option<&Self::Buffer>,
+        s: &mut Self::Buffer,
+        y: &mut Self::Buffer,
+    ) -> Result<()> {
+        self.linear_forward(group, adapters, input, residual, s, y)
+    }
+
+    fn linear_backward(
+        &self,
+        group: &LinearGroup<Self>,
+        adapters: &Self::Floats,
+        input: LinearInput<'_, Self>,
+        s: &Self::Buffer,
+        dy: &Self::Buffer,
+        gradients: &mut Self::Floats,
+        dx: Option<&mut Self::Buffer>,
+    ) -> Result<()> {
+        self.linear_gradient(group, adapters, input, s, dy, gradients, dx.map(|dx| &*dx))
+    }
+
+    fn attention(
+        &self,
+        attention: &Attention<'_, Self>,
+        batch: &Self::Batch,
+        qkv: &Self::Buffer,
+        log_sum: &mut Self::Floats,
+        out: &mut Self::Buffer,
+    ) -> Result<()> {
+        self.attention_forward(attention, batch, qkv, log_sum, out)
+    }
+
+    fn attention_backward(
+        &self,
+        attention: &Attention<'_, Self>,
+        batch: &Self::Batch,
+        qkv: &Self::Buffer,
+        log_sum: &Self::Floats,
+        out: &Self::Buffer,
+        dout: &Self::Buffer,
+        dqkv: &mut Self::Buffer,
+    ) -> Result<()> {
+        self.attention_gradient(attention, batch, qkv, log_sum, out, dout, dqkv)
+    }
+
+    fn attention_cached(
+        &self,
+        attention: &Attention<'_, Self>,
+        rows: usize,
+        position: usize,
+        qkv: &Self::Buffer,
+        cache: &mut KvCache<Self>,
+        out: &mut Self::Buffer,
+    ) -> Result<()> {
+        self.attention_over_cache(attention, rows, position, qkv, cache, out)
+    }
+
+    fn gated_silu(
+        &self,
+        rows: usize,
+        width: usize,
+        gate_up: &Self::Buffer,
+        act: &mut Self::Buffer,
+    ) -> Result<()> {
+        self.gated_silu_forward(rows, width, gate_up, act)
+    }
+
+    fn gated_silu_backward(
+        &self,
+        rows: usize,
+        width: usize,
+        dact: &Self::Buffer,
+        gate_up: &mut Self::Buffer,
+    ) -> Result<()> {
+        self.gated_silu_gradient(rows, width, dact, gate_up)
+    }
+
+    fn gather_labelled(
+        &self,
+        batch: &Self::Batch,
+        width: usize,
+        x: &Self::Buffer,
+        packed: &mut Self::Buffer,
+    ) -> Result<()> {
+        self.gather_rows(batch, width, x, packed)
+    }
+
+    fn scatter_labelled(
+        &self,
+        batch: &Self::Batch,
+        width: usize,
+        packed: &Self::Buffer,
+        dx: &mut Self::Buffer,
+    ) -> Result<()> {
+        self.scatter_rows(batch, width, packed, dx)
+    }
+
+    fn head_loss(
+        &self,
+        head: Head<'_, Self>,
+        batch: &Self::Batch,
+        x: &Self::Buffer,
+        gradient_scale: f32,
+        losses: &mut Self::Floats,
+        dx: Option<&mut Self::Buffer>,
+    ) -> Result<()> {
+        self.cross_entropy(head, batch, x, gradient_scale, losses, dx.map(|dx| &*dx))
+    }
+
+    fn head_logits(
+        &self,
+        head: Head<'_, Self>,
+        x: &Self::Buffer,
+        row: usize,
+        logits: &mut [f32],
+    ) -> Result<()> {
+        self.logits_of_row(head, x, row, logits)
+    }
+
+    fn adamw(&self, state: OptimizerState<'_, Self>, step: AdamWStep) -> Result<f64> {
+        self.adamw_update(state, step)
+    }
+}

@@ -1,0 +1,76 @@
+//! Gradient norm, clip and AdamW on the device (adamw.cu).
+
+use super::CudaBackend;
+use super::launch::{Shape, int};
+use super::memory::FLOAT_BYTES;
+use crate::backend::{AdamWStep, OptimizerState};
+use crate::device::{Argument, Device};
+use crate::error::{Error, Result};
+
+const THREADS: usize = 256;
+/// Partial sums of the norm: a matter of the length alone, so that every GPU adds in the same order.
+const MAX_PARTIALS: usize = 512;
+/// Elements of the kernels' `scalars`: rate, two corrections, 1 / loss scale; then norm and clip factor.
+const SCALARS: usize = 6;
+const NORM: usize = 4;
+
+impl<D: Device> CudaBackend<D> {
+    pub(super) fn adamw_update(&self, state: OptimizerState<'_, Self>, step: AdamWStep) -> Result<f64> {
+        let count = state.parameters.elements();
+        let gradients = state.gradients.first(count)?;
+        let exponent = i32::try_from(step.step).unwrap_or(i32::MAX);
+        let known = [
+            step.learning_rate,
+            1.0 - step.beta1.powi(exponent),
+            1.0 - step.beta2.powi(exponent),
+            1.0 / step.loss_scale,
+        ]
+        .map(|value| value as f32);
+        let partial_count = count.div_ceil(4 * THREADS).clamp(1, MAX_PARTIALS);
+        // The half copy is written with the update; it must exist, and be what the parameters were.
+        let half = self.half_copy(state.parameters)?;
+
+        let mut scratch = super::lock(&self.scratch);
+        let bytes = (SCALARS + 1 + partial_count) * FLOAT_BYTES;
+        let region = scratch.norm.reserve(self.device(), bytes)?;
+        region.upload(self.device(), bytemuck::cast_slice(&known), 0)?;
+        let scalars = region.first(SCALARS * FLOAT_BYTES)?;
+        let flag = region.at(SCALARS * FLOAT_BYTES, FLOAT_BYTES)?;
+        let partials = region.at((SCALARS + 1) * FLOAT_BYTES, partial_count * FLOAT_BYTES)?;
+        let elements = Argument::I64(count as i64);
+        let clip = Argument::F32(step.max_grad_norm as f32);
+        // SAFETY: gradients, parameters and moments hold `count` values, the partials one a block.
+        unsafe {
+            let shape = Shape::blocks(partial_count, THREADS as u32);
+            self.kernels.launch("grad_norm_partials", shape, &[gradients, scalars, partials, elements])?;
+            let arguments = [partials, scalars, flag, int(partial_count)?, clip];
+            self.kernels.launch("grad_norm_finish", Shape::blocks(1, 32), &arguments)?;
+            let arguments = [
+                state.parameters.first(count)?,
+                state.first_moment.first(count)?,
+                state.second_moment.first(count)?,
+                half.first(count)?,
+                gradients,
+                scalars,
+                elements,
+                Argument::F32(step.beta1 as f32),
+                Argument::F32((1.0 - step.beta1) as f32),
+                Argument::F32(step.beta2 as f32),
+                Argument::F32((1.0 - step.beta2) as f32),
+                Argument::F32(step.epsilon as f32),
+                Argument::F32(step.weight_decay as f32),
+            ];
+            self.kernels.launch_half(
+                "adamw",
+                Shape::blocks(count.div_ceil(THREADS), THREADS as u32),
+                &arguments,
+            )?;
+        }
+        let mut found = [0.0f32; NORM + 1];
+        region.download(self.device(), bytemuck::cast_slice_mut(&mut found))?;
+        match found[NORM] {
+            norm if norm < 0.0 => Err(Error::internal(format!("a gradient norm of {norm}"))),
+            norm => Ok(f64::from(norm)),
+        }
+    }
+}

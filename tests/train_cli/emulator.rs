@@ -1,0 +1,107 @@
+//! Whole runs through the CUDA backend, on the emulator, beside the same runs on the CPU.
+
+use std::process::Command;
+
+use assert_cmd::cargo::cargo_bin;
+use serde_json::Value;
+
+use crate::support::fixture;
+use crate::workspace::Workspace;
+
+const KEYS: [&str; 4] = ["labelled_tokens", "tokens", "epoch", "learning_rate"];
+
+/// Twelve steps with dropout, shuffled, validated, in two micro-batches each.
+fn train(workspace: &Workspace, output: &str, device: &[&str]) {
+    let start = fixture("tiny_qwen2/adapter_init_brand");
+    let usual = [
+        "--init-adapter",
+        start.to_str().unwrap(),
+        "--val-data",
+        "val.jsonl",
+        "--lora-dropout",
+        "0.2",
+        "--gradient-accumulation-steps",
+        "2",
+        "--max-steps",
+        "12",
+        "--lr-scheduler",
+        "cosine",
+        "--learning-rate",
+        "5e-3",
+    ];
+    workspace.train_into(output, &[&usual, device].concat()).succeeded();
+}
+
+/// The same batches, rates and dropout masks: losses then differ by the rounding of the compute type alone. With other
+/// masks they differ by more, which the test shows.
+#[test]
+fn a_run_on_the_emulator_follows_the_cpu() {
+    let workspace = Workspace::with_data();
+    train(&workspace, "cpu", &["--device", "cpu"]);
+    let distance = |output: &str, other: &str| -> f64 {
+        let [found, losses] = [output, other].map(|output| workspace.of_steps(output, "loss"));
+        found.iter().zip(&losses).map(|(found, loss)| (found / loss - 1.0).abs()).fold(0.0, f64::max)
+    };
+    for (dtype, unit) in [("bf16", 2f64.powi(-8)), ("f16", 2f64.powi(-11))] {
+        train(&workspace, dtype, &["--device", "emulator", "--dtype", dtype]);
+        for key in KEYS {
+            assert_eq!(workspace.of_steps(dtype, key), workspace.of_steps("cpu", key), "{key}");
+        }
+        let found = distance(dtype, "cpu");
+        println!("{dtype}: losses differ by at most {found:e} of themselves");
+        assert!(found <= unit, "{dtype}: losses differ by {found:e} of themselves, allowed {unit:e}");
+        let [cpu, emulator] = ["cpu", dtype].map(|output| workspace.validations(output));
+        assert_eq!(cpu.len(), emulator.len());
+        let loss = |validations: &[Value]| validations.last().unwrap()["loss"].as_f64().unwrap();
+        assert!((loss(&emulator) / loss(&cpu) - 1.0).abs() <= unit);
+    }
+    // What makes the comparison sharp: the same order with other masks is far outside it.
+    for seed in ["1", "2"] {
+        train(&workspace, seed, &["--device", "cpu", "--shuffle", "false", "--seed", seed]);
+    }
+    let found = distance("1", "2");
+    assert!(found > 2f64.powi(-8), "other masks differ by {found:e}");
+}
+
+#[test]
+fn the_same_run_has_the_same_bits_in_the_checker() {
+    let workspace = Workspace::with_data();
+    let short = |output: &str, device: &str| {
+        workspace
+            .train_into(output, &["--device", device, "--max-steps", "2", "--lora-dropout", "0.1"])
+            .succeeded();
+    };
+    short("fast", "emulator");
+    short("checked", "emulator:checked");
+    assert_eq!(workspace.adapter_bytes("fast"), workspace.adapter_bytes("checked"));
+}
+
+fn verb(workspace: &Workspace, arguments: &[&str]) -> Value {
+    let output =
+        Command::new(cargo_bin("fastlora")).args(arguments).current_dir(workspace.path("")).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn evaluate_and_generate_run_on_it_too() {
+    let workspace = Workspace::with_data();
+    let model = workspace.text_model("model");
+    let evaluate = |device: &str| {
+        verb(&workspace, &["evaluate", "-m", &model, "val.jsonl", "--json", "--device", device])
+    };
+    let [cpu, emulator] = ["cpu", "emulator"].map(|device| evaluate(device)["overall"].clone());
+    assert_eq!(cpu["labelled_tokens"], emulator["labelled_tokens"]);
+    let loss = |figures: &Value| figures["loss"].as_f64().unwrap();
+    assert!((loss(&emulator) / loss(&cpu) - 1.0).abs() <= 2f64.powi(-8), "{cpu} {emulator}");
+
+    // Greedy decoding picks the same tokens as long as no two logits are within their rounding.
+    let generate = |device: &str| {
+        let arguments = ["generate", "-m", &model, "--prompt", "one two", "--json", "--max-new-tokens", "8"];
+        verb(&workspace, &[&arguments[..], &["--device", device, "--dtype", "auto"]].concat())
+    };
+    let text = |object: Value| object["cases"][0]["answer"]["text"].as_str().unwrap().to_string();
+    let [cpu, emulator] = ["cpu", "emulator"].map(|device| text(generate(device)));
+    let first_word = |text: &str| text.split_whitespace().next().map(str::to_string);
+    assert_eq!(first_word(&emulator), first_word(&cpu));
+}
