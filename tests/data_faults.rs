@@ -204,12 +204,12 @@ fn fault_30_mixed_kinds_of_record_are_refused() {
         assert!(error.message().contains("mixed kinds") && error.message().contains("a.jsonl:1"), "{error}");
     }
     for chat in [
-        r#"{"messages": [{"role": "user", "content": "1"}]}"#,
-        r#"{"conversations": [{"from": "human", "value": "1"}], "instruction": "1", "output": "2"}"#,
+        r#"{"messages": [{"role": "assistant", "content": "1"}]}"#,
+        r#"{"conversations": [{"from": "gpt", "value": "1"}], "instruction": "1", "output": "2"}"#,
     ] {
         let error = load_bytes("a.jsonl", format!("{text}\n{chat}").as_bytes(), &skipping()).unwrap_err();
         assert_eq!(place(&error), "a.jsonl:2");
-        assert!(error.message().contains("chat record"), "{error}");
+        assert!(error.message().contains("this one is chat, the first"), "{error}");
     }
 }
 

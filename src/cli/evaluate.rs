@@ -10,12 +10,13 @@ use super::Cli;
 use super::device::{DeviceArgs, on_backend};
 use super::model::ModelArgs;
 use super::output::print_line;
+use super::tokenizer::{ChatArgs, tokenizer_for};
 use crate::backend::Backend;
 use crate::config::{DataSource, LossOn, OnBadRecord, Overlong};
-use crate::data::{LoadOptions, Outcome, RecordContent, load};
+use crate::data::{LoadOptions, Outcome, load};
 use crate::error::{Error, Result, escape_control};
 use crate::evaluation::{Evaluation, Figures};
-use crate::tokens::{BatchOptions, SampleOptions, Tokenizer, tokenise};
+use crate::tokens::{BatchOptions, SampleOptions, tokenise};
 use crate::training::{Split, evaluate};
 
 /// Arguments of `fastlora evaluate`.
@@ -51,6 +52,8 @@ pub struct EvaluateArgs {
     #[arg(long, value_name = "KEY")]
     hash_key: Option<String>,
     #[command(flatten)]
+    chat: ChatArgs,
+    #[command(flatten)]
     device: DeviceArgs,
 }
 
@@ -69,9 +72,8 @@ pub(super) fn run(args: &EvaluateArgs, cli: &Cli) -> Result<()> {
     };
     let dataset = load(&args.data, &options)?;
     let files = args.model.open(cli)?;
-    let needs_tokenizer =
-        dataset.records.iter().any(|record| matches!(record.content, RecordContent::Instruction { .. }));
-    let tokenizer = needs_tokenizer.then(|| Tokenizer::from_folder(files.base.folder())).transpose()?;
+    let tokenizer =
+        tokenizer_for([&dataset], &files.base, args.model.adapter.as_deref(), &args.chat.choice())?;
     let sample_options = SampleOptions {
         max_length: args.max_length,
         overlong: args.overlong,

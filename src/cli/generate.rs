@@ -5,7 +5,7 @@ mod table;
 
 use std::io::{self, IsTerminal, Read, Write};
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
@@ -17,8 +17,10 @@ use super::Cli;
 use super::device::{DeviceArgs, on_backend};
 use super::model::{ModelArgs, ModelFiles};
 use super::output::{accept_closed, for_terminal, print_line};
+use super::tokenizer::{ChatArgs, chat_tokenizer};
 use crate::backend::Backend;
-use crate::data;
+use crate::checkpoint::base::BaseModel;
+use crate::data::{self, Conversation};
 use crate::error::{Error, Result};
 use crate::inference::{
     Generation, NextTokenLogits, Sampler, SamplingParameters, Session, StopConditions, TextStream, generate,
@@ -54,12 +56,20 @@ struct PromptArgs {
     /// JSON list of objects with `instruction`, `hash` and, for comparison, `expected`.
     #[arg(long, value_name = "FILE")]
     cases: Option<PathBuf>,
-    /// The hash in front of the prompt, and of cases that have none.
-    #[arg(long, value_name = "HASH", default_value = data::UNKNOWN_HASH)]
-    hash: String,
+    /// The hash in front of the prompt, and of cases that have none; without it `unknown`, or none with --chat.
+    #[arg(long, value_name = "HASH")]
+    hash: Option<String>,
     /// Continues the text as it is, without hash, `User:` and `Assistant:`.
     #[arg(long)]
     raw: bool,
+    /// Renders the prompt with the model's chat template, as conversations are in training.
+    #[arg(long, conflicts_with = "raw")]
+    chat: bool,
+    /// What the system says before the user.
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    system: Option<String>,
+    #[command(flatten)]
+    template: ChatArgs,
 }
 
 /// How tokens are chosen.
@@ -103,7 +113,7 @@ impl SamplingArgs {
 impl PromptArgs {
     fn read(&self) -> Result<Vec<Case>> {
         if let Some(path) = &self.cases {
-            return read_cases(path, &self.hash);
+            return read_cases(path, self.hash.as_deref());
         }
         let instruction = match &self.prompt {
             Some(prompt) => prompt.clone(),
@@ -112,8 +122,31 @@ impl PromptArgs {
         Ok(vec![Case { instruction, hash: self.hash.clone(), expected: None }])
     }
 
-    fn render(&self, case: &Case) -> String {
-        if self.raw { case.instruction.clone() } else { data::prompt(&case.hash, &case.instruction) }
+    fn tokenizer(&self, base: &BaseModel, adapter: Option<&Path>) -> Result<Tokenizer> {
+        if self.chat {
+            return chat_tokenizer(base, adapter, &self.template.choice());
+        }
+        Tokenizer::from_folder(base.folder())
+    }
+
+    /// A prompt's text and its tokens.
+    fn render(&self, case: &Case, tokenizer: &Tokenizer) -> Result<(String, Vec<u32>)> {
+        if let (true, Some(template)) = (self.chat, tokenizer.chat_template()) {
+            let question = Conversation::question(self.system.as_deref(), &case.instruction);
+            let question = match &case.hash {
+                Some(hash) => question.with_hash(hash),
+                None => question,
+            };
+            let text = template.prompt(&question)?;
+            let ids = tokenizer.encode(&text)?;
+            return Ok((text, ids));
+        }
+        let text = match self.raw {
+            true => case.instruction.clone(),
+            false => data::prompt(case.hash(), &case.instruction),
+        };
+        let ids = tokenizer.encode_start(&text)?;
+        Ok((text, ids))
     }
 }
 
@@ -161,14 +194,18 @@ impl Answer {
 pub(super) fn run(args: &GenerateArgs, cli: &Cli) -> Result<()> {
     let sampling = args.sampling.resolve()?;
     args.device.validate()?;
+    if args.prompts.template.is_given() && !args.prompts.chat {
+        return Err(Error::config("a chat template is of no use without --chat")
+            .at("--chat-template")
+            .hint("add --chat"));
+    }
     let cases = args.prompts.read()?;
     let files = args.model.open(cli)?;
-    let tokenizer = Tokenizer::from_folder(files.base.folder())?;
+    let tokenizer = args.prompts.tokenizer(&files.base, args.model.adapter.as_deref())?;
     let prepared: Vec<Prepared> = cases
         .into_iter()
         .map(|case| {
-            let prompt = args.prompts.render(&case);
-            let prompt_ids = tokenizer.encode_start(&prompt)?;
+            let (prompt, prompt_ids) = args.prompts.render(&case, &tokenizer)?;
             Ok(Prepared { case, prompt, prompt_ids })
         })
         .collect::<Result<_>>()?;

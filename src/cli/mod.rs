@@ -6,6 +6,7 @@ mod generate;
 mod import;
 mod model;
 mod output;
+mod tokenizer;
 mod train;
 
 use clap::{Parser, Subcommand};

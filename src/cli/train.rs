@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
+use chrono::Local;
 use clap::Args;
 use serde_json::json;
 use tracing::{info, warn};
@@ -18,12 +19,13 @@ use self::recorder::Recorder;
 use super::Cli;
 use super::device::{choose_backend, on_backend};
 use super::model::resolve_model;
+use super::tokenizer::tokenizer_for;
 use crate::backend::Backend;
 use crate::checkpoint::adapter::{Adapter, AdapterConfig, read_adapter};
 use crate::checkpoint::base::BaseModel;
 use crate::checkpoint::hub::ResolvedModel;
 use crate::config::{DEFAULT_CONFIG_PATH, DataSource, Options, TrainingConfig};
-use crate::data::{Dataset, LoadOptions, RecordContent, load};
+use crate::data::{ChatTemplate, Dataset, LoadOptions, TemplateChoice, load};
 use crate::error::{Error, Result, escape_control};
 use crate::model::{LoraConfig, Transformer};
 use crate::optim::{AdamWSettings, Schedule};
@@ -52,7 +54,7 @@ pub struct TrainArgs {
 
 pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     let started = Instant::now();
-    let (config, init_adapter) = resolve_config(args)?;
+    let (mut config, init_adapter) = resolve_config(args)?;
     info!("configuration:\n{:#}", json!(config));
     check_output_folder(&config.output_dir, args.overwrite)?;
 
@@ -77,8 +79,16 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         warn!("max_length is {}, but the model was made for {positions} positions", config.max_length);
     }
 
-    let is_text = [Some(&training_records), validation_records.as_ref()].into_iter().flatten().any(has_text);
-    let tokenizer = if is_text { Some(Tokenizer::from_folder(base.folder())?) } else { None };
+    let choice = TemplateChoice { name: config.chat_template.clone(), date: config.chat_date };
+    let datasets = [Some(&training_records), validation_records.as_ref()];
+    let tokenizer = tokenizer_for(datasets.into_iter().flatten(), &base, None, &choice)?;
+    let chat_template = tokenizer.as_ref().and_then(Tokenizer::chat_template);
+    if chat_template.is_some_and(ChatTemplate::uses_date) && config.chat_date.is_none() {
+        // In the configuration as resolved, so that running it again gives the same run.
+        let today = Local::now().date_naive();
+        warn!("the chat template writes the date into every sample: this run has chat_date {today}");
+        config.chat_date = Some(today);
+    }
     let options = SampleOptions {
         max_length: config.max_length,
         overlong: config.overlong,
@@ -185,6 +195,7 @@ impl Run<'_> {
                 "validation": self.validation_samples.map(SampleSet::fingerprint),
             }),
             tokenizer_fingerprint: self.tokenizer.map(|tokenizer| tokenizer.fingerprint().to_string()),
+            chat_template: self.tokenizer.and_then(Tokenizer::chat_template).map(ChatTemplate::source),
             data_description: describe_data(training_samples),
         };
         let progress = Progress::new(settings.schedule.total_steps, cli.quiet);
@@ -236,10 +247,6 @@ fn load_records(config: &TrainingConfig, sources: &[DataSource]) -> Result<Datas
         on_bad_record: config.on_bad_record,
     };
     load(sources, &options)
-}
-
-fn has_text(dataset: &Dataset) -> bool {
-    dataset.records.iter().any(|record| matches!(record.content, RecordContent::Instruction { .. }))
 }
 
 fn adapter_config(config: &TrainingConfig, base: &ResolvedModel) -> AdapterConfig {

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use chrono::NaiveDate;
 use clap::{Args, CommandFactory};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -38,6 +39,12 @@ pub struct Options {
     /// Field that holds the hash; `detect` searches the usual names.
     #[arg(long, value_name = "KEY")]
     pub hash_key: Option<String>,
+    /// Chat template of conversations: one of the model's by name, a `.jinja` file, or `chatml`.
+    #[arg(long, value_name = "TEMPLATE")]
+    pub chat_template: Option<String>,
+    /// Day that chat templates see (2026-01-31); without it, today.
+    #[arg(long, value_name = "DATE")]
+    pub chat_date: Option<NaiveDate>,
     /// Longest sample in tokens.
     #[arg(long, value_name = "TOKENS")]
     pub max_length: Option<usize>,
@@ -198,7 +205,7 @@ impl Options {
         }
         each_field! {
             model_name train_data val_data output_dir instruction_key output_key hash_key
-            max_length batch_size gradient_accumulation_steps num_epochs max_steps shuffle
+            chat_template chat_date max_length batch_size gradient_accumulation_steps num_epochs max_steps shuffle
             seed loss_on on_bad_record overlong lora_r lora_alpha lora_dropout
             lora_target_modules use_rslora learning_rate lr_scheduler warmup_steps
             weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm val_every device

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use chrono::NaiveDate;
 use serde::Serialize;
 
 use super::{
@@ -29,6 +30,10 @@ pub struct TrainingConfig {
     pub output_key: Option<String>,
     /// Field that holds the hash; none: searched.
     pub hash_key: Option<String>,
+    /// Chat template of conversations, by name or file; none: the model's own.
+    pub chat_template: Option<String>,
+    /// Day that chat templates see; none: today.
+    pub chat_date: Option<NaiveDate>,
     /// Longest sample in tokens.
     pub max_length: usize,
     /// Samples of one micro-batch.
@@ -104,6 +109,8 @@ impl TrainingConfig {
             instruction_key: key(options.instruction_key),
             output_key: key(options.output_key),
             hash_key: key(options.hash_key),
+            chat_template: options.chat_template,
+            chat_date: options.chat_date,
             max_length: options.max_length.unwrap_or(512),
             batch_size: options.batch_size.unwrap_or(4),
             gradient_accumulation_steps: options.gradient_accumulation_steps.unwrap_or(1),
@@ -193,6 +200,7 @@ impl TrainingConfig {
         }
         for (key, is_empty) in [
             ("model_name", self.model_name.is_empty()),
+            ("chat_template", self.chat_template.as_deref() == Some("")),
             ("output_dir", self.output_dir.as_os_str().is_empty()),
             ("train_data", self.train_data.iter().any(|source| source.path.as_os_str().is_empty())),
             ("val_data", self.val_data.iter().flatten().any(|source| source.path.as_os_str().is_empty())),
@@ -290,7 +298,7 @@ mod tests {
 
     #[test]
     fn fault_44_empty_names_are_refused() {
-        for pair in ["output_dir=", "model_name=", "train_data=", "val_data="] {
+        for pair in ["output_dir=", "model_name=", "chat_template=", "train_data=", "val_data="] {
             let error = resolve(&[pair]).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Config, "{pair}");
             assert_eq!(error.location(), pair.split('=').next(), "{error}");

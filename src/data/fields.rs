@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 
+use super::chat::{Conversation, Message};
 use super::json::{Broken, RawValue};
 use super::records::{RecordContent, UNKNOWN_HASH};
 
@@ -11,6 +12,9 @@ pub const INSTRUCTION_NAMES: [&str; 5] = ["instruction", "question", "prompt", "
 pub const OUTPUT_NAMES: [&str; 5] = ["output", "answer", "response", "label", "completion"];
 /// Names tried for the hash, in this order.
 pub const HASH_NAMES: [&str; 4] = ["hash", "domain", "category", "type"];
+
+/// Names of the list of a conversation's turns.
+const CHAT_NAMES: [&str; 2] = ["messages", "conversations"];
 
 /// Fields that a configuration names instead of the search.
 #[derive(Clone, Debug, Default)]
@@ -43,8 +47,6 @@ pub(super) enum Problem {
     Broken(Broken),
     /// This record cannot be used: `on_bad_record` decides.
     Bad(String),
-    /// Records of this kind are not taken; never skipped, as all the others will be alike.
-    Unsupported(String),
 }
 
 impl From<Broken> for Problem {
@@ -59,14 +61,16 @@ pub(super) fn interpret(value: RawValue<'_>, keys: &Keys) -> Result<Interpreted,
         return Err(Problem::Bad(format!("a record is an object, found {}", value.kind())));
     }
     let fields = Fields(value.fields()?);
+    let hash = match &keys.fixed_hash {
+        Some(hash) => Some(hash.clone()),
+        None => fields.hash(&keys.hash)?,
+    };
+    let turns = CHAT_NAMES.into_iter().find(|name| fields.is_list(name));
     let content = if keys.instruction.is_none() && fields.present("input_ids").is_some() {
         pre_tokenised(&fields)?
+    } else if let (None, Some(name)) = (&keys.instruction, turns) {
+        chat(&fields, name, hash.is_some())?
     } else {
-        if let (None, Some(name)) =
-            (&keys.instruction, ["messages", "conversations"].into_iter().find(|name| fields.is_list(name)))
-        {
-            return Err(Problem::Unsupported(format!("a chat record (`{name}`): these are not supported")));
-        }
         let (name, mut instruction) = fields.text("instruction", &keys.instruction, &INSTRUCTION_NAMES)?;
         if name == "instruction"
             && let Some(input) = fields.present("input")
@@ -78,10 +82,6 @@ pub(super) fn interpret(value: RawValue<'_>, keys: &Keys) -> Result<Interpreted,
         }
         let (_, output) = fields.text("output", &keys.output, &OUTPUT_NAMES)?;
         RecordContent::Instruction { instruction, output }
-    };
-    let hash = match &keys.fixed_hash {
-        Some(hash) => Some(hash.clone()),
-        None => fields.hash(&keys.hash)?,
     };
     Ok(Interpreted { content, hash })
 }
@@ -167,6 +167,21 @@ impl<'a> Fields<'a> {
         }
         names.join(", ")
     }
+}
+
+fn chat(fields: &Fields<'_>, name: &str, has_hash: bool) -> Result<RecordContent, Problem> {
+    let turns: Vec<serde_json::Value> = match fields.get(name) {
+        Some(value) => value.parse()?,
+        None => Vec::new(),
+    };
+    let message = |(place, turn)| {
+        Message::from_json(turn).map_err(|problem| Problem::Bad(format!("`{name}`[{place}]: {problem}")))
+    };
+    let messages = turns.into_iter().enumerate().map(message).collect::<Result<_, _>>()?;
+    let tools = fields.present("tools").map(|tools| tools.parse()).transpose()?;
+    let conversation = Conversation { messages, tools };
+    conversation.check(has_hash).map_err(Problem::Bad)?;
+    Ok(RecordContent::Chat { conversation, has_hash })
 }
 
 fn pre_tokenised(fields: &Fields<'_>) -> Result<RecordContent, Problem> {

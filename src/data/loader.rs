@@ -52,7 +52,8 @@ pub struct FileReport {
 /// `.json` holds a list of objects or one object, `.jsonl` / `.ndjson` one object a line; either may be compressed as
 /// `.gz` or `.zst`. The instruction, output and hash are the first field present of [`INSTRUCTION_NAMES`],
 /// [`OUTPUT_NAMES`] and [`HASH_NAMES`], unless the options or the source name one; a non-empty `input` beside
-/// `instruction` is joined to it by a line break. Records with `input_ids` are taken as tokens.
+/// `instruction` is joined to it by a line break. Records with `messages` (`role`, `content`) or `conversations` (ShareGPT's
+/// `from`, `value`) are conversations, records with `input_ids` are taken as tokens.
 ///
 /// [`INSTRUCTION_NAMES`]: super::INSTRUCTION_NAMES
 /// [`OUTPUT_NAMES`]: super::OUTPUT_NAMES
@@ -60,7 +61,7 @@ pub struct FileReport {
 ///
 /// # Errors
 /// Of kind data, with file, line and where it helps column: a file that is missing, empty, not UTF-8, not JSON, of
-/// mixed kinds of record, or of chat records; a record with a missing, empty or unusable field, unless
+/// mixed kinds of record; a record with a missing, empty or unusable field, unless
 /// `on_bad_record` skips it. Of kind config: a `weight` other than 1.
 ///
 /// ```
@@ -132,11 +133,6 @@ fn load_file(source: &DataSource, options: &LoadOptions, dataset: &mut Dataset) 
                 dataset.records.push(record);
             }
             Err(Problem::Broken(broken)) => return Err(broken_json(&file, &broken)),
-            Err(Problem::Unsupported(what)) => {
-                return Err(Error::data(what)
-                    .at(origin.to_string())
-                    .hint("give instruction and output fields, or tokens as `input_ids`"));
-            }
             Err(Problem::Bad(reason)) => {
                 let outcome = match options.on_bad_record {
                     OnBadRecord::Error => Outcome::Refused,

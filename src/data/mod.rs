@@ -1,9 +1,11 @@
 //! Data files → records → text.
 //!
 //! [`load`] reads and merges JSON and JSONL files into [`Record`]s that know their place; [`render`] turns one into
-//! prompt and completion; [`Accounting`] says what became of every record.
+//! prompt and completion, a [`ChatTemplate`] turns a [`Conversation`] into text and says where the assistant speaks;
+//! [`Accounting`] says what became of every record.
 
 mod accounting;
+mod chat;
 mod fields;
 mod files;
 mod formatter;
@@ -12,6 +14,7 @@ mod loader;
 mod records;
 
 pub use accounting::{Accounting, Exception, Outcome};
+pub use chat::{ChatTemplate, Conversation, Message, RenderFault, RenderedChat, TemplateChoice};
 pub use fields::{HASH_NAMES, INSTRUCTION_NAMES, OUTPUT_NAMES};
 pub use formatter::{PROMPT_END, Rendered, completion, prompt, prompt_start, render};
 pub use loader::{Dataset, FileReport, LoadOptions, load};

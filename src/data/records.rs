@@ -3,6 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use super::chat::Conversation;
+
 /// The hash of a record that names none.
 pub const UNKNOWN_HASH: &str = "unknown";
 
@@ -42,6 +44,13 @@ pub enum RecordContent {
         /// What the assistant answers.
         output: String,
     },
+    /// A conversation to be rendered with the model's chat template and tokenised.
+    Chat {
+        /// Its turns, without the hash.
+        conversation: Conversation,
+        /// Whether the record names a hash, which then stands in front of the first user turn.
+        has_hash: bool,
+    },
     /// Tokens to be taken as they are.
     PreTokenised {
         /// Token ids.
@@ -56,7 +65,13 @@ impl RecordContent {
     pub fn kind(&self) -> &'static str {
         match self {
             RecordContent::Instruction { .. } => "instruction",
+            RecordContent::Chat { .. } => "chat",
             RecordContent::PreTokenised { .. } => "pre-tokenised",
         }
+    }
+
+    /// Whether it needs a tokenizer.
+    pub fn is_text(&self) -> bool {
+        !matches!(self, RecordContent::PreTokenised { .. })
     }
 }

@@ -4,6 +4,7 @@
 //! [`BatchPlan`] says which samples make which optimizer step, as a pure function of seed and epoch.
 
 mod batches;
+mod chat;
 mod samples;
 mod template;
 mod tokenizer;

@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
+use super::chat;
 use super::tokenizer::{Tokenizer, hex};
 use super::truncation::{self, Cut};
 use crate::config::{LossOn, OnBadRecord, Overlong};
@@ -150,6 +151,7 @@ pub fn tokenise(
     let lengths: Vec<usize> = fates.iter().filter_map(Fate::length).collect();
     let mut hashes: HashMap<&str, usize> = HashMap::new();
     let mut first_overlong = None;
+    let mut incomplete = Vec::new();
     for (record, fate) in dataset.records.iter().zip(fates) {
         let origin = &record.origin;
         match fate {
@@ -162,7 +164,10 @@ pub fn tokenise(
                     set.hash_names.push(record.hash.clone());
                     set.hash_names.len() - 1
                 });
-                let Tokens { token_ids, labels } = tokens;
+                let Tokens { token_ids, labels, is_incomplete } = tokens;
+                if is_incomplete {
+                    incomplete.push(origin);
+                }
                 set.samples.push(Sample { token_ids, labels, hash, origin: origin.clone() });
             }
             Fate::Overlong { length } => {
@@ -182,6 +187,7 @@ pub fn tokenise(
         }
     }
     set.accounting.used = set.samples.len();
+    warn_about_incomplete(&incomplete);
     let refusal = set.accounting.refusal("mend it, or leave bad records out with on_bad_record = \"skip\"");
     if let Some(refusal) = refusal {
         return Err(refusal);
@@ -207,13 +213,16 @@ pub fn tokenise(
 }
 
 /// Ids and labels of one sample.
-struct Tokens {
-    token_ids: Vec<u32>,
-    labels: Vec<i32>,
+#[derive(Default)]
+pub(super) struct Tokens {
+    pub token_ids: Vec<u32>,
+    pub labels: Vec<i32>,
+    /// Whether the chat template left out what some message says.
+    pub is_incomplete: bool,
 }
 
 /// What becomes of one record.
-enum Fate {
+pub(super) enum Fate {
     Used {
         tokens: Tokens,
         /// Its length before it was cut.
@@ -250,7 +259,7 @@ fn text_tokenizer<'a>(
     dataset: &Dataset,
     tokenizer: Option<&'a Tokenizer>,
 ) -> Result<Option<TextTokenizer<'a>>> {
-    let is_text = |record: &&Record| matches!(record.content, RecordContent::Instruction { .. });
+    let is_text = |record: &&Record| record.content.is_text();
     let Some(record) = dataset.records.iter().find(is_text) else { return Ok(None) };
     let tokenizer = tokenizer.ok_or_else(|| {
         Error::model("the data hold text, and the model folder has no tokenizer files")
@@ -273,17 +282,24 @@ fn tokenise_record(
         (RecordContent::Instruction { instruction, output }, Some(text)) => {
             tokenise_instruction(&record.hash, instruction, output, text, options)?
         }
-        (RecordContent::Instruction { .. }, None) => {
+        (RecordContent::Chat { conversation, has_hash }, Some(text)) => {
+            let conversation = conversation.clone();
+            let conversation = if *has_hash { conversation.with_hash(&record.hash) } else { conversation };
+            chat::tokenise(&conversation, text.tokenizer, options)
+                .map_err(|error| at_record(error, &record.origin))?
+        }
+        (RecordContent::Instruction { .. } | RecordContent::Chat { .. }, None) => {
             return Err(Error::internal("text without a tokenizer").at(record.origin.to_string()));
         }
-        (RecordContent::PreTokenised { token_ids, labels }, _) => take_tokens(token_ids, labels, options),
+        (RecordContent::PreTokenised { token_ids, labels }, _) => cut_end(token_ids, labels, options),
     };
-    if let Fate::Used { tokens, .. } = &fate {
+    if let Fate::Used { tokens, cut_from } = &fate {
+        let is_cut = cut_from.is_some();
         check_ids(tokens, options.embedding_rows, &record.origin)?;
         if tokens.labels.iter().skip(1).all(|&label| label == NO_LOSS) {
             let reason = match tokens.token_ids.len() {
                 1 => "one token alone has nothing to predict".into(),
-                _ if options.overlong == Overlong::Truncate && record_is_longer(record, options) => {
+                _ if is_cut => {
                     format!("no label is left within max_length = {}", options.max_length)
                 }
                 _ => "every label is masked (-100): nothing to learn".into(),
@@ -294,8 +310,13 @@ fn tokenise_record(
     Ok(fate)
 }
 
-fn record_is_longer(record: &Record, options: &SampleOptions) -> bool {
-    matches!(&record.content, RecordContent::PreTokenised { token_ids, .. } if token_ids.len() > options.max_length)
+/// The record's place in front of the template's.
+fn at_record(error: Error, origin: &Origin) -> Error {
+    let place = match error.location() {
+        Some(place) => format!("{origin} ({place})"),
+        None => origin.to_string(),
+    };
+    error.at(place)
 }
 
 fn tokenise_instruction(
@@ -340,17 +361,18 @@ fn label(prompt: Vec<u32>, completion: Vec<u32>, loss_on: LossOn) -> Tokens {
         .enumerate()
         .map(|(position, &id)| if position < masked { NO_LOSS } else { id as i32 })
         .collect();
-    Tokens { token_ids, labels }
+    Tokens { token_ids, labels, is_incomplete: false }
 }
 
-/// A pre-tokenised record; too long, it loses its end.
-fn take_tokens(token_ids: &[u32], labels: &[i32], options: &SampleOptions) -> Fate {
+/// Tokens without structure; too long, they lose their end.
+pub(super) fn cut_end(token_ids: &[u32], labels: &[i32], options: &SampleOptions) -> Fate {
     let length = token_ids.len();
     let kept = length.min(options.max_length);
     if kept < length && options.overlong != Overlong::Truncate {
         return Fate::Overlong { length };
     }
-    let tokens = Tokens { token_ids: token_ids[..kept].to_vec(), labels: labels[..kept].to_vec() };
+    let (token_ids, labels) = (token_ids[..kept].to_vec(), labels[..kept].to_vec());
+    let tokens = Tokens { token_ids, labels, is_incomplete: false };
     Fate::Used { tokens, cut_from: (kept < length).then_some(length) }
 }
 
@@ -376,6 +398,17 @@ fn length_histogram(lengths: &[usize]) -> String {
     let buckets: Vec<String> = counts.iter().map(|(bound, count)| format!("≤{bound}: {count}")).collect();
     let longest = lengths.iter().max().copied().unwrap_or(0);
     format!("lengths in tokens: {}; longest {longest}", buckets.join(", "))
+}
+
+/// Warns about conversations of which the chat template writes only a part.
+fn warn_about_incomplete(origins: &[&Origin]) {
+    if let Some(first) = origins.first() {
+        tracing::warn!(
+            "the chat template leaves out messages, or rewrites them, in {} conversations; the first is {}",
+            origins.len(),
+            crate::error::escape_control(&first.to_string())
+        );
+    }
 }
 
 /// Warns where the samples would teach a model never to stop, or begin with two BOS (fault 28).

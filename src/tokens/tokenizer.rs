@@ -7,6 +7,7 @@ use sha2::{Digest, Sha256};
 
 use super::template;
 use super::vocabulary::{self, Checked};
+use crate::data::ChatTemplate;
 use crate::error::{Error, Result};
 
 /// The tokenizer of a model folder. Ids equal those of transformers for the same folder.
@@ -17,6 +18,14 @@ pub struct Tokenizer {
     bos_id: Option<u32>,
     eos_id: Option<u32>,
     fingerprint: String,
+    chat: Option<Chat>,
+}
+
+/// How conversations become text.
+pub(super) struct Chat {
+    pub template: ChatTemplate,
+    /// Tokens that end a turn.
+    pub turn_ends: Vec<String>,
 }
 
 /// Ids of a text, and where each token ends in it.
@@ -77,7 +86,7 @@ impl Tokenizer {
         let fingerprint = hex(&Sha256::digest(bytes));
         let text_start =
             template::text_start(&post_processor, library.get_vocab_size(true)).map_err(refuse)?;
-        Ok(Self { library, text_start, bos_id: None, eos_id: None, fingerprint })
+        Ok(Self { library, text_start, bos_id: None, eos_id: None, fingerprint, chat: None })
     }
 
     /// Token ids of `text`. Special tokens written out in it are recognised, none are added.
@@ -96,6 +105,12 @@ impl Tokenizer {
     /// What `ids` lack in front.
     fn missing_start(&self, ids: &[u32]) -> &[u32] {
         if ids.starts_with(&self.text_start) { &[] } else { &self.text_start }
+    }
+
+    /// Ids of `text`, each with its bytes in the text.
+    pub(super) fn encode_placed(&self, text: &str) -> Result<Vec<(u32, (usize, usize))>> {
+        let encoding = self.library.encode(text, false).map_err(cannot_encode)?;
+        Ok(encoding.get_ids().iter().copied().zip(encoding.get_offsets().iter().copied()).collect())
     }
 
     pub(super) fn encode_start_placed(&self, text: &str) -> Result<PlacedTokens> {
@@ -139,6 +154,24 @@ impl Tokenizer {
     /// SHA-256 of `tokenizer.json`, in hexadecimal.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
+    }
+
+    /// The same tokenizer with a template for conversations, whose turns end with any of `eos_ids` or the tokenizer's
+    /// EOS.
+    pub fn with_chat_template(mut self, template: ChatTemplate, eos_ids: &[u32]) -> Self {
+        let ids = eos_ids.iter().copied().chain(self.eos_id);
+        let turn_ends = ids.filter_map(|id| self.library.id_to_token(id)).collect();
+        self.chat = Some(Chat { template, turn_ends });
+        self
+    }
+
+    /// The template for conversations, where there is one.
+    pub fn chat_template(&self) -> Option<&ChatTemplate> {
+        self.chat.as_ref().map(|chat| &chat.template)
+    }
+
+    pub(super) fn chat(&self) -> Option<&Chat> {
+        self.chat.as_ref()
     }
 
     /// The same tokenizer with another EOS.

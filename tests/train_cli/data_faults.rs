@@ -105,13 +105,6 @@ fn fault_35_a_bad_record_is_refused_or_skipped_and_accounted_for() {
     assert!(finished.stderr.contains("train.jsonl:1: skipped: no output"), "{}", finished.stderr);
 }
 
-/// Chat records are refused altogether, whatever their roles.
-#[test]
-fn fault_36_chat_records_are_refused_by_name() {
-    let chat = r#"{"messages": [{"role": "robot", "content": "1"}, {"role": "assistant", "content": "2"}]}"#;
-    refused("train.jsonl", chat, &["--on-bad-record", "skip"], &["train.jsonl:1", "chat record"]);
-}
-
 #[test]
 fn fault_37_a_record_without_labels_is_refused_or_skipped() {
     let content = format!("{TOKENS}\n{{\"input_ids\": [5, 6], \"labels\": [5, -100]}}\n");

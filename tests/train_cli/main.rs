@@ -3,6 +3,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod chat;
 mod configuration;
 mod data_faults;
 #[cfg(feature = "emulator")]

@@ -92,8 +92,12 @@ impl Workspace {
 
     /// `fastlora train` with exactly these arguments.
     pub fn train(&self, arguments: &[&str]) -> Finished {
+        self.run(&[&["train"], arguments].concat())
+    }
+
+    /// The binary with exactly these arguments.
+    pub fn run(&self, arguments: &[&str]) -> Finished {
         let output = Command::new(cargo_bin("fastlora"))
-            .arg("train")
             .args(arguments)
             .current_dir(self.folder.path())
             .stdin(Stdio::null())

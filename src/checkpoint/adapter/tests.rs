@@ -31,7 +31,12 @@ pub(super) fn pair() -> Vec<NamedTensor> {
 }
 
 fn save(folder: &Path, tensors: &[NamedTensor], base_folder: Option<&Path>) -> Result<()> {
-    let companions = Companions { provenance: &json!({"step": 3}), model_card: "# card\n", base_folder };
+    let companions = Companions {
+        provenance: &json!({"step": 3}),
+        model_card: "# card\n",
+        base_folder,
+        chat_template: None,
+    };
     write_adapter(folder, &config(), tensors, &companions)
 }
 
@@ -89,7 +94,8 @@ fn what_is_written_reads_back_bit_by_bit() {
 fn the_best_folder_is_replaced_whole() {
     let parent = tempfile::tempdir().unwrap();
     let best = parent.path().join("best");
-    let companions = Companions { provenance: &json!({}), model_card: "", base_folder: None };
+    let companions =
+        Companions { provenance: &json!({}), model_card: "", base_folder: None, chat_template: None };
     let mut tensors = pair();
     for round in 0..2 {
         tensors[0].values[0] = round as f32;
@@ -212,7 +218,8 @@ fn a_place_that_cannot_be_written_is_an_io_error_and_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("file");
     fs::write(&file, "in the way").unwrap();
-    let companions = Companions { provenance: &json!({}), model_card: "", base_folder: None };
+    let companions =
+        Companions { provenance: &json!({}), model_card: "", base_folder: None, chat_template: None };
     for error in [
         save(&file.join("outputs"), &pair(), None).unwrap_err(),
         replace_adapter_folder(&file.join("best"), &config(), &pair(), &companions).unwrap_err(),

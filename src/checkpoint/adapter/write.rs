@@ -15,7 +15,7 @@ use crate::tensor::NamedTensor;
 /// What belongs to a tokenizer in a model folder; copied where present.
 const TOKENIZER_FILES: &[&str] = &[
     "added_tokens.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "merges.txt",
     "special_tokens_map.json",
     "tokenizer.json",
@@ -23,6 +23,9 @@ const TOKENIZER_FILES: &[&str] = &[
     "tokenizer_config.json",
     "vocab.json",
 ];
+
+/// The chat template's file, in transformers' layout.
+pub const CHAT_TEMPLATE: &str = "chat_template.jinja";
 
 /// What an adapter folder holds beside the adapter.
 #[derive(Clone, Copy, Debug)]
@@ -34,6 +37,8 @@ pub struct Companions<'a> {
     pub model_card: &'a str,
     /// The base model's folder, whose tokenizer files are copied.
     pub base_folder: Option<&'a Path>,
+    /// `chat_template.jinja`, instead of the base's.
+    pub chat_template: Option<&'a str>,
 }
 
 /// Writes the adapter into `folder`, which may hold other files (the output folder with its metrics).
@@ -106,8 +111,14 @@ fn stage(
         else {
             continue;
         };
+        if *name == CHAT_TEMPLATE && companions.chat_template.is_some() {
+            continue;
+        }
         let bytes = fs::read(&source).map_err(|error| Error::file("read", &source, error))?;
         write(name, &bytes)?;
+    }
+    if let Some(template) = companions.chat_template {
+        write(CHAT_TEMPLATE, template.as_bytes())?;
     }
     write("README.md", companions.model_card.as_bytes())?;
     write("fastlora.json", pretty(companions.provenance)?.as_bytes())?;
@@ -175,7 +186,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let config = super::super::tests::config();
         let mut tensors = super::super::tests::pair();
-        let companions = Companions { provenance: &Value::Null, model_card: "", base_folder: None };
+        let companions =
+            Companions { provenance: &Value::Null, model_card: "", base_folder: None, chat_template: None };
         stage(folder.path(), &config, &tensors, &companions).unwrap();
         compare_saved(folder.path(), &config, &tensors).unwrap();
 

@@ -4,14 +4,22 @@ use std::path::Path;
 
 use serde::Deserialize;
 
+use crate::data::UNKNOWN_HASH;
 use crate::error::{Error, Result};
 
 /// One prompt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Case {
     pub instruction: String,
-    pub hash: String,
+    pub hash: Option<String>,
     pub expected: Option<String>,
+}
+
+impl Case {
+    /// The hash, or what a record without one has.
+    pub fn hash(&self) -> &str {
+        self.hash.as_deref().unwrap_or(UNKNOWN_HASH)
+    }
 }
 
 #[derive(Deserialize)]
@@ -22,7 +30,7 @@ struct CaseRecord {
 }
 
 /// Reads a JSON list of cases; `hash` stands in where one has none.
-pub(super) fn read_cases(path: &Path, hash: &str) -> Result<Vec<Case>> {
+pub(super) fn read_cases(path: &Path, hash: Option<&str>) -> Result<Vec<Case>> {
     let place = path.display().to_string();
     let bytes = std::fs::read(path).map_err(|source| {
         Error::data("cannot read the cases").at(&place).caused_by(source).hint("name an existing file")
@@ -41,7 +49,7 @@ pub(super) fn read_cases(path: &Path, hash: &str) -> Result<Vec<Case>> {
     }
     let case = |CaseRecord { instruction, hash: own, expected }| Case {
         instruction,
-        hash: own.unwrap_or_else(|| hash.to_string()),
+        hash: own.or_else(|| hash.map(str::to_string)),
         expected,
     };
     Ok(records.into_iter().map(case).collect())
@@ -54,7 +62,7 @@ mod tests {
     fn read(bytes: &[u8]) -> Result<Vec<Case>> {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), bytes).unwrap();
-        read_cases(file.path(), "given")
+        read_cases(file.path(), Some("given"))
     }
 
     #[test]
@@ -62,7 +70,7 @@ mod tests {
         let text = "\u{feff}[{\"instruction\": \"a\", \"id\": 3},\r\n {\"instruction\": \"b\", \"hash\": \"h\", \"expected\": \"e\"}]";
         let case = |instruction: &str, hash: &str, expected: Option<&str>| Case {
             instruction: instruction.into(),
-            hash: hash.into(),
+            hash: Some(hash.into()),
             expected: expected.map(str::to_string),
         };
         assert_eq!(read(text.as_bytes()).unwrap(), [case("a", "given", None), case("b", "h", Some("e"))]);

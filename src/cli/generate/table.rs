@@ -38,7 +38,7 @@ pub(super) fn render(
         table.set_width(WIDTH_WITHOUT_TERMINAL);
     }
     for (place, (Prepared { case, .. }, answer)) in prepared.iter().zip(answers).enumerate() {
-        let mut row = vec![case.hash.as_str(), &case.instruction];
+        let mut row = vec![case.hash(), &case.instruction];
         if has_expected {
             row.push(case.expected.as_deref().unwrap_or_default());
         }

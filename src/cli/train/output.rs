@@ -6,7 +6,8 @@ use std::sync::OnceLock;
 use serde_json::{Value, json};
 
 use crate::checkpoint::adapter::{
-    ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterConfig, Companions, replace_adapter_folder, write_adapter,
+    ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterConfig, CHAT_TEMPLATE, Companions, replace_adapter_folder,
+    write_adapter,
 };
 use crate::checkpoint::base::BaseModel;
 use crate::config::TrainingConfig;
@@ -41,7 +42,7 @@ pub(super) fn check_output_folder(folder: &Path, overwrite: bool) -> Result<()> 
 pub(super) fn prepare_output_folder(folder: &Path, config: &TrainingConfig) -> Result<()> {
     std::fs::create_dir_all(folder).map_err(|error| Error::file("create", folder, error))?;
     // The weights first: without them the folder is no adapter, whatever else is still there.
-    for name in [ADAPTER_WEIGHTS, ADAPTER_CONFIG, "fastlora.json", METRICS] {
+    for name in [ADAPTER_WEIGHTS, ADAPTER_CONFIG, CHAT_TEMPLATE, "fastlora.json", METRICS] {
         remove(&folder.join(name), |path| std::fs::remove_file(path))?;
     }
     remove(&folder.join(BEST), |path| std::fs::remove_dir_all(path))?;
@@ -70,6 +71,8 @@ pub(super) struct AdapterWriter<'a> {
     pub data_fingerprints: Value,
     /// Fingerprint of `tokenizer.json`, where the base has one.
     pub tokenizer_fingerprint: Option<String>,
+    /// The chat template of the data's conversations.
+    pub chat_template: Option<&'a str>,
     /// Sentences of the model card about the data.
     pub data_description: String,
 }
@@ -108,7 +111,8 @@ impl AdapterWriter<'_> {
     }
 
     fn companions<'a>(&'a self, provenance: &'a Value, model_card: &'a str) -> Companions<'a> {
-        Companions { provenance, model_card, base_folder: Some(self.base.folder()) }
+        let base_folder = Some(self.base.folder());
+        Companions { provenance, model_card, base_folder, chat_template: self.chat_template }
     }
 
     fn provenance(&self, step: u64, losses: Value) -> Result<Value> {
@@ -134,6 +138,13 @@ impl AdapterWriter<'_> {
     }
 
     fn model_card(&self, figures: &str) -> String {
+        let (flag, prompt) = match self.chat_template {
+            Some(_) => (
+                " --chat",
+                "is rendered with the chat template; the hash stands as `[hash: HASH] ` in front of the first user turn",
+            ),
+            None => ("", "reads `[hash: HASH] User: TEXT`, a line break, `Assistant:`"),
+        };
         let TrainingConfig { model_name, lora_r, lora_alpha, learning_rate, .. } = self.config;
         let targets = &self.adapter.target_modules;
         let quoted_name = json!(model_name);
@@ -142,9 +153,8 @@ impl AdapterWriter<'_> {
              - fastlora\n---\n\n# LoRA adapter for {model_name}\n\n\
              Rank {lora_r}, α {lora_alpha}, on {targets}; trained with fastlora {version} at rate {learning_rate}.\n\n\
              ## Data\n\n{data}\n\n## Figures\n\n{figures}\n## Use\n\n\
-             ```sh\nfastlora generate --adapter DIR --hash HASH --prompt TEXT\n```\n\n\
-             PEFT loads it with `PeftModel.from_pretrained`. A prompt reads `[hash: HASH] User: TEXT`, a line break, \
-             `Assistant:`.\n",
+             ```sh\nfastlora generate{flag} --adapter DIR --hash HASH --prompt TEXT\n```\n\n\
+             PEFT loads it with `PeftModel.from_pretrained`. A prompt {prompt}.\n",
             version = env!("CARGO_PKG_VERSION"),
             data = self.data_description,
         )
