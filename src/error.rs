@@ -24,6 +24,8 @@ pub enum ErrorKind {
     Numerical,
     /// Corruption found and no valid copy left (exit 8).
     Corrupt,
+    /// Stopped on request, with a checkpoint to go on from (exit 75).
+    Stopped,
 }
 
 impl ErrorKind {
@@ -38,6 +40,7 @@ impl ErrorKind {
             ErrorKind::Io => 6,
             ErrorKind::Numerical => 7,
             ErrorKind::Corrupt => 8,
+            ErrorKind::Stopped => 75,
         }
     }
 
@@ -52,6 +55,7 @@ impl ErrorKind {
             ErrorKind::Io => "io",
             ErrorKind::Numerical => "numerical",
             ErrorKind::Corrupt => "corrupt",
+            ErrorKind::Stopped => "stopped",
         }
     }
 }
@@ -113,6 +117,8 @@ impl Error {
         numerical => Numerical,
         /// Corruption without a valid copy.
         corrupt => Corrupt,
+        /// A run that stopped on request and can be resumed.
+        stopped => Stopped,
     }
 
     /// An I/O error on `path` while doing `action` ("read", "create" …).

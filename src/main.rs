@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use clap::error::ErrorKind;
 use fastlora::cli::Cli;
-use fastlora::error::Error;
+use fastlora::error::{self, Error};
 use tracing_subscriber::filter::LevelFilter;
 
 fn main() -> ExitCode {
@@ -40,7 +40,8 @@ fn main() -> ExitCode {
             if cli.json {
                 let _ = writeln!(std::io::stdout(), "{}", error.to_json());
             }
-            let _ = writeln!(std::io::stderr(), "error: {error}");
+            let what = if error.kind() == error::ErrorKind::Stopped { "stopped" } else { "error" };
+            let _ = writeln!(std::io::stderr(), "{what}: {error}");
             ExitCode::from(error.kind().exit_code())
         }
     }

@@ -155,7 +155,7 @@ fn a_launch_that_is_refused_names_the_kernel() {
 fn bytes_go_there_and_back() {
     let work = || {
         let driver = Driver::new(0)?;
-        let (mut a, mut b) = (driver.allocate(100)?, driver.allocate(100)?);
+        let (a, b) = (driver.allocate(100)?, driver.allocate(100)?);
         let start = driver.record_event()?;
         driver.upload(&(0..100).collect::<Vec<u8>>(), &a, 0)?;
         driver.fill(&b, 0..100, 7)?;

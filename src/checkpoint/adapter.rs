@@ -10,6 +10,7 @@ use std::path::Path;
 
 pub use self::config::AdapterConfig;
 pub use self::write::{CHAT_TEMPLATE, Companions, replace_adapter_folder, write_adapter};
+pub(super) use self::write::{pretty, stage, to_safetensors};
 use crate::checkpoint::safetensors::SafetensorsFile;
 use crate::error::{Error, Result};
 use crate::tensor::NamedTensor;
@@ -141,7 +142,8 @@ pub fn read_adapter(folder: &Path) -> Result<Adapter> {
     Ok(adapter)
 }
 
-fn read_tensors(path: &Path) -> Result<Vec<NamedTensor>> {
+/// Every tensor of a file, sorted by name, widened to f32.
+pub(super) fn read_tensors(path: &Path) -> Result<Vec<NamedTensor>> {
     let file = SafetensorsFile::open(path)?;
     let mut names: Vec<&str> = file.entries().map(|(name, _)| name).collect();
     names.sort_unstable();

@@ -5,6 +5,7 @@
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::fd::IntoRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -15,9 +16,34 @@ pub fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
     let write = || -> io::Result<()> {
         let mut file = File::create_new(path)?;
         file.write_all(bytes)?;
-        file.sync_all()
+        file.sync_all()?;
+        close(file)
     };
     write().map_err(|source| Error::file("write", path, source))
+}
+
+/// Closes a file; network file systems tell of failed writes only here, and dropping would not.
+fn close(file: File) -> io::Result<()> {
+    // SAFETY: the descriptor was the file's alone, and is used no more.
+    let status = unsafe { libc::close(file.into_raw_fd()) };
+    let error = io::Error::last_os_error();
+    // Interrupted, it is closed all the same on Linux.
+    if status == 0 || error.kind() == io::ErrorKind::Interrupted { Ok(()) } else { Err(error) }
+}
+
+/// Replaces the file `path`, or makes it: it has the old content or the new one, never a part.
+pub fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let staged = path.with_file_name(format!(".{name}.partial"));
+    let replaced = remove_file(&staged).and_then(|()| write_synced(&staged, bytes)).and_then(|()| {
+        fs::rename(&staged, path).map_err(|source| Error::file("replace", path, source))?;
+        sync_folder(parent_of(path))
+    });
+    if replaced.is_err() {
+        // The first error is the one to tell.
+        let _ = remove_file(&staged);
+    }
+    replaced
 }
 
 /// Forces a folder's entries (names, not contents) to the disk.
@@ -38,7 +64,7 @@ impl Staging {
     pub fn new(parent: &Path, name: &str) -> Result<Self> {
         fs::create_dir_all(parent).map_err(|source| Error::file("create", parent, source))?;
         let path = parent.join(format!(".{name}.partial"));
-        remove_folder(&path).map_err(|source| Error::file("remove", &path, source))?;
+        remove_folder(&path)?;
         fs::create_dir(&path).map_err(|source| Error::file("create", &path, source))?;
         Ok(Self { path, is_kept: false })
     }
@@ -110,8 +136,8 @@ impl Drop for Staging {
         if self.is_kept {
             return;
         }
-        if let Err(source) = remove_folder(&self.path) {
-            tracing::warn!("cannot remove {}: {source}", self.path.display());
+        if let Err(error) = remove_folder(&self.path) {
+            tracing::warn!("{error}");
         }
     }
 }
@@ -124,10 +150,20 @@ pub fn parent_of(path: &Path) -> &Path {
     }
 }
 
-fn remove_folder(path: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
+/// Removes a folder, which need not be there, with all that is in it.
+pub fn remove_folder(path: &Path) -> Result<()> {
+    unless_missing(path, fs::remove_dir_all(path))
+}
+
+/// Removes a file, which need not be there.
+pub fn remove_file(path: &Path) -> Result<()> {
+    unless_missing(path, fs::remove_file(path))
+}
+
+fn unless_missing(path: &Path, removed: io::Result<()>) -> Result<()> {
+    match removed {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::file("remove", path, error)),
+        _ => Ok(()),
     }
 }
 

@@ -7,4 +7,6 @@ mod finite;
 pub mod folder;
 pub mod hub;
 pub mod mapped;
+pub mod run;
 pub mod safetensors;
+pub mod volume;

@@ -1,8 +1,11 @@
 //! `fastlora train`: configuration → data → model → tokens → device, then the run and its adapter.
 
+mod checkpointer;
 mod output;
 mod progress;
 mod recorder;
+mod resume;
+mod signals;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -13,9 +16,14 @@ use clap::Args;
 use serde_json::json;
 use tracing::{info, warn};
 
-use self::output::{AdapterWriter, METRICS, check_output_folder, prepare_output_folder};
+use self::checkpointer::Checkpointer;
+use self::output::{
+    AdapterWriter, Earlier, METRICS, OutputFolder, RESOLVED_CONFIG, best_folder, checkpoints_folder,
+};
 use self::progress::{Progress, human_time};
 use self::recorder::Recorder;
+use self::resume::{Resume, Start};
+use self::signals::Interrupts;
 use super::Cli;
 use super::device::{choose_backend, on_backend};
 use super::model::resolve_model;
@@ -24,6 +32,7 @@ use crate::backend::Backend;
 use crate::checkpoint::adapter::{Adapter, AdapterConfig, read_adapter};
 use crate::checkpoint::base::BaseModel;
 use crate::checkpoint::hub::ResolvedModel;
+use crate::checkpoint::volume::check_space;
 use crate::config::{DEFAULT_CONFIG_PATH, DataSource, Options, TrainingConfig};
 use crate::data::{ChatTemplate, Dataset, LoadOptions, TemplateChoice, load};
 use crate::error::{Error, Result, escape_control};
@@ -32,7 +41,7 @@ use crate::optim::{AdamWSettings, Schedule};
 use crate::tokens::{
     BatchOptions, SampleOptions, SampleSet, Tokenizer, tokenise, warn_about_ends, warn_about_overlap,
 };
-use crate::training::{Split, TrainingSettings, TrainingSummary, train};
+use crate::training::{MetricsFile, Split, TrainingSettings, TrainingSummary, train};
 
 /// Arguments of `fastlora train`.
 #[derive(Debug, Args)]
@@ -42,11 +51,12 @@ pub struct TrainArgs {
     /// Sets a key of the configuration; wins over the file. Repeat for several.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pairs: Vec<String>,
-    /// Starts from this PEFT adapter, with its rank, scale and modules.
-    #[arg(long, value_name = "DIR")]
-    init_adapter: Option<PathBuf>,
+    /// Goes on from the newest checkpoint of the output folder, or begins where there is none; DIR names an output
+    /// folder, whose configuration is taken unless another is named, or a checkpoint in it.
+    #[arg(long, value_name = "auto|DIR", num_args = 0..=1, default_missing_value = "auto")]
+    resume: Option<String>,
     /// Replaces the run in an output folder that is not empty.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "resume")]
     overwrite: bool,
     #[command(flatten)]
     options: Options,
@@ -54,9 +64,27 @@ pub struct TrainArgs {
 
 pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     let started = Instant::now();
-    let (mut config, init_adapter) = resolve_config(args)?;
+    let interrupts = Interrupts::install()?;
+    let Resolved { mut config, init_adapter, resume } = resolve_config(args)?;
     info!("configuration:\n{:#}", json!(config));
-    check_output_folder(&config.output_dir, args.overwrite)?;
+    let earlier = match (&resume, args.overwrite) {
+        (Some(_), _) => Earlier::Resume,
+        (None, true) => Earlier::Overwrite,
+        (None, false) => Earlier::Keep,
+    };
+    let output = OutputFolder::check(&config.output_dir, earlier)?;
+    let start = resume.map_or(Ok(Start::Fresh), |resume| resume.find(&config))?;
+    match &start {
+        Start::Fresh => {}
+        Start::Resumed(resumed) => {
+            interrupts.is_resumable();
+            config.chat_date = config.chat_date.or(resumed.chat_date());
+        }
+        Start::Complete(summary) => {
+            info!("{}: the run is complete", config.output_dir.display());
+            return report(cli, &config, summary);
+        }
+    }
 
     let training_records = load_records(&config, &config.train_data)?;
     let validation_records =
@@ -65,15 +93,12 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     let model_files = resolve_model(&config.model_name, cli)?;
     let base = BaseModel::open(&model_files.folder)?;
     let adapter_config = adapter_config(&config, &model_files);
-    match (&init_adapter, &args.init_adapter) {
-        (Some(adapter), Some(folder)) => {
-            adapter.check_base(base.config()).map_err(|error| error.at(folder.display().to_string()))?
-        }
-        _ => LoraConfig::from(&adapter_config)
-            .expected_tensors(base.config())
-            .map(drop)
-            .map_err(|error| error.at("lora_target_modules"))?,
+    if let (Some(adapter), Some(folder)) = (&init_adapter, &config.init_adapter) {
+        adapter.check_base(base.config()).map_err(|error| error.at(folder.display().to_string()))?;
     }
+    let expected_tensors = LoraConfig::from(&adapter_config)
+        .expected_tensors(base.config())
+        .map_err(|error| error.at("lora_target_modules"))?;
     if config.max_length > base.config().max_positions {
         let positions = base.config().max_positions;
         warn!("max_length is {}, but the model was made for {positions} positions", config.max_length);
@@ -123,18 +148,40 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     let validation =
         validation_samples.as_ref().map(|samples| Split::new(samples, one_by_one)).transpose()?;
 
+    let order_fingerprint = training.plan().epoch(0).fingerprint();
+    let data_fingerprint = training_samples.fingerprint();
+    info!("training samples have SHA-256 {data_fingerprint}, their order in epoch 1 {order_fingerprint}");
+    let writer = AdapterWriter {
+        config: &config,
+        adapter: adapter_config,
+        base: &base,
+        base_fingerprints: OnceLock::new(),
+        data_fingerprints: json!({
+            "train": data_fingerprint,
+            "validation": validation_samples.as_ref().map(SampleSet::fingerprint),
+            "order": order_fingerprint,
+        }),
+        tokenizer_fingerprint: tokenizer.as_ref().map(|tokenizer| tokenizer.fingerprint().to_string()),
+        chat_template: chat_template.map(ChatTemplate::source),
+        data_description: describe_data(&training_samples),
+    };
+    if let Start::Resumed(resumed) = &start {
+        resumed.check_files(&writer.provenance()?)?;
+    }
+    let parameter_count =
+        expected_tensors.iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
+    check_space(&config.output_dir, writer.largest_output_bytes(parameter_count))?;
+
     let run = Run {
-        args,
         cli,
         started,
-        config: &config,
-        base: &base,
+        interrupts,
+        start,
+        output,
+        writer,
         init_adapter: init_adapter.as_ref(),
-        adapter_config,
-        tokenizer: tokenizer.as_ref(),
         training_samples: &training_samples,
         training,
-        validation_samples: validation_samples.as_ref(),
         validation,
     };
     let chosen = choose_backend(&config.device, &config.dtype, config.threads, &base)?;
@@ -143,28 +190,30 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
 
 /// Everything that was read and checked: what is left is to compute.
 struct Run<'a> {
-    args: &'a TrainArgs,
     cli: &'a Cli,
     started: Instant,
-    config: &'a TrainingConfig,
-    base: &'a BaseModel,
+    interrupts: Interrupts,
+    start: Start,
+    output: OutputFolder,
+    writer: AdapterWriter<'a>,
     init_adapter: Option<&'a Adapter>,
-    adapter_config: AdapterConfig,
-    tokenizer: Option<&'a Tokenizer>,
     training_samples: &'a SampleSet,
     training: Split<'a>,
-    validation_samples: Option<&'a SampleSet>,
     validation: Option<Split<'a>>,
 }
 
 impl Run<'_> {
     /// Loads the model, trains it and writes the adapter.
     fn on<B: Backend>(self, backend: Arc<B>) -> Result<()> {
-        let Run { args, cli, config, base, training_samples, training, .. } = self;
+        let Run { cli, start, writer, training_samples, training, .. } = &self;
+        let AdapterWriter { config, base, .. } = writer;
+        if let Start::Resumed(resumed) = start {
+            resumed.compare_device(&backend.description());
+        }
         let mut model = match self.init_adapter {
             Some(adapter) => Transformer::load_with_adapter(Arc::clone(&backend), base, adapter)?,
             None => {
-                let lora = (&self.adapter_config).into();
+                let lora = (&writer.adapter).into();
                 let mut model = Transformer::load(Arc::clone(&backend), base, Some(&lora))?;
                 let parameters = model.layout().initial_parameters(config.seed);
                 model.set_parameters(&parameters)?;
@@ -174,64 +223,94 @@ impl Run<'_> {
         print_parameter_counts(model.layout().parameter_count() as u64, base.parameter_count());
 
         let settings = training_settings(config, training.plan().steps_per_epoch() as u64);
+        let total_steps = settings.schedule.total_steps;
         info!(
-            "{} samples, {} tokens ({} labelled), {} steps",
+            "{} samples, {} tokens ({} labelled), {total_steps} steps",
             training_samples.samples.len(),
             training_samples.token_count(),
             training_samples.labelled_count(),
-            settings.schedule.total_steps
         );
-        prepare_output_folder(&config.output_dir, config)?;
-        let data_fingerprint = training_samples.fingerprint();
-        info!("training samples have SHA-256 {data_fingerprint}");
-        let writer = AdapterWriter {
-            config,
-            adapter: self.adapter_config,
-            base,
-            init_adapter: args.init_adapter.as_deref(),
-            base_fingerprints: OnceLock::new(),
-            data_fingerprints: json!({
-                "train": data_fingerprint,
-                "validation": self.validation_samples.map(SampleSet::fingerprint),
-            }),
-            tokenizer_fingerprint: self.tokenizer.map(|tokenizer| tokenizer.fingerprint().to_string()),
-            chat_template: self.tokenizer.and_then(Tokenizer::chat_template).map(ChatTemplate::source),
-            data_description: describe_data(training_samples),
+        self.interrupts.arm();
+        self.output.prepare(config, start)?;
+        let metrics_path = config.output_dir.join(METRICS);
+        let metrics = match start.state() {
+            Some(state) => MetricsFile::resume(&metrics_path, &state.summary)?,
+            None => MetricsFile::create(&metrics_path)?,
         };
-        let progress = Progress::new(settings.schedule.total_steps, cli.quiet);
-        let mut recorder = Recorder::new(&config.output_dir.join(METRICS), progress, &writer)?;
+        let mut recorder = Recorder {
+            metrics,
+            progress: Progress::new(start.steps(), total_steps, cli.quiet),
+            writer,
+            checkpointer: Checkpointer::new(writer, &self.interrupts, start.steps()),
+        };
         info!("first step after {:.2} s", self.started.elapsed().as_secs_f64());
+        let validation = self.validation.as_ref();
         let summary = backend
-            .run(|| train(&mut model, &training, self.validation.as_ref(), &settings, &mut recorder))?;
-        recorder.finish();
+            .run(|| train(&mut model, training, validation, &settings, start.state(), &mut recorder))?;
+        recorder.progress.finish();
+        if recorder.checkpointer.is_stopped() {
+            return Err(stopped(config, summary.steps, total_steps));
+        }
         writer.write_final(&summary, &model.adapters()?)?;
-        report(cli, config, &writer, &summary)
+        report(cli, config, &summary)
     }
 }
 
-/// The configuration of file, `--set` and flags, and the adapter that the run starts from.
-fn resolve_config(args: &TrainArgs) -> Result<(TrainingConfig, Option<Adapter>)> {
+/// The run ended on request before its end.
+fn stopped(config: &TrainingConfig, steps: u64, total_steps: u64) -> Error {
+    let output = config.output_dir.display();
+    Error::stopped(format!("after step {steps} of {total_steps}, as asked; there is a checkpoint"))
+        .at(checkpoints_folder(config).join(format!("step-{steps}")).display().to_string())
+        .hint(format!("fastlora train --resume {output} goes on"))
+}
+
+/// What the command line says.
+struct Resolved {
+    config: TrainingConfig,
+    /// The adapter that the run starts from.
+    init_adapter: Option<Adapter>,
+    resume: Option<Resume>,
+}
+
+/// The configuration of file, `--set` and flags, and what it names.
+fn resolve_config(args: &TrainArgs) -> Result<Resolved> {
+    let (resume, output_dir) = match args.resume.as_deref().map(Resume::parse).transpose()? {
+        Some((resume, output_dir)) => (Some(resume), output_dir),
+        None => (None, None),
+    };
     let default = Path::new(DEFAULT_CONFIG_PATH);
-    let file = match &args.config {
+    let of_run = output_dir.as_ref().map(|folder| folder.join(RESOLVED_CONFIG)).filter(|path| path.exists());
+    let file = match args.config.as_ref().or(of_run.as_ref()) {
         Some(path) => Options::from_file(path)?,
         None if default.exists() => Options::from_file(default)?,
         None => Options::default(),
     };
     let mut options = args.options.or(&file.with_pairs(&args.pairs)?);
-    let adapter = args.init_adapter.as_deref().map(read_adapter).transpose()?;
-    if let Some(Adapter { config, .. }) = &adapter {
+    if let Some(output_dir) = output_dir {
+        let same = |named: &PathBuf| {
+            named.canonicalize().is_ok_and(|named| output_dir.canonicalize().is_ok_and(|own| own == named))
+        };
+        if args.options.output_dir.as_ref().is_some_and(|named| !same(named)) {
+            return Err(Error::config(format!("--resume names the run in {}", output_dir.display()))
+                .at("output_dir")
+                .hint("leave --output-dir out: a run goes on in its own folder"));
+        }
+        options.output_dir = Some(output_dir);
+    }
+    let init_adapter = options.init_adapter.as_deref().map(read_adapter).transpose()?;
+    if let Some(Adapter { config, .. }) = &init_adapter {
         adopt(&mut options.lora_r, config.rank, "lora_r")?;
         adopt(&mut options.lora_alpha, config.alpha, "lora_alpha")?;
         adopt(&mut options.lora_target_modules, config.target_modules.clone(), "lora_target_modules")?;
         adopt(&mut options.use_rslora, config.use_rslora, "use_rslora")?;
     }
-    Ok((TrainingConfig::resolve(&options)?, adapter))
+    Ok(Resolved { config: TrainingConfig::resolve(&options)?, init_adapter, resume })
 }
 
 /// Takes the adapter's value where the configuration is silent; where it says otherwise, that is an error.
 fn adopt<T: PartialEq + std::fmt::Display>(option: &mut Option<T>, value: T, key: &str) -> Result<()> {
     if let Some(set) = option.as_ref().filter(|set| **set != value) {
-        return Err(Error::config(format!("{set}, but the adapter of --init-adapter has {value}"))
+        return Err(Error::config(format!("{set}, but the adapter of init_adapter has {value}"))
             .at(key)
             .hint("remove the key: the adapter brings its own"));
     }
@@ -300,16 +379,11 @@ fn describe_data(samples: &SampleSet) -> String {
     )
 }
 
-fn report(
-    cli: &Cli,
-    config: &TrainingConfig,
-    writer: &AdapterWriter<'_>,
-    summary: &TrainingSummary,
-) -> Result<()> {
+fn report(cli: &Cli, config: &TrainingConfig, summary: &TrainingSummary) -> Result<()> {
     let output_dir = config.output_dir.display();
     let best = summary
         .best_validation
-        .map(|(step, loss)| json!({ "step": step, "loss": loss, "folder": writer.best_folder() }));
+        .map(|(step, loss)| json!({ "step": step, "loss": loss, "folder": best_folder(config) }));
     let tokens_per_second = summary.tokens as f64 / summary.training_seconds.max(1e-9);
     if cli.json {
         let result = json!({
@@ -332,7 +406,7 @@ fn report(
         summary.last_loss
     );
     if let Some((step, loss)) = summary.best_validation {
-        info!("best validation loss {loss:.4} at step {step}: {}", writer.best_folder().display());
+        info!("best validation loss {loss:.4} at step {step}: {}", best_folder(config).display());
     }
     info!("adapter: {output_dir}");
     info!("next: fastlora generate --adapter {output_dir} --hash HASH --prompt TEXT");

@@ -3,11 +3,13 @@
 mod choices;
 mod data_source;
 mod options;
+mod save_every;
 mod target_modules;
 mod training;
 
 pub use choices::{LossOn, LrScheduler, OnBadRecord, Overlong, check_compute_choices};
 pub use data_source::DataSource;
 pub use options::Options;
+pub use save_every::SaveEvery;
 pub use target_modules::TargetModules;
 pub use training::{DEFAULT_CONFIG_PATH, TrainingConfig};

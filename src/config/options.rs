@@ -7,7 +7,7 @@ use clap::{Args, CommandFactory};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::{DataSource, LossOn, LrScheduler, OnBadRecord, Overlong, TargetModules};
+use super::{DataSource, LossOn, LrScheduler, OnBadRecord, Overlong, SaveEvery, TargetModules};
 use crate::error::{Error, Result};
 
 /// Every key of the training configuration; what is absent takes its default in
@@ -30,6 +30,9 @@ pub struct Options {
     /// Folder for the adapter, the metrics and the resolved configuration.
     #[arg(short, long, value_name = "DIR")]
     pub output_dir: Option<PathBuf>,
+    /// Starts from this PEFT adapter, with its rank, scale and modules.
+    #[arg(long, value_name = "DIR")]
+    pub init_adapter: Option<PathBuf>,
     /// Field that holds the instruction; `detect` searches the usual names.
     #[arg(long, value_name = "KEY")]
     pub instruction_key: Option<String>,
@@ -117,6 +120,12 @@ pub struct Options {
     /// Steps between validations; without it, one each epoch.
     #[arg(long, value_name = "STEPS")]
     pub val_every: Option<u64>,
+    /// Steps (500) or time (10m, 2h) between checkpoints, or `never`.
+    #[arg(long, value_name = "INTERVAL")]
+    pub save_every: Option<SaveEvery>,
+    /// Newest checkpoints that are kept.
+    #[arg(long, value_name = "N")]
+    pub keep_checkpoints: Option<usize>,
     /// `auto`, `cpu` or `cuda[:N]`.
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<String>,
@@ -204,12 +213,12 @@ impl Options {
             };
         }
         each_field! {
-            model_name train_data val_data output_dir instruction_key output_key hash_key
+            model_name train_data val_data output_dir init_adapter instruction_key output_key hash_key
             chat_template chat_date max_length batch_size gradient_accumulation_steps num_epochs max_steps shuffle
             seed loss_on on_bad_record overlong lora_r lora_alpha lora_dropout
             lora_target_modules use_rslora learning_rate lr_scheduler warmup_steps
-            weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm val_every device
-            dtype threads
+            weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm val_every
+            save_every keep_checkpoints device dtype threads
         }
     }
 

@@ -6,7 +6,8 @@ use chrono::NaiveDate;
 use serde::Serialize;
 
 use super::{
-    DataSource, LossOn, LrScheduler, OnBadRecord, Options, Overlong, TargetModules, check_compute_choices,
+    DataSource, LossOn, LrScheduler, OnBadRecord, Options, Overlong, SaveEvery, TargetModules,
+    check_compute_choices,
 };
 use crate::error::{Error, Result};
 
@@ -24,6 +25,8 @@ pub struct TrainingConfig {
     pub val_data: Option<Vec<DataSource>>,
     /// Folder for everything written.
     pub output_dir: PathBuf,
+    /// Adapter folder that the run starts from; none: PEFT's start.
+    pub init_adapter: Option<PathBuf>,
     /// Field that holds the instruction; none: searched.
     pub instruction_key: Option<String>,
     /// Field that holds the output; none: searched.
@@ -82,6 +85,10 @@ pub struct TrainingConfig {
     pub max_grad_norm: f64,
     /// Steps between validations; none: one each epoch.
     pub val_every: Option<u64>,
+    /// When checkpoints are saved.
+    pub save_every: SaveEvery,
+    /// Newest checkpoints that are kept.
+    pub keep_checkpoints: usize,
     /// `auto`, `cpu` or `cuda[:N]`.
     pub device: String,
     /// Compute type.
@@ -106,6 +113,7 @@ impl TrainingConfig {
             val_data: Some(options.val_data.unwrap_or_else(|| default_source("data/val_data.json")))
                 .filter(|sources| !sources.is_empty() && *sources != default_source("none")),
             output_dir: options.output_dir.unwrap_or_else(|| "outputs".into()),
+            init_adapter: options.init_adapter,
             instruction_key: key(options.instruction_key),
             output_key: key(options.output_key),
             hash_key: key(options.hash_key),
@@ -135,6 +143,8 @@ impl TrainingConfig {
             adam_epsilon: options.adam_epsilon.unwrap_or(1e-8),
             max_grad_norm: options.max_grad_norm.unwrap_or(1.0),
             val_every: options.val_every,
+            save_every: options.save_every.unwrap_or(SaveEvery::Minutes(10)),
+            keep_checkpoints: options.keep_checkpoints.unwrap_or(2),
             device: options.device.unwrap_or_else(|| "auto".into()),
             dtype: options.dtype.unwrap_or_else(|| "auto".into()),
             threads: options.threads,
@@ -169,6 +179,7 @@ impl TrainingConfig {
             ("num_epochs", self.num_epochs.to_string(), self.num_epochs >= 1, "1 or more"),
             ("max_steps", format!("{:?}", self.max_steps), self.max_steps != Some(0), "1 or more"),
             ("val_every", format!("{:?}", self.val_every), self.val_every != Some(0), "1 or more"),
+            ("keep_checkpoints", self.keep_checkpoints.to_string(), self.keep_checkpoints >= 1, "1 or more"),
             ("lora_r", self.lora_r.to_string(), (1..=4096).contains(&self.lora_r), "1 to 4096"),
             ("lora_alpha", self.lora_alpha.to_string(), positive(self.lora_alpha), "above 0"),
             (
@@ -278,6 +289,7 @@ mod tests {
             "adam_beta2=1.5",
             "max_steps=0",
             "val_every=0",
+            "keep_checkpoints=0",
             "lora_dropout=0.9999999999",
             "adam_epsilon=1e-300",
             "max_length=33554432",

@@ -1,5 +1,7 @@
 //! Which linears get an adapter, where its parameters stand in the flat buffer, and how they start.
 
+use std::collections::HashMap;
+
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -152,23 +154,26 @@ impl AdapterLayout {
         self.tensors.iter().map(named).collect()
     }
 
-    /// Joins named tensors, in the layout's order, into a flat buffer.
+    /// Joins named tensors, in any order, into a flat buffer.
     ///
     /// # Errors
-    /// A name or shape that differs from the layout's.
+    /// Names or shapes that are not the layout's.
     pub fn to_flat(&self, named: &[NamedTensor]) -> Result<Vec<f32>> {
         if named.len() != self.tensors.len() {
             let message =
                 format!("{} adapter tensors, the model expects {}", named.len(), self.tensors.len());
             return Err(Error::model(message));
         }
+        let by_name: HashMap<&str, &NamedTensor> =
+            named.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
         let mut parameters = vec![0.0; self.parameter_count];
-        for (tensor, given) in self.tensors.iter().zip(named) {
-            if given.name != tensor.name || given.shape != tensor.shape {
-                let found = format!("`{}` {:?}", given.name, given.shape);
-                return Err(
-                    Error::model(format!("{found}, expected {:?}", tensor.shape)).at(tensor.name.clone())
-                );
+        for tensor in &self.tensors {
+            let error = |what: String| Error::model(what).at(tensor.name.clone());
+            let given = by_name
+                .get(tensor.name.as_str())
+                .ok_or_else(|| error("the model has this tensor, the adapter has not".into()))?;
+            if given.shape != tensor.shape {
+                return Err(error(format!("shape {:?}, expected {:?}", given.shape, tensor.shape)));
             }
             parameters[tensor.range()].copy_from_slice(&given.values);
         }
@@ -203,7 +208,13 @@ mod tests {
         let parameters = layout.initial_parameters(1);
         assert!(parameters[..12].iter().all(|value| value.abs() <= 1.0 / 3f32.sqrt() && *value != 0.0));
         assert!(parameters[12..].iter().all(|value| *value == 0.0));
-        assert_eq!(layout.to_flat(&layout.to_named(&parameters)).unwrap(), parameters);
+        let mut named = layout.to_named(&parameters);
+        named.reverse();
+        assert_eq!(layout.to_flat(&named).unwrap(), parameters, "whatever the order");
+        named[1].shape.reverse();
+        assert!(layout.to_flat(&named).unwrap_err().to_string().contains("expected"));
+        named[1].name = "other".into();
+        assert!(layout.to_flat(&named).unwrap_err().to_string().contains("has not"));
     }
 
     #[test]

@@ -22,22 +22,58 @@ pub struct AdamWSettings {
 /// AdamW and its state for one flat buffer of parameters.
 pub struct AdamW<B: Backend> {
     settings: AdamWSettings,
+    parameter_count: usize,
     first_moment: B::Floats,
     second_moment: B::Floats,
     steps: u64,
     loss_scale: LossScale,
 }
 
+/// What an [`AdamW`] goes on from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdamWState {
+    /// Updates done so far.
+    pub steps: u64,
+    /// The running means of the gradients and of their squares, one value a parameter.
+    pub moments: [Vec<f32>; 2],
+    /// As [`LossScale::state`] tells it.
+    pub loss_scale: Option<(f64, u64)>,
+}
+
 impl<B: Backend> AdamW<B> {
     /// A fresh optimizer for `parameter_count` parameters.
     pub fn new(backend: &B, parameter_count: usize, settings: AdamWSettings) -> Result<Self> {
-        let zeros = vec![0.0; parameter_count];
+        let moments = [vec![0.0; parameter_count], vec![0.0; parameter_count]];
+        Self::restore(backend, settings, &AdamWState { steps: 0, moments, loss_scale: None })
+    }
+
+    /// An optimizer that goes on from what [`state`](Self::state) told.
+    pub fn restore(backend: &B, settings: AdamWSettings, state: &AdamWState) -> Result<Self> {
+        let [first, second] = &state.moments;
         Ok(Self {
             settings,
-            first_moment: backend.floats(&zeros)?,
-            second_moment: backend.floats(&zeros)?,
-            steps: 0,
-            loss_scale: if backend.needs_loss_scale() { LossScale::dynamic() } else { LossScale::none() },
+            parameter_count: first.len(),
+            first_moment: backend.floats(first)?,
+            second_moment: backend.floats(second)?,
+            steps: state.steps,
+            loss_scale: match state.loss_scale {
+                _ if !backend.needs_loss_scale() => LossScale::none(),
+                None => LossScale::dynamic(),
+                known => LossScale::from_state(known),
+            },
+        })
+    }
+
+    /// All that an optimizer needs to go on bit for bit.
+    pub fn state(&self, backend: &B) -> Result<AdamWState> {
+        let read = |floats| {
+            let mut values = vec![0.0; self.parameter_count];
+            backend.read_floats(floats, &mut values).map(|()| values)
+        };
+        Ok(AdamWState {
+            steps: self.steps,
+            moments: [read(&self.first_moment)?, read(&self.second_moment)?],
+            loss_scale: self.loss_scale.state(),
         })
     }
 

@@ -6,6 +6,6 @@ mod adamw;
 mod loss_scale;
 mod schedule;
 
-pub use adamw::{AdamW, AdamWSettings};
+pub use adamw::{AdamW, AdamWSettings, AdamWState};
 pub use loss_scale::LossScale;
 pub use schedule::Schedule;

@@ -9,7 +9,10 @@
 
 use std::ops::Range;
 
+use sha2::{Digest, Sha256};
+
 use super::samples::Sample;
+use super::tokenizer::hex;
 use crate::batch::Batch;
 use crate::error::{Error, Result};
 
@@ -148,6 +151,15 @@ impl EpochOrder<'_> {
     /// The samples' indices in the order in which they are learned.
     pub fn sample_indices(&self) -> &[u32] {
         &self.order
+    }
+
+    /// SHA-256 over the indices (u32, little-endian) in their order, in hexadecimal.
+    pub fn fingerprint(&self) -> String {
+        let mut hasher = Sha256::new();
+        for index in &self.order {
+            hasher.update(index.to_le_bytes());
+        }
+        hex(&hasher.finalize())
     }
 
     /// The optimizer steps; `skip` is free, so a resumed run begins where it stopped.
@@ -350,6 +362,9 @@ mod tests {
         let samples = samples(&[2; 10], &[1; 10]);
         let plan = BatchPlan::new(&samples, options(1, 1, true)).unwrap();
         assert_eq!(plan.epoch(0).sample_indices(), [0, 3, 5, 7, 9, 8, 2, 1, 4, 6]);
+        // From Python's hashlib.
+        let fingerprint = "6d7b87fc166e415e2762fa528c10f82b4132f0facce4f020a23ce5441089791c";
+        assert_eq!(plan.epoch(0).fingerprint(), fingerprint);
         assert_eq!(plan.epoch(1).sample_indices(), [6, 5, 1, 4, 7, 3, 2, 9, 8, 0]);
     }
 

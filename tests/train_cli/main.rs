@@ -9,10 +9,12 @@ mod data_faults;
 #[cfg(feature = "emulator")]
 mod emulator;
 mod fault_table;
+mod faulty_files;
 mod golden;
 mod invariance;
 mod numerical;
 mod order_of_checks;
 mod outputs;
+mod resume;
 mod run_faults;
 mod workspace;

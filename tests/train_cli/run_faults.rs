@@ -183,7 +183,7 @@ fn an_adapter_brings_its_own_rank_and_contradictions_are_refused() {
             &workspace,
             &["--init-adapter", &start, flag, value],
             2,
-            &[key, "--init-adapter", "remove the key"],
+            &[key, "init_adapter", "remove the key"],
         );
     }
     // The same value said twice is no contradiction.

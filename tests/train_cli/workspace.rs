@@ -1,8 +1,10 @@
 //! A folder to train in, and the binary that trains.
 
 use std::collections::BTreeMap;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
+use std::sync::LazyLock;
 
 use assert_cmd::cargo::cargo_bin;
 use serde_json::{Value, json};
@@ -26,6 +28,16 @@ pub struct Finished {
 }
 
 impl Finished {
+    /// What a process left; of one that a signal ended, the code is what a shell would say.
+    pub fn of(output: Output) -> Self {
+        let code = output.status.code().or(output.status.signal().map(|signal| 128 + signal));
+        Self {
+            code: code.unwrap(),
+            stdout: String::from_utf8(output.stdout).unwrap(),
+            stderr: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+
     /// The standard error of a run that must succeed.
     #[track_caller]
     pub fn succeeded(self) -> Self {
@@ -90,14 +102,10 @@ impl Workspace {
         name.to_string()
     }
 
-    /// `fastlora train` with exactly these arguments.
-    pub fn train(&self, arguments: &[&str]) -> Finished {
-        self.run(&[&["train"], arguments].concat())
-    }
-
-    /// The binary with exactly these arguments.
-    pub fn run(&self, arguments: &[&str]) -> Finished {
-        let output = Command::new(cargo_bin("fastlora"))
+    /// The binary with exactly these arguments, to be started.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(cargo_bin("fastlora"));
+        command
             .args(arguments)
             .current_dir(self.folder.path())
             .stdin(Stdio::null())
@@ -106,23 +114,32 @@ impl Workspace {
             .env("HF_HUB_OFFLINE", "1")
             .env_remove("HF_HUB_CACHE")
             .env_remove("HF_ENDPOINT")
-            .env_remove("NO_COLOR")
-            .output()
-            .unwrap();
-        Finished {
-            code: output.status.code().expect("not killed by a signal"),
-            stdout: String::from_utf8(output.stdout).unwrap(),
-            stderr: String::from_utf8(output.stderr).unwrap(),
-        }
+            .env_remove("NO_COLOR");
+        command
     }
 
-    /// [`train`](Self::train) of tiny_qwen2 on `train.jsonl` without validation into `output`; `arguments` say more.
+    /// The binary with exactly these arguments.
+    pub fn run(&self, arguments: &[&str]) -> Finished {
+        Finished::of(self.command(arguments).output().unwrap())
+    }
+
+    /// `fastlora train` with exactly these arguments.
+    pub fn train(&self, arguments: &[&str]) -> Finished {
+        self.run(&[&["train"], arguments].concat())
+    }
+
+    /// Arguments that train tiny_qwen2 on `train.jsonl` into `output`, without validation unless `more` has it.
+    pub fn usual<'a>(output: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+        static MODEL: LazyLock<String> =
+            LazyLock::new(|| fixture("tiny_qwen2").to_str().unwrap().to_string());
+        let usual = ["-m", &MODEL, "--train-data", "train.jsonl", "-o", output];
+        let validation: &[&str] = if more.contains(&"--val-data") { &[] } else { &["--val-data", "none"] };
+        [&usual, validation, more].concat()
+    }
+
+    /// [`train`](Self::train) with the [`usual`](Self::usual) arguments.
     pub fn train_into(&self, output: &str, arguments: &[&str]) -> Finished {
-        let model = fixture("tiny_qwen2");
-        let usual = ["-m", model.to_str().unwrap(), "--train-data", "train.jsonl", "-o", output];
-        let validation: &[&str] =
-            if arguments.contains(&"--val-data") { &[] } else { &["--val-data", "none"] };
-        self.train(&[&usual, validation, arguments].concat())
+        self.train(&Self::usual(output, arguments))
     }
 
     /// The objects of `OUTPUT/metrics.jsonl`.

@@ -54,7 +54,6 @@ pub fn write_adapter(
     tensors: &[NamedTensor],
     companions: &Companions<'_>,
 ) -> Result<()> {
-    check_values(tensors)?;
     let staging = Staging::new(folder, "adapter")?;
     let names = stage(staging.path(), config, tensors, companions)?;
     staging.move_files(folder, &names)
@@ -71,7 +70,6 @@ pub fn replace_adapter_folder(
     tensors: &[NamedTensor],
     companions: &Companions<'_>,
 ) -> Result<()> {
-    check_values(tensors)?;
     let name = folder
         .file_name()
         .and_then(|name| name.to_str())
@@ -94,13 +92,15 @@ fn check_values(tensors: &[NamedTensor]) -> Result<()> {
     Ok(())
 }
 
-/// Writes all files into `folder` and reads the adapter back. Returns their names, the weights last.
-fn stage(
+/// Writes all files into `folder` and reads the adapter back, unless a value is not finite. Returns the files' names,
+/// the weights last.
+pub(in crate::checkpoint) fn stage(
     folder: &Path,
     config: &AdapterConfig,
     tensors: &[NamedTensor],
     companions: &Companions<'_>,
 ) -> Result<Vec<String>> {
+    check_values(tensors)?;
     let mut names = Vec::new();
     let mut write = |name: &str, bytes: &[u8]| {
         names.push(name.to_string());
@@ -128,15 +128,15 @@ fn stage(
     Ok(names)
 }
 
-fn pretty(value: &Value) -> Result<String> {
+pub(in crate::checkpoint) fn pretty(value: &Value) -> Result<String> {
     let text = serde_json::to_string_pretty(value)
         .map_err(|source| Error::internal("cannot render JSON").caused_by(source))?;
     Ok(text + "\n")
 }
 
-fn to_safetensors(tensors: &[NamedTensor]) -> Result<Vec<u8>> {
+pub(in crate::checkpoint) fn to_safetensors(tensors: &[NamedTensor]) -> Result<Vec<u8>> {
     let invalid = |source: safetensors::SafeTensorError| {
-        Error::internal("an adapter tensor's values do not fill its shape").caused_by(source)
+        Error::internal("a tensor's values do not fill its shape").caused_by(source)
     };
     let little_endian: Vec<Vec<u8>> = tensors
         .iter()

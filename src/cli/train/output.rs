@@ -1,15 +1,20 @@
 //! The output folder: checked before the run, and the adapters written into it.
 
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use serde_json::{Value, json};
 
+use super::resume::Start;
 use crate::checkpoint::adapter::{
     ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterConfig, CHAT_TEMPLATE, Companions, replace_adapter_folder,
     write_adapter,
 };
+use crate::checkpoint::atomic::{parent_of, remove_file, remove_folder, replace_file, sync_folder};
 use crate::checkpoint::base::BaseModel;
+use crate::checkpoint::run::Checkpoints;
+use crate::checkpoint::volume::check_writable;
 use crate::config::TrainingConfig;
 use crate::error::{Error, Result};
 use crate::tensor::NamedTensor;
@@ -19,42 +24,127 @@ use crate::training::{TrainingSummary, ValidationReport};
 pub(super) const RESOLVED_CONFIG: &str = "training_config.json";
 /// Figures of every step and validation.
 pub(super) const METRICS: &str = "metrics.jsonl";
+/// Where an adapter comes from; of a finished run also its figures.
+pub(super) const PROVENANCE: &str = "fastlora.json";
 /// The best adapter by validation loss.
 const BEST: &str = "best";
 
-/// Refuses an output folder that holds anything, unless it may be overwritten.
-pub(super) fn check_output_folder(folder: &Path, overwrite: bool) -> Result<()> {
-    let place = folder.display().to_string();
-    let entries = match std::fs::read_dir(folder) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(Error::file("read", folder, error)),
-    };
-    if entries.count() > 0 && !overwrite {
-        return Err(Error::config("the output folder is not empty")
-            .at(place)
-            .hint("name another with --output-dir, or give --overwrite to replace the run in it"));
-    }
-    Ok(())
+/// Checkpoints, one folder each.
+const CHECKPOINTS: &str = "checkpoints";
+
+/// Where the checkpoints of a run are.
+pub(super) fn checkpoints_folder(config: &TrainingConfig) -> PathBuf {
+    config.output_dir.join(CHECKPOINTS)
 }
 
-/// Creates the folder and takes away what an earlier run left in it, and nothing else.
-pub(super) fn prepare_output_folder(folder: &Path, config: &TrainingConfig) -> Result<()> {
-    std::fs::create_dir_all(folder).map_err(|error| Error::file("create", folder, error))?;
-    // The weights first: without them the folder is no adapter, whatever else is still there.
-    for name in [ADAPTER_WEIGHTS, ADAPTER_CONFIG, CHAT_TEMPLATE, "fastlora.json", METRICS] {
-        remove(&folder.join(name), |path| std::fs::remove_file(path))?;
-    }
-    remove(&folder.join(BEST), |path| std::fs::remove_dir_all(path))?;
-    let path = folder.join(RESOLVED_CONFIG);
-    let text = format!("{:#}\n", json!(config));
-    std::fs::write(&path, text).map_err(|error| Error::file("write", &path, error))
+/// Where the best adapter of a run is.
+pub(super) fn best_folder(config: &TrainingConfig) -> PathBuf {
+    config.output_dir.join(BEST)
 }
 
-fn remove(path: &Path, remove: impl Fn(&Path) -> std::io::Result<()>) -> Result<()> {
-    match remove(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::file("remove", path, error)),
-        _ => Ok(()),
+/// What may become of a run that is in the output folder already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Earlier {
+    /// It stays, and the new run is refused.
+    Keep,
+    /// It goes on.
+    Resume,
+    /// The new run takes its place.
+    Overwrite,
+}
+
+/// The output folder, which no other process writes into while this lives.
+pub(super) struct OutputFolder {
+    folder: PathBuf,
+    earlier: Earlier,
+    lock: OnceLock<File>,
+}
+
+impl OutputFolder {
+    /// Checks the folder, which need not exist, and changes nothing.
+    ///
+    /// # Errors
+    /// A folder that holds anything and must be kept, that another process writes into, or that cannot be written into.
+    pub(super) fn check(folder: &Path, earlier: Earlier) -> Result<Self> {
+        let output = Self { folder: folder.to_path_buf(), earlier, lock: OnceLock::new() };
+        output.check_contents()?;
+        check_writable(folder)?;
+        if folder.is_dir() {
+            output.lock()?;
+        }
+        Ok(output)
+    }
+
+    fn check_contents(&self) -> Result<()> {
+        let folder = &self.folder;
+        let entries = match std::fs::read_dir(folder) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(Error::file("read", folder, error)),
+        };
+        if entries.count() == 0 || self.earlier != Earlier::Keep {
+            return Ok(());
+        }
+        Err(Error::config("the output folder is not empty").at(folder.display().to_string()).hint(
+            "name another with --output-dir, give --resume to go on with the run in it, or --overwrite to replace it",
+        ))
+    }
+
+    /// The lock is on the folder itself: it leaves no file, and ends with the process however that ends.
+    fn lock(&self) -> Result<()> {
+        let folder = &self.folder;
+        let file = File::open(folder).map_err(|source| Error::file("open", folder, source))?;
+        match file.try_lock() {
+            Ok(()) => drop(self.lock.set(file)),
+            Err(TryLockError::WouldBlock) => {
+                return Err(Error::io("another process trains into this folder")
+                    .at(folder.display().to_string())
+                    .hint("wait for its end, or name another folder with --output-dir"));
+            }
+            // Some network file systems have no locks for folders.
+            Err(TryLockError::Error(error)) => {
+                tracing::warn!("{} cannot be locked against a second run: {error}", folder.display());
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the folder and takes away what an earlier run left in it: all that is its own before a fresh start, what
+    /// came after the checkpoint before a resumed one.
+    ///
+    /// # Errors
+    /// A folder that another process took meanwhile, or files that cannot be written.
+    pub(super) fn prepare(&self, config: &TrainingConfig, start: &Start) -> Result<()> {
+        let folder = &self.folder;
+        if !folder.is_dir() {
+            std::fs::create_dir_all(folder).map_err(|error| Error::file("create", folder, error))?;
+            sync_folder(parent_of(folder))?;
+        }
+        if self.lock.get().is_none() {
+            self.lock()?;
+            self.check_contents()?;
+        }
+        // The weights first: without them the folder is no adapter, whatever else is still there.
+        for name in [ADAPTER_WEIGHTS, ADAPTER_CONFIG, CHAT_TEMPLATE, PROVENANCE] {
+            remove_file(&folder.join(name))?;
+        }
+        for name in ["adapter", BEST] {
+            remove_folder(&folder.join(format!(".{name}.partial")))?;
+        }
+        let checkpoints = Checkpoints::new(checkpoints_folder(config));
+        match start {
+            Start::Resumed(_) => {
+                checkpoints.clean()?;
+                checkpoints.remove_after(start.steps())?;
+            }
+            _ => {
+                remove_file(&folder.join(METRICS))?;
+                remove_folder(&best_folder(config))?;
+                checkpoints.remove_all()?;
+            }
+        }
+        let text = format!("{:#}\n", json!(config));
+        replace_file(&folder.join(RESOLVED_CONFIG), text.as_bytes())
     }
 }
 
@@ -63,11 +153,9 @@ pub(super) struct AdapterWriter<'a> {
     pub config: &'a TrainingConfig,
     pub adapter: AdapterConfig,
     pub base: &'a BaseModel,
-    /// The adapter that the run started from.
-    pub init_adapter: Option<&'a Path>,
     /// Fingerprints of the base's files, which are read through only once.
     pub base_fingerprints: OnceLock<Value>,
-    /// Fingerprints of the training and of the validation samples.
+    /// Fingerprints of the training and of the validation samples, and of the order of the first epoch.
     pub data_fingerprints: Value,
     /// Fingerprint of `tokenizer.json`, where the base has one.
     pub tokenizer_fingerprint: Option<String>,
@@ -81,41 +169,55 @@ impl AdapterWriter<'_> {
     /// Replaces the best adapter.
     pub(super) fn write_best(&self, report: &ValidationReport, tensors: &[NamedTensor]) -> Result<()> {
         let losses = json!({ "validation": report.evaluation.overall().loss() });
-        let provenance = self.provenance(report.step, losses)?;
-        let figures = validation_figures(report.step, report.evaluation.overall().loss());
-        let card = self.model_card(&figures);
+        let mut provenance = self.provenance()?;
+        add(&mut provenance, json!({ "step": report.step, "losses": losses }));
+        let card = self.model_card(&validation_figures(report.step, report.evaluation.overall().loss()));
         let companions = self.companions(&provenance, &card);
-        replace_adapter_folder(&self.best_folder(), &self.adapter, tensors, &companions)
+        replace_adapter_folder(&best_folder(self.config), &self.adapter, tensors, &companions)
     }
 
     /// Writes the final adapter into the output folder itself.
     pub(super) fn write_final(&self, summary: &TrainingSummary, tensors: &[NamedTensor]) -> Result<()> {
+        let (mut provenance, card) = self.describe(summary)?;
+        // Its presence tells a finished run.
+        add(&mut provenance, json!({ "summary": summary }));
+        let companions = self.companions(&provenance, &card);
+        write_adapter(&self.config.output_dir, &self.adapter, tensors, &companions)
+    }
+
+    /// Provenance and model card of the adapter after the steps of `summary`.
+    pub(super) fn describe(&self, summary: &TrainingSummary) -> Result<(Value, String)> {
         let losses = json!({
             "first_training": summary.first_loss,
             "last_training": summary.last_loss,
             "validation": summary.last_validation_loss,
         });
-        let provenance = self.provenance(summary.steps, losses)?;
+        let mut provenance = self.provenance()?;
+        add(&mut provenance, json!({ "step": summary.steps, "losses": losses }));
         let mut figures = format!(
             "- training loss: {:.4} at the first step, {:.4} at the last\n",
             summary.first_loss, summary.last_loss
         );
-        figures.push_str(&validation_figures(summary.steps, summary.last_validation_loss));
-        let card = self.model_card(&figures);
-        let companions = self.companions(&provenance, &card);
-        write_adapter(&self.config.output_dir, &self.adapter, tensors, &companions)
+        figures.push_str(&validation_figures(summary.last_validation_step, summary.last_validation_loss));
+        Ok((provenance, self.model_card(&figures)))
     }
 
-    pub(super) fn best_folder(&self) -> PathBuf {
-        self.config.output_dir.join(BEST)
+    /// What the files of the run hold in bytes, at most: the checkpoints with one in the making, and the last and the
+    /// best adapter with one in the making.
+    pub(super) fn largest_output_bytes(&self, parameter_count: u64) -> u64 {
+        let adapter_bytes = 4 * parameter_count;
+        let checkpoint_bytes = 3 * adapter_bytes;
+        let checkpoints = self.config.keep_checkpoints as u64 + 1;
+        checkpoint_bytes.saturating_mul(checkpoints).saturating_add(3 * adapter_bytes)
     }
 
-    fn companions<'a>(&'a self, provenance: &'a Value, model_card: &'a str) -> Companions<'a> {
+    pub(super) fn companions<'a>(&'a self, provenance: &'a Value, model_card: &'a str) -> Companions<'a> {
         let base_folder = Some(self.base.folder());
         Companions { provenance, model_card, base_folder, chat_template: self.chat_template }
     }
 
-    fn provenance(&self, step: u64, losses: Value) -> Result<Value> {
+    /// Where an adapter of this run comes from: what must be the same for the run to go on.
+    pub(super) fn provenance(&self) -> Result<Value> {
         let base_fingerprints = match self.base_fingerprints.get() {
             Some(known) => known,
             None => {
@@ -126,11 +228,9 @@ impl AdapterWriter<'_> {
         };
         Ok(json!({
             "fastlora_version": env!("CARGO_PKG_VERSION"),
-            "step": step,
-            "losses": losses,
             "base_model": self.config.model_name,
             "base_sha256": base_fingerprints,
-            "init_adapter": self.init_adapter,
+            "init_adapter": self.config.init_adapter,
             "tokenizer_sha256": self.tokenizer_fingerprint,
             "data_sha256": self.data_fingerprints,
             "config": self.config,
@@ -158,6 +258,12 @@ impl AdapterWriter<'_> {
             version = env!("CARGO_PKG_VERSION"),
             data = self.data_description,
         )
+    }
+}
+
+fn add(object: &mut Value, more: Value) {
+    if let (Value::Object(object), Value::Object(more)) = (object, more) {
+        object.extend(more);
     }
 }
 

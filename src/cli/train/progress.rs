@@ -17,6 +17,7 @@ const SMOOTHING: f64 = 0.1;
 /// Progress of one run.
 pub(super) struct Progress {
     bar: Option<ProgressBar>,
+    done: u64,
     total_steps: u64,
     started: Instant,
     last_line: Option<Instant>,
@@ -24,16 +25,16 @@ pub(super) struct Progress {
 }
 
 impl Progress {
-    /// Shows nothing yet. `quiet` shows nothing at all.
-    pub(super) fn new(total_steps: u64, quiet: bool) -> Self {
+    /// Shows nothing yet. `done` steps were done before; `quiet` shows nothing at all.
+    pub(super) fn new(done: u64, total_steps: u64, quiet: bool) -> Self {
         let bar = (!quiet && std::io::stderr().is_terminal()).then(|| {
             let has_colour = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
             let bar = if has_colour { "{bar:24.cyan/blue}" } else { "{bar:24}" };
             let style = ProgressStyle::with_template(&format!("{bar} {{pos}}/{{len}} {{msg}} ETA {{eta}}"))
                 .unwrap_or_else(|_| ProgressStyle::default_bar());
-            ProgressBar::new(total_steps).with_style(style)
+            ProgressBar::new(total_steps).with_style(style).with_position(done)
         });
-        Self { bar, total_steps, started: Instant::now(), last_line: None, tokens_per_second: None }
+        Self { bar, done, total_steps, started: Instant::now(), last_line: None, tokens_per_second: None }
     }
 
     pub(super) fn step(&mut self, report: &StepReport) {
@@ -52,7 +53,7 @@ impl Progress {
         }
         let is_due = self.last_line.is_none_or(|last| last.elapsed() >= PLAIN_INTERVAL);
         if is_due || report.step == self.total_steps {
-            let seconds_a_step = self.started.elapsed().as_secs_f64() / report.step as f64;
+            let seconds_a_step = self.started.elapsed().as_secs_f64() / (report.step - self.done) as f64;
             let seconds_left = (self.total_steps - report.step) as f64 * seconds_a_step;
             info!("step {}/{} {figures} ETA {}", report.step, self.total_steps, human_time(seconds_left));
             self.last_line = Some(Instant::now());

@@ -1,33 +1,19 @@
-//! Everything that a run leaves behind while it goes: metrics, progress, the best adapter.
+//! Everything that a run leaves behind while it goes: metrics, progress, the best adapter, checkpoints.
 
-use std::path::Path;
-
+use super::checkpointer::Checkpointer;
 use super::output::AdapterWriter;
 use super::progress::Progress;
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::model::Transformer;
-use crate::training::{MetricsFile, Observer, StepReport, ValidationReport};
+use crate::training::{Flow, MetricsFile, Observer, Pause, StepReport, ValidationReport};
 
 /// The observer of `fastlora train`.
 pub(super) struct Recorder<'a> {
-    metrics: MetricsFile,
-    progress: Progress,
-    writer: &'a AdapterWriter<'a>,
-}
-
-impl<'a> Recorder<'a> {
-    pub(super) fn new(
-        metrics_path: &Path,
-        progress: Progress,
-        writer: &'a AdapterWriter<'a>,
-    ) -> Result<Self> {
-        Ok(Self { metrics: MetricsFile::create(metrics_path)?, progress, writer })
-    }
-
-    pub(super) fn finish(&self) {
-        self.progress.finish();
-    }
+    pub metrics: MetricsFile,
+    pub progress: Progress,
+    pub writer: &'a AdapterWriter<'a>,
+    pub checkpointer: Checkpointer<'a>,
 }
 
 impl<B: Backend> Observer<B> for Recorder<'_> {
@@ -44,5 +30,13 @@ impl<B: Backend> Observer<B> for Recorder<'_> {
             self.writer.write_best(report, &model.adapters()?)?;
         }
         Ok(())
+    }
+
+    fn between_steps(&mut self, pause: &Pause<'_, B>) -> Result<Flow> {
+        self.checkpointer.between_steps(pause, &self.metrics)
+    }
+
+    fn wants_to_stop(&self) -> bool {
+        self.checkpointer.wants_to_stop()
     }
 }

@@ -1,0 +1,50 @@
+//! Samples with their grouping, and where they come from.
+
+use crate::error::Result;
+use crate::model::Limits;
+use crate::tokens::{BatchOptions, BatchPlan, SampleSet};
+
+/// Samples and how they are grouped into batches.
+pub struct Split<'a> {
+    samples: &'a SampleSet,
+    plan: BatchPlan<'a>,
+}
+
+impl<'a> Split<'a> {
+    /// Groups `samples`.
+    ///
+    /// # Errors
+    /// As [`BatchPlan::new`].
+    pub fn new(samples: &'a SampleSet, options: BatchOptions) -> Result<Self> {
+        Ok(Self { samples, plan: BatchPlan::new(&samples.samples, options)? })
+    }
+
+    /// Which samples make which step.
+    pub fn plan(&self) -> &BatchPlan<'a> {
+        &self.plan
+    }
+
+    pub(super) fn hash_of(&self, sample: usize) -> &'a str {
+        &self.samples.hash_names[self.samples.samples[sample].hash]
+    }
+
+    /// The places of the first few of these samples' records.
+    pub(super) fn origins(&self, sample_indices: &[u32]) -> String {
+        const NAMED: usize = 8;
+        let origin = |index: &u32| self.samples.samples[*index as usize].origin.to_string();
+        let mut origins: Vec<String> = sample_indices.iter().take(NAMED).map(origin).collect();
+        if sample_indices.len() > NAMED {
+            origins.push(format!("and {} more", sample_indices.len() - NAMED));
+        }
+        origins.join(", ")
+    }
+
+    /// The largest micro-batch of any epoch.
+    pub(super) fn limits(&self) -> Limits {
+        Limits {
+            tokens: self.plan.max_tokens(),
+            labelled_rows: self.plan.max_labelled_rows(),
+            positions: self.plan.longest_sample(),
+        }
+    }
+}
