@@ -7,6 +7,8 @@ mod compile;
 mod emulator;
 #[path = "build/nvcc.rs"]
 mod nvcc;
+#[path = "build/toolkit.rs"]
+mod toolkit;
 
 use std::path::PathBuf;
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::compile::{self, Job};
+use crate::toolkit;
 
 /// sm_80 machine code, and PTX that the driver compiles at load for anything newer.
 const TARGETS: &[&str] = &["-gencode=arch=compute_80,code=[sm_80,compute_80]"];
@@ -20,7 +21,7 @@ enum Wanted {
     Off,
 }
 
-/// Writes `OUT_DIR/cuda_modules.rs`: `CUDA_VERSION` and `MODULES`, both empty-handed without nvcc.
+/// Writes `OUT_DIR/cuda_modules.rs`: `CUDA_VERSION`, `TARGETS` and `MODULES`; without nvcc 0 and no modules.
 pub fn build(kernels: &[&str], out: &Path) {
     let wanted = match std::env::var("FASTLORA_CUDA").as_deref() {
         Err(_) | Ok("" | "auto") => Wanted::Auto,
@@ -28,7 +29,10 @@ pub fn build(kernels: &[&str], out: &Path) {
         Ok("off") => Wanted::Off,
         Ok(other) => panic!("FASTLORA_CUDA is `{other}`; it may be `auto`, `require` or `off`"),
     };
-    let nvcc = if wanted == Wanted::Off { None } else { find_nvcc() };
+    let nvcc = match wanted {
+        Wanted::Off => None,
+        _ => toolkit::find_nvcc().unwrap_or_else(|problem| panic!("{problem}")),
+    };
     match (&nvcc, wanted) {
         (None, Wanted::Require) => panic!(
             "FASTLORA_CUDA=require, and no nvcc in NVCC, CUDA_HOME, CUDA_PATH, PATH, the active Python's nvidia/cu13 or \
@@ -41,12 +45,19 @@ pub fn build(kernels: &[&str], out: &Path) {
     }
     let mut generated = String::new();
     let (version, modules) = match &nvcc {
-        Some(nvcc) => (cuda_version(nvcc), compile_kernels(nvcc, kernels, out, wanted)),
+        Some(nvcc) => {
+            let version = toolkit::cuda_version(nvcc)
+                .unwrap_or_else(|| panic!("{} --version names no release", nvcc.display()));
+            (version, compile_kernels(nvcc, kernels, out, wanted))
+        }
         None => (0, Vec::new()),
     };
     writeln!(generated, "/// The toolkit's version as the driver counts: 13000 for 13.0; 0 without CUDA.")
         .unwrap();
     writeln!(generated, "pub const CUDA_VERSION: i32 = {version};").unwrap();
+    writeln!(generated, "/// What the kernels are compiled for.").unwrap();
+    let targets: Vec<&str> = TARGETS.iter().flat_map(|flag| codes(flag)).collect();
+    writeln!(generated, "pub const TARGETS: &[&str] = &{targets:?};").unwrap();
     writeln!(generated, "/// Each kernel file's name and fatbin.").unwrap();
     writeln!(generated, "pub const MODULES: &[(&str, &[u8])] = &[").unwrap();
     for (name, path) in modules {
@@ -81,49 +92,16 @@ fn compile_kernels(nvcc: &Path, kernels: &[&str], out: &Path, wanted: Wanted) ->
     kernels.iter().map(|name| (name.to_string(), out.join(format!("{name}.fatbin")))).collect()
 }
 
+/// The code that a `-gencode` flag asks for: `sm_80`, and `compute_80` for PTX.
+fn codes(flag: &'static str) -> impl Iterator<Item = &'static str> {
+    // With the comma: `-gencode=` holds `code=` too.
+    let (_, codes) = flag.split_once(",code=").expect("a -gencode flag");
+    codes.trim_matches(['[', ']']).split(',')
+}
+
 /// What ptxas says of code that runs but crawls: spilled registers, tensor-core instructions made to wait in turn.
 fn is_slow_code(line: &str) -> bool {
     let spills =
         line.contains("bytes spill stores") && !line.contains(" 0 bytes spill stores, 0 bytes spill loads");
     spills || line.contains("wgmma") && line.contains("serializ")
-}
-
-/// nvcc by the first of: `NVCC`, `CUDA_HOME`, `CUDA_PATH`, `PATH`, the active Python's wheels, `/usr/local/cuda`.
-fn find_nvcc() -> Option<PathBuf> {
-    if let Some(named) = std::env::var_os("NVCC").filter(|value| !value.is_empty()) {
-        let path = PathBuf::from(named);
-        assert!(works(&path), "NVCC is {}, which does not run", path.display());
-        return Some(path);
-    }
-    let toolkit = |root: PathBuf| root.join("bin/nvcc");
-    let homes =
-        ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os).map(|home| toolkit(home.into()));
-    let on_path = std::iter::once(PathBuf::from("nvcc"));
-    let wheels = std::iter::once_with(python_wheels).flatten().map(toolkit);
-    let usual = std::iter::once(toolkit("/usr/local/cuda".into()));
-    homes.chain(on_path).chain(wheels).chain(usual).find(|candidate| works(candidate))
-}
-
-fn works(nvcc: &Path) -> bool {
-    Command::new(nvcc).arg("--version").output().is_ok_and(|result| result.status.success())
-}
-
-fn python_wheels() -> Option<PathBuf> {
-    let code = "import sysconfig; print(sysconfig.get_path('purelib'))";
-    let result = Command::new("python3").args(["-c", code]).output().ok()?;
-    let folder = String::from_utf8(result.stdout).ok()?;
-    Some(Path::new(folder.trim()).join("nvidia/cu13"))
-}
-
-/// "release 13.0" → 13000.
-fn cuda_version(nvcc: &Path) -> i32 {
-    let parse = || {
-        let result = Command::new(nvcc).arg("--version").output().ok()?;
-        let text = String::from_utf8(result.stdout).ok()?;
-        let (_, rest) = text.split_once("release ")?;
-        let (major, rest) = rest.split_once('.')?;
-        let minor: String = rest.chars().take_while(char::is_ascii_digit).collect();
-        Some(major.parse::<i32>().ok()? * 1000 + minor.parse::<i32>().ok()? * 10)
-    };
-    parse().unwrap_or_else(|| panic!("{} --version names no release", nvcc.display()))
 }

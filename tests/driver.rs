@@ -2,26 +2,17 @@
 //! again with that library first on the search path.
 #![cfg(target_os = "linux")]
 
-use std::path::{Path, PathBuf};
+#[path = "support/fake_cuda.rs"]
+mod fake_cuda;
+
 use std::process::Command;
 
+use fake_cuda::build_library;
 use fastlora::device::driver::{self, Driver};
 use fastlora::device::{Argument, Device, Launch};
 use fastlora::error::{Error, Result};
 
 const INNER: &str = "FASTLORA_TEST_INNER";
-
-/// Compiles the library into `folder`; `stub` leaves out a function that is needed.
-fn build_library(folder: &Path, stub: bool) {
-    let source = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/fake_cuda.c");
-    let mut command = Command::new("cc");
-    // The name that is tried first, also where a real driver is installed.
-    command.args(["-shared", "-fPIC", "-w", "-o"]).arg(folder.join("libcuda.so")).arg(source);
-    if stub {
-        command.arg("-DcuStreamCreate=renamed");
-    }
-    assert!(command.status().unwrap().success());
-}
 
 /// What `work` prints in a process whose driver has this fault.
 fn in_fake(test: &str, fault: &str, work: fn() -> Result<String>) -> Option<String> {

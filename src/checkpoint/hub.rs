@@ -7,9 +7,12 @@
 mod cache;
 mod client;
 mod download;
+mod usage;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+pub use usage::{CacheUsage, cache_usage};
 
 use crate::error::{Error, Result};
 

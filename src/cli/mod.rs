@@ -1,6 +1,7 @@
 //! The verbs of the command line, one file each.
 
 pub mod device;
+mod doctor;
 mod evaluate;
 mod generate;
 mod import;
@@ -42,6 +43,8 @@ pub enum Command {
     Evaluate(evaluate::EvaluateArgs),
     /// Turn a GGUF file into a Hugging Face model folder.
     Import(import::ImportArgs),
+    /// Tell what training would find on this machine, what is wrong and what to do.
+    Doctor(doctor::DoctorArgs),
 }
 
 impl Cli {
@@ -52,6 +55,7 @@ impl Cli {
             Command::Generate(args) => generate::run(args, self),
             Command::Evaluate(args) => evaluate::run(args, self),
             Command::Import(args) => import::run(args, self),
+            Command::Doctor(args) => doctor::run(args, self),
         }
     }
 }

@@ -1,7 +1,9 @@
 //! An NVIDIA GPU through the CUDA driver, loaded at run time: the binary builds and starts without it.
 //!
-//! The only file that names `cudarc`. Its functions panic where the driver library or a symbol is missing, so
+//! The only module that names `cudarc`. Its functions panic where the driver library or a symbol is missing, so
 //! `check_library` asks first.
+
+mod survey;
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_void};
@@ -11,10 +13,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute};
 
+pub use survey::{GpuSummary, KernelBuild, Survey, kernel_build, survey};
+
 use super::{Argument, Device, Launch, Limits, Memory, check_range};
 use crate::error::{Error, Result};
 
-/// The kernels that the build script compiled: `CUDA_VERSION` and `MODULES`.
+/// The kernels that the build script compiled: `CUDA_VERSION`, `TARGETS` and `MODULES`.
 mod compiled {
     include!(concat!(env!("OUT_DIR"), "/cuda_modules.rs"));
 }
@@ -116,18 +120,32 @@ fn version_text(version: i32) -> String {
     format!("{}.{}", version / 1000, version % 1000 / 10)
 }
 
-fn check_version() -> Result<()> {
+/// The newest CUDA that the driver supports.
+fn supported_version() -> Result<i32> {
     let mut version = 0;
     // SAFETY: writes one int; needs no initialisation.
     unsafe { sys::cuDriverGetVersion(&mut version) }
         .result()
         .map_err(|error| failed("read the driver's version", error))?;
+    Ok(version)
+}
+
+fn check_version() -> Result<()> {
+    let version = supported_version()?;
     if version >= compiled::CUDA_VERSION {
         return Ok(());
     }
     let (found, wanted) = (version_text(version), version_text(compiled::CUDA_VERSION));
     Err(Error::device(format!("the NVIDIA driver supports CUDA {found}, and this build needs {wanted}"))
         .hint("install a newer driver, or build with an older nvcc"))
+}
+
+fn check_capability(name: &str, limits: Limits) -> Result<()> {
+    let (major, minor) = limits.compute_capability;
+    if limits.compute_capability >= OLDEST_COMPUTE_CAPABILITY {
+        return Ok(());
+    }
+    Err(Error::device(format!("{name} has compute capability {major}.{minor}; 8.0 (Ampere) is needed")))
 }
 
 /// Our words for a driver's error.
@@ -168,12 +186,7 @@ impl Driver {
         let device = result::device::get(ordinal).map_err(|error| failed("open the GPU", error))?;
         let name = result::device::get_name(device).map_err(|error| failed("read the GPU's name", error))?;
         let limits = read_limits(device).map_err(|error| failed("read the GPU's properties", error))?;
-        if limits.compute_capability < OLDEST_COMPUTE_CAPABILITY {
-            let (major, minor) = limits.compute_capability;
-            return Err(Error::device(format!(
-                "{name} has compute capability {major}.{minor}; 8.0 (Ampere) is needed"
-            )));
-        }
+        check_capability(&name, limits)?;
         let inner = open(device, name, limits)?;
         Ok(Self { inner: Arc::new(inner) })
     }
