@@ -1,10 +1,13 @@
 //! The verbs of the command line, one file each.
 
+mod describe;
 pub mod device;
 mod doctor;
 mod evaluate;
 mod generate;
 mod import;
+mod inspect;
+mod memory;
 mod model;
 mod output;
 mod tokenizer;
@@ -41,6 +44,8 @@ pub enum Command {
     Generate(generate::GenerateArgs),
     /// Measure loss, perplexity and token accuracy on data.
     Evaluate(evaluate::EvaluateArgs),
+    /// Show what a model folder, an adapter, a checkpoint or a data file holds.
+    Inspect(inspect::InspectArgs),
     /// Turn a GGUF file into a Hugging Face model folder.
     Import(import::ImportArgs),
     /// Tell what training would find on this machine, what is wrong and what to do.
@@ -54,6 +59,7 @@ impl Cli {
             Command::Train(args) => train::run(args, self),
             Command::Generate(args) => generate::run(args, self),
             Command::Evaluate(args) => evaluate::run(args, self),
+            Command::Inspect(args) => inspect::run(args, self),
             Command::Import(args) => import::run(args, self),
             Command::Doctor(args) => doctor::run(args, self),
         }

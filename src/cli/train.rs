@@ -1,6 +1,7 @@
 //! `fastlora train`: configuration → data → model → tokens → device, then the run and its adapter.
 
 mod checkpointer;
+mod dry_run;
 mod output;
 mod progress;
 mod recorder;
@@ -17,6 +18,7 @@ use serde_json::json;
 use tracing::{info, warn};
 
 use self::checkpointer::Checkpointer;
+use self::dry_run::DryRun;
 use self::output::{
     AdapterWriter, Earlier, METRICS, OutputFolder, RESOLVED_CONFIG, best_folder, checkpoints_folder,
 };
@@ -58,6 +60,12 @@ pub struct TrainArgs {
     /// Replaces the run in an output folder that is not empty.
     #[arg(long, conflicts_with = "resume")]
     overwrite: bool,
+    /// Reads and checks everything, shows samples with what is learned of them, lengths, steps and memory, and ends.
+    #[arg(long, conflicts_with = "resume")]
+    dry_run: bool,
+    /// Samples that a dry run shows.
+    #[arg(long, value_name = "N", default_value_t = 3, requires = "dry_run")]
+    show: usize,
     #[command(flatten)]
     options: Options,
 }
@@ -69,8 +77,9 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     info!("configuration:\n{:#}", json!(config));
     let earlier = match (&resume, args.overwrite) {
         (Some(_), _) => Earlier::Resume,
-        (None, true) => Earlier::Overwrite,
-        (None, false) => Earlier::Keep,
+        // A dry run takes nobody's place.
+        (None, overwrite) if overwrite || args.dry_run => Earlier::Overwrite,
+        (None, _) => Earlier::Keep,
     };
     let output = OutputFolder::check(&config.output_dir, earlier)?;
     let start = resume.map_or(Ok(Start::Fresh), |resume| resume.find(&config))?;
@@ -147,6 +156,21 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     let one_by_one = BatchOptions { shuffle: false, gradient_accumulation_steps: 1, ..batches };
     let validation =
         validation_samples.as_ref().map(|samples| Split::new(samples, one_by_one)).transpose()?;
+
+    if args.dry_run {
+        let plan = DryRun {
+            config: &config,
+            base: &base,
+            lora: (&adapter_config).into(),
+            tokenizer: tokenizer.as_ref(),
+            samples: &training_samples,
+            training: &training,
+            validation: validation.as_ref(),
+            batches,
+        };
+        let chosen = choose_backend(&config.device, &config.dtype, config.threads, &base)?;
+        return plan.describe(&chosen, args.show, cli);
+    }
 
     let order_fingerprint = training.plan().epoch(0).fingerprint();
     let data_fingerprint = training_samples.fingerprint();

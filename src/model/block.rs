@@ -10,6 +10,7 @@
 
 use super::config::{LinearModule, ModelConfig};
 use super::lora::{AdapterLayout, LoraConfig};
+use super::memory::Allocator;
 use crate::backend::{Attention, Backend, Dropout, KvCache, LinearGroup, LinearInput, Projection, RmsNorm};
 use crate::checkpoint::base::BaseModel;
 use crate::error::Result;
@@ -19,7 +20,7 @@ const QKV: usize = 0;
 const OUTPUT: usize = 1;
 const GATE_UP: usize = 2;
 const DOWN: usize = 3;
-const GROUP_COUNT: usize = 4;
+pub(super) const GROUP_COUNT: usize = 4;
 
 /// Frozen weights of one block, and which of its linears have adapters.
 pub(super) struct Block<B: Backend> {
@@ -81,67 +82,67 @@ impl BlockShape {
 }
 
 /// What one block's forward leaves for its backward; in inference all blocks share one.
-pub(super) struct Saved<B: Backend> {
-    qkv: B::Buffer,
-    log_sum: B::Floats,
-    attended: B::Buffer,
-    middle: B::Buffer,
-    gate_up: B::Buffer,
-    s: [B::Buffer; GROUP_COUNT],
+pub(super) struct Saved<M: Allocator> {
+    qkv: M::Buffer,
+    log_sum: M::Floats,
+    attended: M::Buffer,
+    middle: M::Buffer,
+    gate_up: M::Buffer,
+    s: [M::Buffer; GROUP_COUNT],
 }
 
-impl<B: Backend> Saved<B> {
+impl<M: Allocator> Saved<M> {
     pub(super) fn new(
-        backend: &B,
+        memory: &M,
         shape: &BlockShape,
         ranks: [usize; GROUP_COUNT],
         tokens: usize,
     ) -> Result<Self> {
         let [qkv, output, gate_up, down] =
-            ranks.map(|rank| backend.buffer(tokens * backend.low_rank_stride(rank)));
+            ranks.map(|rank| memory.buffer(tokens * memory.low_rank_stride(rank)));
         Ok(Self {
-            qkv: backend.buffer(tokens * shape.qkv_width())?,
-            log_sum: backend.floats(&vec![0.0; tokens * shape.query_heads])?,
-            attended: backend.buffer(tokens * shape.query_width())?,
-            middle: backend.buffer(tokens * shape.hidden_size)?,
-            gate_up: backend.buffer(tokens * 2 * shape.intermediate_size)?,
+            qkv: memory.buffer(tokens * shape.qkv_width())?,
+            log_sum: memory.zeros(tokens * shape.query_heads)?,
+            attended: memory.buffer(tokens * shape.query_width())?,
+            middle: memory.buffer(tokens * shape.hidden_size)?,
+            gate_up: memory.buffer(tokens * 2 * shape.intermediate_size)?,
             s: [qkv?, output?, gate_up?, down?],
         })
     }
 }
 
 /// Buffers that every block uses in turn.
-pub(super) struct Scratch<B: Backend> {
+pub(super) struct Scratch<M: Allocator> {
     /// Output of a norm, `[T, H]`.
-    normed: B::Buffer,
+    normed: M::Buffer,
     /// Output of the gated activation, `[T, F]`.
-    act: B::Buffer,
+    act: M::Buffer,
 }
 
-impl<B: Backend> Scratch<B> {
-    pub(super) fn new(backend: &B, shape: &BlockShape, tokens: usize) -> Result<Self> {
+impl<M: Allocator> Scratch<M> {
+    pub(super) fn new(memory: &M, shape: &BlockShape, tokens: usize) -> Result<Self> {
         Ok(Self {
-            normed: backend.buffer(tokens * shape.hidden_size)?,
-            act: backend.buffer(tokens * shape.intermediate_size)?,
+            normed: memory.buffer(tokens * shape.hidden_size)?,
+            act: memory.buffer(tokens * shape.intermediate_size)?,
         })
     }
 }
 
 /// Gradients that every block's backward uses in turn.
-pub(super) struct GradientScratch<B: Backend> {
-    dnormed: B::Buffer,
-    dqkv: B::Buffer,
-    dattended: B::Buffer,
-    dact: B::Buffer,
+pub(super) struct GradientScratch<M: Allocator> {
+    dnormed: M::Buffer,
+    dqkv: M::Buffer,
+    dattended: M::Buffer,
+    dact: M::Buffer,
 }
 
-impl<B: Backend> GradientScratch<B> {
-    pub(super) fn new(backend: &B, shape: &BlockShape, tokens: usize) -> Result<Self> {
+impl<M: Allocator> GradientScratch<M> {
+    pub(super) fn new(memory: &M, shape: &BlockShape, tokens: usize) -> Result<Self> {
         Ok(Self {
-            dnormed: backend.buffer(tokens * shape.hidden_size)?,
-            dqkv: backend.buffer(tokens * shape.qkv_width())?,
-            dattended: backend.buffer(tokens * shape.query_width())?,
-            dact: backend.buffer(tokens * shape.intermediate_size)?,
+            dnormed: memory.buffer(tokens * shape.hidden_size)?,
+            dqkv: memory.buffer(tokens * shape.qkv_width())?,
+            dattended: memory.buffer(tokens * shape.query_width())?,
+            dact: memory.buffer(tokens * shape.intermediate_size)?,
         })
     }
 }
@@ -171,21 +172,21 @@ impl<'a, B: Backend> Pass<'a, B> {
 }
 
 /// Buffers of one block's forward.
-pub(super) struct ForwardBuffers<'a, B: Backend> {
-    pub x_in: &'a B::Buffer,
-    pub saved: &'a mut Saved<B>,
-    pub scratch: &'a mut Scratch<B>,
-    pub x_out: &'a mut B::Buffer,
+pub(super) struct ForwardBuffers<'a, M: Allocator> {
+    pub x_in: &'a M::Buffer,
+    pub saved: &'a mut Saved<M>,
+    pub scratch: &'a mut Scratch<M>,
+    pub x_out: &'a mut M::Buffer,
 }
 
 /// Buffers of one block's backward.
-pub(super) struct BackwardBuffers<'a, B: Backend> {
-    pub x_in: &'a B::Buffer,
-    pub saved: &'a mut Saved<B>,
-    pub scratch: &'a mut Scratch<B>,
-    pub gradient: &'a mut GradientScratch<B>,
+pub(super) struct BackwardBuffers<'a, M: Allocator> {
+    pub x_in: &'a M::Buffer,
+    pub saved: &'a mut Saved<M>,
+    pub scratch: &'a mut Scratch<M>,
+    pub gradient: &'a mut GradientScratch<M>,
     /// Gradient of the residual stream: at the block's output before, at its input after.
-    pub dx: &'a mut B::Buffer,
+    pub dx: &'a mut M::Buffer,
 }
 
 impl<B: Backend> Block<B> {
@@ -246,11 +247,6 @@ impl<B: Backend> Block<B> {
     /// Place of the first group with an adapter; `GROUP_COUNT` when there is none.
     fn first_adapted(&self) -> usize {
         self.ranks().iter().position(|rank| *rank > 0).unwrap_or(GROUP_COUNT)
-    }
-
-    /// Whether any linear has an adapter.
-    pub(super) fn is_adapted(&self) -> bool {
-        self.first_adapted() < GROUP_COUNT
     }
 
     fn norm<'a>(&self, weight: &'a B::Vector) -> RmsNorm<'a, B> {

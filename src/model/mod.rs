@@ -5,10 +5,12 @@ mod block;
 pub mod config;
 mod fields;
 mod lora;
+mod memory;
 pub mod rope;
 mod transformer;
 mod workspace;
 
 pub use lora::{AdapterLayout, AdapterTensor, LoraConfig};
+pub use memory::{MemoryFormat, MemoryPlan};
 pub use transformer::{Cache, TokenScores, Transformer};
 pub use workspace::{Limits, Purpose};

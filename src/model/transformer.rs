@@ -222,8 +222,8 @@ impl<B: Backend> Transformer<B> {
                 Some((old_purpose, old_limits)) => (old_purpose.max(purpose), old_limits.union(limits)),
                 None => (purpose, limits),
             };
-            self.workspace =
-                Some(Workspace::new(&*self.backend, &self.shape, &self.blocks, purpose, limits)?);
+            let ranks: Vec<_> = self.blocks.iter().map(Block::ranks).collect();
+            self.workspace = Some(Workspace::new(&*self.backend, &self.shape, &ranks, purpose, limits)?);
         }
         Ok(())
     }

@@ -1,7 +1,9 @@
 //! Every activation buffer of a model, planned once from the longest batch.
 
-use super::block::{BackwardBuffers, Block, BlockShape, ForwardBuffers, GradientScratch, Saved, Scratch};
-use crate::backend::Backend;
+use super::block::{
+    BackwardBuffers, BlockShape, ForwardBuffers, GROUP_COUNT, GradientScratch, Saved, Scratch,
+};
+use super::memory::Allocator;
 use crate::error::Result;
 
 /// The largest shapes that a workspace serves.
@@ -36,52 +38,52 @@ pub enum Purpose {
 }
 
 /// The buffers of one model.
-pub(super) struct Workspace<B: Backend> {
+pub(super) struct Workspace<M: Allocator> {
     pub limits: Limits,
     pub purpose: Purpose,
     /// First block whose activations are kept; the number of blocks in inference.
     first_kept: usize,
     layer_count: usize,
-    residual: Vec<B::Buffer>,
-    saved: Vec<Saved<B>>,
-    scratch: Scratch<B>,
-    head: HeadBuffers<B>,
-    gradient: Option<Gradient<B>>,
+    residual: Vec<M::Buffer>,
+    saved: Vec<Saved<M>>,
+    scratch: Scratch<M>,
+    head: HeadBuffers<M>,
+    gradient: Option<Gradient<M>>,
 }
 
 /// Buffers between the last block and the loss.
-pub(super) struct HeadBuffers<B: Backend> {
+pub(super) struct HeadBuffers<M: Allocator> {
     /// Labelled rows of the last block's output, `[L, H]`.
-    pub packed: B::Buffer,
+    pub packed: M::Buffer,
     /// Those after the final norm, `[L, H]`; in decoding all new rows.
-    pub normed: B::Buffer,
+    pub normed: M::Buffer,
     /// Losses and hits, `[2, L]`.
-    pub losses: B::Floats,
+    pub losses: M::Floats,
 }
 
 /// Buffers of the backward.
-pub(super) struct Gradient<B: Backend> {
+pub(super) struct Gradient<M: Allocator> {
     /// Gradient of the residual stream, `[T, H]`.
-    pub dx: B::Buffer,
+    pub dx: M::Buffer,
     /// Gradient of the labelled rows before the final norm, `[L, H]`.
-    pub dpacked: B::Buffer,
+    pub dpacked: M::Buffer,
     /// Gradient of the labelled rows after the final norm, `[L, H]`.
-    pub dnormed: B::Buffer,
-    pub scratch: GradientScratch<B>,
+    pub dnormed: M::Buffer,
+    pub scratch: GradientScratch<M>,
 }
 
-impl<B: Backend> Workspace<B> {
+impl<M: Allocator> Workspace<M> {
     pub(super) fn new(
-        backend: &B,
+        memory: &M,
         shape: &BlockShape,
-        blocks: &[Block<B>],
+        ranks: &[[usize; GROUP_COUNT]],
         purpose: Purpose,
         limits: Limits,
     ) -> Result<Self> {
         let Limits { tokens, labelled_rows, .. } = limits;
         let hidden = shape.hidden_size;
-        let layer_count = blocks.len();
-        let lowest_adapted = blocks.iter().position(Block::is_adapted);
+        let layer_count = ranks.len();
+        let lowest_adapted = ranks.iter().position(|ranks| ranks.iter().any(|rank| *rank > 0));
         let first_kept = match purpose {
             Purpose::Training => lowest_adapted.unwrap_or(layer_count),
             Purpose::Inference => layer_count,
@@ -89,28 +91,28 @@ impl<B: Backend> Workspace<B> {
         let passing_buffers = if first_kept > 0 { 2 } else { 0 };
         let residual_count = layer_count - first_kept + 1 + passing_buffers;
         // A shared one must fit the widest adapters.
-        let mut shared_ranks = [0; 4];
-        for block in &blocks[..(first_kept + 1).min(layer_count)] {
-            for (shared, rank) in shared_ranks.iter_mut().zip(block.ranks()) {
-                *shared = rank.max(*shared);
+        let mut shared_ranks = [0; GROUP_COUNT];
+        for block_ranks in &ranks[..(first_kept + 1).min(layer_count)] {
+            for (shared, rank) in shared_ranks.iter_mut().zip(block_ranks) {
+                *shared = (*rank).max(*shared);
             }
         }
-        let mut saved = vec![Saved::new(backend, shape, shared_ranks, tokens)?];
-        for block in blocks.iter().skip(first_kept + 1) {
-            saved.push(Saved::new(backend, shape, block.ranks(), tokens)?);
+        let mut saved = vec![Saved::new(memory, shape, shared_ranks, tokens)?];
+        for block_ranks in ranks.iter().skip(first_kept + 1) {
+            saved.push(Saved::new(memory, shape, *block_ranks, tokens)?);
         }
         let head = HeadBuffers {
-            packed: backend.buffer(labelled_rows * hidden)?,
-            normed: backend.buffer(labelled_rows.max(tokens) * hidden)?,
-            losses: backend.floats(&vec![0.0; 2 * labelled_rows])?,
+            packed: memory.buffer(labelled_rows * hidden)?,
+            normed: memory.buffer(labelled_rows.max(tokens) * hidden)?,
+            losses: memory.zeros(2 * labelled_rows)?,
         };
         let gradient = match purpose {
             Purpose::Inference => None,
             Purpose::Training => Some(Gradient {
-                dx: backend.buffer(tokens * hidden)?,
-                dpacked: backend.buffer(labelled_rows * hidden)?,
-                dnormed: backend.buffer(labelled_rows * hidden)?,
-                scratch: GradientScratch::new(backend, shape, tokens)?,
+                dx: memory.buffer(tokens * hidden)?,
+                dpacked: memory.buffer(labelled_rows * hidden)?,
+                dnormed: memory.buffer(labelled_rows * hidden)?,
+                scratch: GradientScratch::new(memory, shape, tokens)?,
             }),
         };
         Ok(Self {
@@ -118,9 +120,9 @@ impl<B: Backend> Workspace<B> {
             purpose,
             first_kept,
             layer_count,
-            residual: (0..residual_count).map(|_| backend.buffer(tokens * hidden)).collect::<Result<_>>()?,
+            residual: (0..residual_count).map(|_| memory.buffer(tokens * hidden)).collect::<Result<_>>()?,
             saved,
-            scratch: Scratch::new(backend, shape, tokens)?,
+            scratch: Scratch::new(memory, shape, tokens)?,
             head,
             gradient,
         })
@@ -140,19 +142,19 @@ impl<B: Backend> Workspace<B> {
     }
 
     /// The embeddings' output.
-    pub(super) fn first_residual(&mut self) -> &mut B::Buffer {
+    pub(super) fn first_residual(&mut self) -> &mut M::Buffer {
         let slot = self.residual_slot(0);
         &mut self.residual[slot]
     }
 
     /// The last block's output, and the buffers behind it.
-    pub(super) fn after_blocks(&mut self) -> (&B::Buffer, &mut HeadBuffers<B>, Option<&mut Gradient<B>>) {
+    pub(super) fn after_blocks(&mut self) -> (&M::Buffer, &mut HeadBuffers<M>, Option<&mut Gradient<M>>) {
         let slot = self.residual_slot(self.layer_count);
         (&self.residual[slot], &mut self.head, self.gradient.as_mut())
     }
 
     /// Input, saved activations, scratch and output of `layer`.
-    pub(super) fn layer(&mut self, layer: usize) -> ForwardBuffers<'_, B> {
+    pub(super) fn layer(&mut self, layer: usize) -> ForwardBuffers<'_, M> {
         let slots = [self.residual_slot(layer), self.residual_slot(layer + 1)];
         let [x_in, x_out] = self.residual.get_disjoint_mut(slots).expect("neighbours never share a buffer");
         let saved = &mut self.saved[layer.saturating_sub(self.first_kept)];
@@ -163,7 +165,7 @@ impl<B: Backend> Workspace<B> {
     ///
     /// # Panics
     /// When the workspace is not for training.
-    pub(super) fn layer_backward(&mut self, layer: usize) -> BackwardBuffers<'_, B> {
+    pub(super) fn layer_backward(&mut self, layer: usize) -> BackwardBuffers<'_, M> {
         let x_in = &self.residual[self.residual_slot(layer)];
         let Gradient { dx, scratch: gradient, .. } =
             self.gradient.as_mut().expect("a workspace for training");

@@ -81,6 +81,11 @@ impl<'a> BatchPlan<'a> {
         Ok(Self { samples, labelled_counts, options })
     }
 
+    /// Number of samples.
+    pub fn sample_count(&self) -> usize {
+        self.samples.len()
+    }
+
     /// Optimizer steps of one epoch.
     pub fn steps_per_epoch(&self) -> usize {
         self.samples.len().div_ceil(self.samples_per_step())

@@ -12,5 +12,7 @@ mod truncation;
 mod vocabulary;
 
 pub use batches::{BatchOptions, BatchPlan, EpochOrder, Step};
-pub use samples::{NO_LOSS, Sample, SampleOptions, SampleSet, tokenise, warn_about_ends, warn_about_overlap};
+pub use samples::{
+    NO_LOSS, Sample, SampleOptions, SampleSet, length_buckets, tokenise, warn_about_ends, warn_about_overlap,
+};
 pub use tokenizer::Tokenizer;

@@ -1,6 +1,6 @@
 //! Records → samples: token ids with one label each, every record accounted for.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
@@ -389,12 +389,18 @@ fn check_ids(tokens: &Tokens, embedding_rows: usize, origin: &Origin) -> Result<
     }
 }
 
-/// Counts of lengths by powers of two, on one line.
-fn length_histogram(lengths: &[usize]) -> String {
-    let mut counts = std::collections::BTreeMap::new();
+/// Counts of lengths by powers of two: each bound with the number of lengths up to it and above the one before.
+pub fn length_buckets(lengths: impl IntoIterator<Item = usize>) -> BTreeMap<usize, usize> {
+    let mut counts = BTreeMap::new();
     for length in lengths {
-        *counts.entry(length.next_power_of_two().max(16)).or_insert(0_usize) += 1;
+        *counts.entry(length.next_power_of_two().max(16)).or_insert(0) += 1;
     }
+    counts
+}
+
+/// [`length_buckets`] on one line.
+fn length_histogram(lengths: &[usize]) -> String {
+    let counts = length_buckets(lengths.iter().copied());
     let buckets: Vec<String> = counts.iter().map(|(bound, count)| format!("≤{bound}: {count}")).collect();
     let longest = lengths.iter().max().copied().unwrap_or(0);
     format!("lengths in tokens: {}; longest {longest}", buckets.join(", "))

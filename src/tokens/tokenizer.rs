@@ -131,6 +131,13 @@ impl Tokenizer {
             .map_err(|error| Error::model("the tokenizer cannot decode").caused_by(error))
     }
 
+    /// Text of `token_ids` with the special tokens written out.
+    pub fn decode_all(&self, token_ids: &[u32]) -> Result<String> {
+        self.library
+            .decode(token_ids, false)
+            .map_err(|error| Error::model("the tokenizer cannot decode").caused_by(error))
+    }
+
     /// The id of a token by its text.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         self.library.token_to_id(token)

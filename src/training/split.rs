@@ -40,7 +40,7 @@ impl<'a> Split<'a> {
     }
 
     /// The largest micro-batch of any epoch.
-    pub(super) fn limits(&self) -> Limits {
+    pub fn limits(&self) -> Limits {
         Limits {
             tokens: self.plan.max_tokens(),
             labelled_rows: self.plan.max_labelled_rows(),

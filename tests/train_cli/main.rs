@@ -6,6 +6,7 @@ mod support;
 mod chat;
 mod configuration;
 mod data_faults;
+mod dry_run;
 #[cfg(feature = "emulator")]
 mod emulator;
 mod fault_table;

@@ -82,6 +82,11 @@ impl ChatTemplate {
         &self.source
     }
 
+    /// Whether it says by itself where the assistant speaks (`{% generation %}`).
+    pub fn marks_turns(&self) -> bool {
+        self.marks_generation
+    }
+
     /// Whether what it writes depends on the day.
     pub fn uses_date(&self) -> bool {
         self.source.contains("strftime_now")

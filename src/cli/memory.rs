@@ -1,0 +1,133 @@
+//! How much memory a run takes on the chosen device, how much there is, and the largest batch that fits.
+
+use serde_json::{Value, json};
+
+use super::describe::human_bytes;
+use super::device::{Chosen, on_backend};
+use crate::backend::Backend;
+use crate::checkpoint::base::BaseModel;
+use crate::error::Result;
+use crate::model::{Limits, LoraConfig, MemoryFormat, MemoryPlan};
+
+/// Share of the free memory that a plan may take: backends need scratch besides.
+const USABLE_SHARE: f64 = 0.9;
+
+/// Bytes of an f16 or bf16.
+const HALF_BYTES: u64 = 2;
+
+/// The memory of training `lora` on `base` with batches within `limits`.
+pub(super) fn plan(
+    chosen: &Chosen,
+    base: &BaseModel,
+    lora: &LoraConfig,
+    limits: Limits,
+) -> Result<MemoryPlan> {
+    let low_rank_stride = |rank| on_backend!(chosen, |backend| Backend::low_rank_stride(&**backend, rank));
+    let format = match chosen {
+        // Weights stay in their files, mapped.
+        Chosen::Cpu(_) => MemoryFormat {
+            weight_bytes: base.stored_bytes(),
+            activation_bytes: size_of::<f32>() as u64,
+            adapter_copy_bytes: 0,
+            low_rank_stride: &low_rank_stride,
+        },
+        _ => MemoryFormat {
+            weight_bytes: HALF_BYTES * base.parameter_count(),
+            activation_bytes: HALF_BYTES,
+            adapter_copy_bytes: HALF_BYTES,
+            low_rank_stride: &low_rank_stride,
+        },
+    };
+    MemoryPlan::training(base.config(), lora, limits, &format)
+}
+
+/// Bytes that are free on the device; none where nobody can tell.
+pub(super) fn free_bytes(chosen: &Chosen) -> Option<u64> {
+    match chosen {
+        Chosen::Cpu(_) => free_host_bytes(),
+        Chosen::Cuda(backend) => backend.device().memory_info().ok().map(|(free, _)| free as u64),
+        #[cfg(feature = "emulator")]
+        Chosen::Emulator(_) => free_host_bytes(),
+    }
+}
+
+/// What Linux calls available, or what the process's control group has left where that is less.
+fn free_host_bytes() -> Option<u64> {
+    let available = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| available_in(&text));
+    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+    let limit = number("/sys/fs/cgroup/memory.max");
+    let left = limit.zip(number("/sys/fs/cgroup/memory.current")).map(|(max, now)| max.saturating_sub(now));
+    available.into_iter().chain(left).min()
+}
+
+fn available_in(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// The largest of `1..=most` samples a batch for which `plan_of` fits into `free` bytes with room for scratch.
+pub(super) fn largest_batch(
+    free: u64,
+    most: usize,
+    plan_of: impl Fn(usize) -> Result<MemoryPlan>,
+) -> Result<Option<usize>> {
+    let usable = (free as f64 * USABLE_SHARE) as u64;
+    let fits = |batch_size: usize| Ok(plan_of(batch_size)?.total() <= usable);
+    let (mut largest, mut too_large) = (0, most.saturating_add(1));
+    while too_large - largest > 1 {
+        let middle = largest + (too_large - largest) / 2;
+        if fits(middle)? {
+            largest = middle;
+        } else {
+            too_large = middle;
+        }
+    }
+    Ok((largest > 0).then_some(largest))
+}
+
+/// The categories, one a line.
+pub(super) fn plan_text(plan: &MemoryPlan) -> String {
+    let rows = [
+        ("weights", plan.weights),
+        ("adapters and gradients", plan.adapters),
+        ("optimizer", plan.optimizer),
+        ("activations", plan.activations),
+        ("total", plan.total()),
+    ];
+    rows.map(|(name, bytes)| format!("  {name:<24}{:>12}  {bytes} bytes\n", human_bytes(bytes))).concat()
+}
+
+/// The same as an object, in bytes.
+pub(super) fn plan_json(plan: &MemoryPlan) -> Value {
+    json!({
+        "weights": plan.weights,
+        "adapters": plan.adapters,
+        "optimizer": plan.optimizer,
+        "activations": plan.activations,
+        "total": plan.total(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_largest_batch_is_the_last_that_fits() {
+        let plan_of = |batch_size| {
+            Ok(MemoryPlan { weights: 50, activations: 10 * batch_size as u64, ..Default::default() })
+        };
+        // 90 % of 200 are 180: 50 + 13 · 10.
+        assert_eq!(largest_batch(200, 1000, plan_of).unwrap(), Some(13));
+        assert_eq!(largest_batch(200, 7, plan_of).unwrap(), Some(7));
+        assert_eq!(largest_batch(66, 1000, plan_of).unwrap(), None);
+        assert_eq!(largest_batch(67, 1000, plan_of).unwrap(), Some(1));
+    }
+
+    #[test]
+    fn available_memory_is_read_in_bytes() {
+        let text = "MemTotal:       16384 kB\nMemFree:          1 kB\nMemAvailable:    8192 kB\n";
+        assert_eq!(available_in(text), Some(8192 * 1024));
+        assert_eq!(available_in("MemTotal: 1 kB"), None);
+    }
+}

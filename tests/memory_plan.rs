@@ -1,0 +1,80 @@
+//! The memory that a plan tells is the memory that a run takes, byte for byte up to alignment.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicIsize, Ordering};
+
+use fastlora::backend::cpu::CpuBackend;
+use fastlora::checkpoint::base::BaseModel;
+use fastlora::config::TargetModules;
+use fastlora::model::{Limits, LoraConfig, MemoryFormat, MemoryPlan, Purpose, Transformer};
+use fastlora::optim::{AdamW, AdamWSettings};
+
+/// Bytes that are allocated now.
+static LIVE_BYTES: AtomicIsize = AtomicIsize::new(0);
+
+struct Counting;
+
+// SAFETY: every call goes to the system's allocator unchanged; counting touches no memory that it manages.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        LIVE_BYTES.fetch_add(layout.size() as isize, Ordering::Relaxed);
+        // SAFETY: the caller's promises are the system allocator's.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        LIVE_BYTES.fetch_sub(layout.size() as isize, Ordering::Relaxed);
+        // SAFETY: the caller's promises are the system allocator's.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Each of at most 60 buffers is rounded up to a cache line, and has its place in a list.
+const ROUNDING: u64 = 60 * (64 + 64);
+
+#[test]
+fn what_is_planned_is_what_is_allocated() {
+    for (name, targets) in [
+        ("tiny_qwen2", TargetModules::ALL_LINEAR),
+        ("tiny_qwen3", r".*layers\.1\.mlp\.(gate|down)_proj"),
+        ("tiny_llama3rope", r".*self_attn\..*"),
+    ] {
+        let folder = format!("{}/tests/fixtures/{name}", env!("CARGO_MANIFEST_DIR"));
+        let base = BaseModel::open(folder).unwrap();
+        let target_modules = TargetModules::Pattern(targets.into());
+        let lora = LoraConfig { rank: 5, alpha: 8.0, use_rslora: false, target_modules };
+        let limits = Limits { tokens: 333, labelled_rows: 77, positions: 99 };
+        let format = MemoryFormat {
+            weight_bytes: 0,
+            activation_bytes: 4,
+            adapter_copy_bytes: 0,
+            low_rank_stride: &|rank| rank,
+        };
+        let plan = MemoryPlan::training(base.config(), &lora, limits, &format).unwrap();
+
+        let mut model =
+            Transformer::load(Arc::new(CpuBackend::new(Some(1)).unwrap()), &base, Some(&lora)).unwrap();
+        let live = || LIVE_BYTES.load(Ordering::Relaxed);
+        let before = live();
+        model.reserve(Purpose::Training, limits).unwrap();
+        let activations = (live() - before) as u64;
+        assert!(
+            (plan.activations..plan.activations + ROUNDING).contains(&activations),
+            "{name}: {activations} {plan:?}"
+        );
+
+        let parameters = model.layout().parameter_count();
+        let settings =
+            AdamWSettings { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0, max_grad_norm: 1.0 };
+        let before = live();
+        let optimizer = AdamW::new(&**model.backend(), parameters, settings).unwrap();
+        let moments = (live() - before) as u64;
+        assert!((plan.optimizer..plan.optimizer + ROUNDING).contains(&moments), "{name}: {moments} {plan:?}");
+        assert_eq!(plan.adapters, 2 * 4 * parameters as u64);
+        drop(optimizer);
+    }
+}
