@@ -7,8 +7,9 @@ use std::process::Command;
 use crate::compile::{self, Job};
 use crate::toolkit;
 
-/// sm_80 machine code, and PTX that the driver compiles at load for anything newer.
-const TARGETS: &[&str] = &["-gencode=arch=compute_80,code=[sm_80,compute_80]"];
+/// Machine code for Ampere and for Hopper, and PTX that the driver compiles at load for anything newer.
+const TARGETS: &[&str] =
+    &["-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90a,code=sm_90a"];
 
 /// `FASTLORA_CUDA`.
 #[derive(Clone, Copy, PartialEq)]

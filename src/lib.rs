@@ -6,6 +6,7 @@
 
 pub mod dtype;
 pub mod error;
+pub mod ranges;
 pub mod tensor;
 
 pub mod config;

@@ -11,7 +11,7 @@ mod state;
 
 use std::time::Instant;
 
-use tracing::debug;
+use tracing::{debug, info};
 
 pub use metrics::MetricsFile;
 pub use report::{StepReport, TrainingSummary, ValidationReport};
@@ -21,10 +21,12 @@ pub use state::{Pause, TrainingState};
 use crate::backend::{Backend, Dropout};
 use crate::batch::Batch;
 use crate::checkpoint::mapped;
+use crate::config::ActivationMemory;
 use crate::error::{Error, Result};
 use crate::evaluation::Evaluation;
 use crate::model::{Purpose, Transformer};
 use crate::optim::{AdamW, AdamWSettings, Schedule};
+use crate::range;
 use crate::tokens::Step;
 
 /// What a run needs to know besides its data.
@@ -38,6 +40,8 @@ pub struct TrainingSettings {
     pub dropout_probability: f32,
     /// Seed of the dropout masks.
     pub seed: u64,
+    /// Which activations the backward finds instead of computing them again.
+    pub activation_memory: ActivationMemory,
     /// Steps between validations; none: one at the end of each epoch.
     pub val_every: Option<u64>,
 }
@@ -86,7 +90,7 @@ impl<B: Backend> Observer<B> for () {
 ///
 /// use fastlora::backend::cpu::CpuBackend;
 /// use fastlora::checkpoint::base::BaseModel;
-/// use fastlora::config::{DataSource, LossOn, LrScheduler, OnBadRecord, Overlong, TargetModules};
+/// use fastlora::config::{ActivationMemory, DataSource, LossOn, LrScheduler, OnBadRecord, Overlong, TargetModules};
 /// use fastlora::data::{LoadOptions, load};
 /// use fastlora::model::{LoraConfig, Transformer};
 /// use fastlora::optim::{AdamWSettings, Schedule};
@@ -128,6 +132,7 @@ impl<B: Backend> Observer<B> for () {
 ///     },
 ///     dropout_probability: 0.05,
 ///     seed: 42,
+///     activation_memory: ActivationMemory::Auto,
 ///     val_every: None,
 /// };
 /// let summary = train(&mut model, &split, None, &settings, None, &mut ())?;
@@ -151,7 +156,6 @@ pub fn train<B: Backend>(
 ) -> Result<TrainingSummary> {
     let limits =
         validation.map_or(training.limits(), |validation| training.limits().union(validation.limits()));
-    model.reserve(Purpose::Training, limits)?;
     let (optimizer, summary) = match start {
         Some(state) => (state.restore(model, settings.optimizer)?, state.summary.clone()),
         None => {
@@ -160,6 +164,11 @@ pub fn train<B: Backend>(
             (optimizer, TrainingSummary::default())
         }
     };
+    // Last, because it takes what memory is left.
+    model.reserve_training(limits, settings.activation_memory, settings.dropout_probability > 0.0)?;
+    if let Some(plan) = model.memory_plan() {
+        info!("{plan}");
+    }
     let batch = Batch::default();
     let mut run = Run { model, training, validation, settings, optimizer, summary, observer, batch };
     // A run that was stopped in a validation begins with it.
@@ -203,6 +212,7 @@ struct Run<'a, 'data, B: Backend, O> {
 impl<B: Backend, O: Observer<B>> Run<'_, '_, B, O> {
     /// Gradients of all micro-batches, then one update.
     fn step(&mut self, step: &Step<'_>, epoch: u64, dropout: Option<Dropout>) -> Result<()> {
+        let _range = range!("step", number = self.summary.steps + 1);
         let started = Instant::now();
         let learning_rate = self.settings.schedule.learning_rate(self.summary.steps);
         // Once, but for gradients that overflow f16: those are computed again with a lower loss scale.

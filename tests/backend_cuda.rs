@@ -4,12 +4,18 @@
 
 mod backend_suite;
 
+use std::sync::Arc;
+
 use backend_suite::{Precision, run};
-use fastlora::backend::Backend;
 use fastlora::backend::cuda::{ComputeType, CudaBackend};
+use fastlora::backend::{Backend, Footprint};
+use fastlora::checkpoint::base::BaseModel;
+use fastlora::config::{ActivationMemory, TargetModules};
 use fastlora::device::Device;
 use fastlora::device::driver::Driver;
 use fastlora::device::emulator::{Emulator, Flavour};
+use fastlora::error::Error;
+use fastlora::model::{Limits, LoraConfig, MemoryPlan, Recompute, Transformer};
 
 const COMPUTE_TYPES: [ComputeType; 2] = [ComputeType::F16, ComputeType::Bf16];
 
@@ -51,6 +57,53 @@ fn every_operation_matches_float64_on_a_gpu() {
     for compute in COMPUTE_TYPES {
         assert_same_bits("another run", &outputs(gpu.clone(), compute), &outputs(gpu.clone(), compute));
     }
+}
+
+/// A model with adapters on a device of a made-up size.
+fn model_on(total: u64) -> Transformer<CudaBackend<Emulator>> {
+    let device = Emulator::new(Flavour::Fast, 0).unwrap().with_memory(total);
+    let backend = Arc::new(CudaBackend::new(device, ComputeType::Bf16));
+    let base = BaseModel::open("tests/fixtures/tiny_qwen2").unwrap();
+    let target_modules = TargetModules::Pattern(TargetModules::ALL_LINEAR.into());
+    let lora = LoraConfig { rank: 8, alpha: 16.0, use_rslora: false, target_modules };
+    Transformer::load(backend, &base, Some(&lora)).unwrap()
+}
+
+/// What is chosen for it.
+fn plan(total: u64, choice: ActivationMemory) -> Result<MemoryPlan, Error> {
+    let mut model = model_on(total);
+    let limits = Limits { tokens: 20_000, labelled_rows: 9_000, positions: 500 };
+    model.reserve_training(limits, choice, true)?;
+    Ok(model.memory_plan().unwrap())
+}
+
+#[test]
+fn fault_59_what_does_not_fit_is_refused_at_the_start_with_what_would() {
+    use ActivationMemory::{Auto, Balanced, Fast, Small};
+    let roomy = 1 << 40;
+    let [fast, balanced, small] = [Fast, Balanced, Small].map(|choice| plan(roomy, choice).unwrap());
+    assert!(small.activations < balanced.activations && balanced.activations < fast.activations);
+    assert_eq!((fast.recompute, small.recompute), (Recompute::Nothing, Recompute::Blocks));
+    // What is left for the batches decides: the first that fits.
+    let rest = roomy - free_before_batches();
+    let just_enough = |plan: &MemoryPlan| rest + plan.of_batches() + (128 << 20);
+    for expected in [fast, balanced, small] {
+        assert_eq!(plan(just_enough(&expected), Auto).unwrap(), expected);
+    }
+    let error = plan(just_enough(&small) - 1, Auto).unwrap_err();
+    assert_eq!(error.kind().exit_code(), 5);
+    assert!(error.message().contains("activations of the longest batch"), "{error}");
+    assert!(error.hint_text().unwrap().contains("batches of up to 19999 tokens fit"), "{error}");
+    let error = plan(just_enough(&small), Fast).unwrap_err();
+    assert!(error.hint_text().unwrap().contains("set activation_memory to small"), "{error}");
+}
+
+/// Bytes still free on the roomy device when the batches are planned.
+fn free_before_batches() -> u64 {
+    let model = model_on(1 << 40);
+    let backend = model.backend();
+    let _rope = backend.floats(&model.config().rope_table(500)).unwrap();
+    backend.free_bytes().unwrap().unwrap()
 }
 
 #[test]

@@ -167,3 +167,22 @@ fn bytes_go_there_and_back() {
         assert_eq!(text, "fine");
     }
 }
+
+/// More than the staging memory holds at once.
+#[test]
+fn a_large_upload_arrives_whole() {
+    let work = || {
+        let driver = Driver::new(0)?;
+        let bytes: Vec<u8> = (0..(40 << 20) + 12_345_u32).map(|i| (i % 251) as u8).collect();
+        let memory = driver.allocate(bytes.len() + 3)?;
+        driver.upload(&bytes, &memory, 3)?;
+        let mut back = vec![0; bytes.len()];
+        driver.download(&memory, 3, &mut back)?;
+        driver.profile(true)?;
+        driver.profile(false)?;
+        Ok(if back == bytes { "whole".to_owned() } else { "damaged".to_owned() })
+    };
+    if let Some(text) = in_fake("a_large_upload_arrives_whole", "", work) {
+        assert_eq!(text, "whole");
+    }
+}

@@ -250,7 +250,7 @@ fn arguments_are_compared_with_the_kernels_parameters() {
 #[test]
 fn copies_outside_memory_are_refused() {
     let device = Emulator::new(Flavour::Fast, 0).unwrap();
-    let mut memory = device.allocate(10).unwrap();
+    let memory = device.allocate(10).unwrap();
     assert!(device.upload(&[0; 4], &memory, 7).is_err());
     assert!(device.download(&memory, usize::MAX, &mut [0; 2]).is_err());
     assert!(device.upload(&[1, 2, 3], &memory, 7).is_ok());

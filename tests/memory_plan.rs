@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicIsize, Ordering};
 use fastlora::backend::cpu::CpuBackend;
 use fastlora::checkpoint::base::BaseModel;
 use fastlora::config::TargetModules;
-use fastlora::model::{Limits, LoraConfig, MemoryFormat, MemoryPlan, Purpose, Transformer};
+use fastlora::dtype::DType;
+use fastlora::model::{CHOICES, Limits, LoraConfig, ModelShape, Needs, Purpose, Transformer};
 use fastlora::optim::{AdamW, AdamWSettings};
 
 /// Bytes that are allocated now.
@@ -38,29 +39,29 @@ const ROUNDING: u64 = 60 * (64 + 64);
 
 #[test]
 fn what_is_planned_is_what_is_allocated() {
-    for (name, targets) in [
+    for ((name, targets), choice) in [
         ("tiny_qwen2", TargetModules::ALL_LINEAR),
         ("tiny_qwen3", r".*layers\.1\.mlp\.(gate|down)_proj"),
         ("tiny_llama3rope", r".*self_attn\..*"),
-    ] {
+    ]
+    .into_iter()
+    .zip(CHOICES)
+    {
         let folder = format!("{}/tests/fixtures/{name}", env!("CARGO_MANIFEST_DIR"));
         let base = BaseModel::open(folder).unwrap();
         let target_modules = TargetModules::Pattern(targets.into());
         let lora = LoraConfig { rank: 5, alpha: 8.0, use_rslora: false, target_modules };
         let limits = Limits { tokens: 333, labelled_rows: 77, positions: 99 };
-        let format = MemoryFormat {
-            weight_bytes: 0,
-            activation_bytes: 4,
-            adapter_copy_bytes: 0,
-            low_rank_stride: &|rank| rank,
-        };
-        let plan = MemoryPlan::training(base.config(), &lora, limits, &format).unwrap();
+        let backend = Arc::new(CpuBackend::new(Some(1)).unwrap());
+        let shape = ModelShape::new(base.config(), Some(&lora)).unwrap();
+        let needs = Needs { purpose: Purpose::Training, limits, has_dropout: false };
+        let (choice, recompute) = choice;
+        let plan = shape.plan(&*backend, DType::F32, needs, recompute).unwrap();
 
-        let mut model =
-            Transformer::load(Arc::new(CpuBackend::new(Some(1)).unwrap()), &base, Some(&lora)).unwrap();
+        let mut model = Transformer::load(backend, &base, Some(&lora)).unwrap();
         let live = || LIVE_BYTES.load(Ordering::Relaxed);
         let before = live();
-        model.reserve(Purpose::Training, limits).unwrap();
+        model.reserve_training(limits, choice, false).unwrap();
         let activations = (live() - before) as u64;
         assert!(
             (plan.activations..plan.activations + ROUNDING).contains(&activations),

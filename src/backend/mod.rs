@@ -10,6 +10,9 @@
 pub mod cpu;
 pub mod cuda;
 pub mod dropout;
+mod footprint;
+
+pub use footprint::{Footprint, GroupShape, OperationShapes};
 
 use crate::batch::Batch;
 use crate::error::{Error, Result};
@@ -247,7 +250,7 @@ pub struct OptimizerState<'a, B: Backend + ?Sized> {
 /// Buffers may be longer than an operation needs: it reads and writes the first `rows × width` elements. Outputs are
 /// overwritten unless the operation says that it adds. An operation allocates nothing after its first call at the
 /// largest shape.
-pub trait Backend: Send + Sync {
+pub trait Backend: Footprint + Send + Sync {
     /// A frozen matrix in the form that the products want.
     type Matrix: Send + Sync;
     /// A frozen vector.
@@ -269,6 +272,22 @@ pub trait Backend: Send + Sync {
         Self: Sized,
     {
         work()
+    }
+    /// Runs `make`, whose buffers are then cut from one allocation of `bytes` where the backend cuts memory itself.
+    fn in_arena<R>(&self, bytes: u64, make: impl FnOnce() -> Result<R>) -> Result<R>
+    where
+        Self: Sized,
+    {
+        let _ = bytes;
+        make()
+    }
+    /// Opens or closes the window of a GPU profiler (`nsys --capture-range=cudaProfilerApi`).
+    ///
+    /// # Errors
+    /// A backend that no such profiler sees.
+    fn profile(&self, is_open: bool) -> Result<()> {
+        let _ = is_open;
+        Err(Error::device(format!("no GPU profiler sees {}", self.description())).hint("use `--device cuda`"))
     }
     /// Whether gradients must be scaled up to stay inside the compute type's range (f16).
     fn needs_loss_scale(&self) -> bool {

@@ -4,41 +4,44 @@ use serde_json::{Value, json};
 
 use super::describe::human_bytes;
 use super::device::{Chosen, on_backend};
-use crate::backend::Backend;
 use crate::checkpoint::base::BaseModel;
+use crate::config::{ActivationMemory, TrainingConfig};
 use crate::error::Result;
-use crate::model::{Limits, LoraConfig, MemoryFormat, MemoryPlan};
+use crate::model::{CHOICES, Limits, MemoryPlan, ModelShape, Needs, Purpose, Recompute};
 
-/// Share of the free memory that a plan may take: backends need scratch besides.
+/// Share of the free memory that a plan may take: drivers and allocators need some besides.
 const USABLE_SHARE: f64 = 0.9;
 
-/// Bytes of an f16 or bf16.
-const HALF_BYTES: u64 = 2;
-
-/// The memory of training `lora` on `base` with batches within `limits`.
+/// The memory of training on `chosen` what `shape` tells: as the configuration says, and where it leaves the choice, what is
+/// fastest within `free`.
 pub(super) fn plan(
     chosen: &Chosen,
     base: &BaseModel,
-    lora: &LoraConfig,
+    shape: &ModelShape,
+    config: &TrainingConfig,
     limits: Limits,
+    free: Option<u64>,
 ) -> Result<MemoryPlan> {
-    let low_rank_stride = |rank| on_backend!(chosen, |backend| Backend::low_rank_stride(&**backend, rank));
-    let format = match chosen {
-        // Weights stay in their files, mapped.
-        Chosen::Cpu(_) => MemoryFormat {
-            weight_bytes: base.stored_bytes(),
-            activation_bytes: size_of::<f32>() as u64,
-            adapter_copy_bytes: 0,
-            low_rank_stride: &low_rank_stride,
-        },
-        _ => MemoryFormat {
-            weight_bytes: HALF_BYTES * base.parameter_count(),
-            activation_bytes: HALF_BYTES,
-            adapter_copy_bytes: HALF_BYTES,
-            low_rank_stride: &low_rank_stride,
-        },
-    };
-    MemoryPlan::training(base.config(), lora, limits, &format)
+    let needs = Needs { purpose: Purpose::Training, limits, has_dropout: config.lora_dropout > 0.0 };
+    let stored = base.embedding()?.dtype();
+    let plan = |recompute| on_backend!(chosen, |backend| shape.plan(&**backend, stored, needs, recompute));
+    let is_free_to_choose =
+        config.activation_memory == ActivationMemory::Auto && !matches!(chosen, Chosen::Cpu(_));
+    if !is_free_to_choose {
+        let named = CHOICES.iter().find(|(choice, _)| *choice == config.activation_memory);
+        return plan(named.map_or(Recompute::default(), |(_, recompute)| *recompute));
+    }
+    for (_, recompute) in CHOICES {
+        let candidate = plan(recompute)?;
+        if free.is_none_or(|free| candidate.total() <= usable(free)) {
+            return Ok(candidate);
+        }
+    }
+    plan(Recompute::Blocks)
+}
+
+fn usable(free: u64) -> u64 {
+    (free as f64 * USABLE_SHARE) as u64
 }
 
 /// Bytes that are free on the device; none where nobody can tell.
@@ -65,13 +68,13 @@ fn available_in(meminfo: &str) -> Option<u64> {
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// The largest of `1..=most` samples a batch for which `plan_of` fits into `free` bytes with room for scratch.
+/// The largest of `1..=most` samples a batch for which `plan_of` fits into `free` bytes with some to spare.
 pub(super) fn largest_batch(
     free: u64,
     most: usize,
     plan_of: impl Fn(usize) -> Result<MemoryPlan>,
 ) -> Result<Option<usize>> {
-    let usable = (free as f64 * USABLE_SHARE) as u64;
+    let usable = usable(free);
     let fits = |batch_size: usize| Ok(plan_of(batch_size)?.total() <= usable);
     let (mut largest, mut too_large) = (0, most.saturating_add(1));
     while too_large - largest > 1 {
@@ -92,6 +95,7 @@ pub(super) fn plan_text(plan: &MemoryPlan) -> String {
         ("adapters and gradients", plan.adapters),
         ("optimizer", plan.optimizer),
         ("activations", plan.activations),
+        ("scratch", plan.scratch),
         ("total", plan.total()),
     ];
     rows.map(|(name, bytes)| format!("  {name:<24}{:>12}  {bytes} bytes\n", human_bytes(bytes))).concat()
@@ -104,6 +108,7 @@ pub(super) fn plan_json(plan: &MemoryPlan) -> Value {
         "adapters": plan.adapters,
         "optimizer": plan.optimizer,
         "activations": plan.activations,
+        "scratch": plan.scratch,
         "total": plan.total(),
     })
 }

@@ -3,6 +3,7 @@
 mod checkpointer;
 mod dry_run;
 mod output;
+mod profile;
 mod progress;
 mod recorder;
 mod resume;
@@ -22,6 +23,7 @@ use self::dry_run::DryRun;
 use self::output::{
     AdapterWriter, Earlier, METRICS, OutputFolder, RESOLVED_CONFIG, best_folder, checkpoints_folder,
 };
+use self::profile::{ProfileSteps, Profiled};
 use self::progress::{Progress, human_time};
 use self::recorder::Recorder;
 use self::resume::{Resume, Start};
@@ -66,6 +68,9 @@ pub struct TrainArgs {
     /// Samples that a dry run shows.
     #[arg(long, value_name = "N", default_value_t = 3, requires = "dry_run")]
     show: usize,
+    /// Opens the GPU profiler's window for steps FIRST to LAST alone; see the README.
+    #[arg(long, value_name = "FIRST:LAST")]
+    profile_steps: Option<ProfileSteps>,
     #[command(flatten)]
     options: Options,
 }
@@ -198,6 +203,7 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
 
     let run = Run {
         cli,
+        profile_steps: args.profile_steps,
         started,
         interrupts,
         start,
@@ -215,6 +221,7 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
 /// Everything that was read and checked: what is left is to compute.
 struct Run<'a> {
     cli: &'a Cli,
+    profile_steps: Option<ProfileSteps>,
     started: Instant,
     interrupts: Interrupts,
     start: Start,
@@ -261,16 +268,18 @@ impl Run<'_> {
             Some(state) => MetricsFile::resume(&metrics_path, &state.summary)?,
             None => MetricsFile::create(&metrics_path)?,
         };
-        let mut recorder = Recorder {
+        let recorder = Recorder {
             metrics,
             progress: Progress::new(start.steps(), total_steps, cli.quiet),
             writer,
             checkpointer: Checkpointer::new(writer, &self.interrupts, start.steps()),
         };
+        let mut observer = Profiled::new(Arc::clone(&backend), self.profile_steps, recorder)?;
         info!("first step after {:.2} s", self.started.elapsed().as_secs_f64());
         let validation = self.validation.as_ref();
         let summary = backend
-            .run(|| train(&mut model, training, validation, &settings, start.state(), &mut recorder))?;
+            .run(|| train(&mut model, training, validation, &settings, start.state(), &mut observer))?;
+        let recorder = observer.into_inner();
         recorder.progress.finish();
         if recorder.checkpointer.is_stopped() {
             return Err(stopped(config, summary.steps, total_steps));
@@ -381,6 +390,7 @@ fn training_settings(config: &TrainingConfig, steps_per_epoch: u64) -> TrainingS
         },
         dropout_probability: config.lora_dropout as f32,
         seed: config.seed,
+        activation_memory: config.activation_memory,
         val_every: config.val_every,
     }
 }

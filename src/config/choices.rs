@@ -40,6 +40,21 @@ pub enum Overlong {
     Drop,
 }
 
+/// How much of a forward's activations is kept for the backward.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum ActivationMemory {
+    /// The fastest that fits the device; on the CPU `balanced`.
+    #[default]
+    Auto,
+    /// Everything: nothing is computed again.
+    Fast,
+    /// All but the outputs of norms and activations, which are computed again.
+    Balanced,
+    /// Only the residual stream: blocks are computed again.
+    Small,
+}
+
 /// How the learning rate moves after the warm-up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]

@@ -7,7 +7,9 @@ use clap::{Args, CommandFactory};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::{DataSource, LossOn, LrScheduler, OnBadRecord, Overlong, SaveEvery, TargetModules};
+use super::{
+    ActivationMemory, DataSource, LossOn, LrScheduler, OnBadRecord, Overlong, SaveEvery, TargetModules,
+};
 use crate::error::{Error, Result};
 
 /// Every key of the training configuration; what is absent takes its default in
@@ -135,6 +137,9 @@ pub struct Options {
     /// CPU threads; without it, all cores.
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
+    /// How much of a forward's activations is kept for the backward; the rest is computed again.
+    #[arg(long, value_enum)]
+    pub activation_memory: Option<ActivationMemory>,
 }
 
 /// For help and for the list of keys.
@@ -218,7 +223,7 @@ impl Options {
             seed loss_on on_bad_record overlong lora_r lora_alpha lora_dropout
             lora_target_modules use_rslora learning_rate lr_scheduler warmup_steps
             weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm val_every
-            save_every keep_checkpoints device dtype threads
+            save_every keep_checkpoints device dtype threads activation_memory
         }
     }
 

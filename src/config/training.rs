@@ -6,8 +6,8 @@ use chrono::NaiveDate;
 use serde::Serialize;
 
 use super::{
-    DataSource, LossOn, LrScheduler, OnBadRecord, Options, Overlong, SaveEvery, TargetModules,
-    check_compute_choices,
+    ActivationMemory, DataSource, LossOn, LrScheduler, OnBadRecord, Options, Overlong, SaveEvery,
+    TargetModules, check_compute_choices,
 };
 use crate::error::{Error, Result};
 
@@ -95,6 +95,8 @@ pub struct TrainingConfig {
     pub dtype: String,
     /// CPU threads; none: all cores.
     pub threads: Option<usize>,
+    /// How much of a forward's activations is kept for the backward.
+    pub activation_memory: ActivationMemory,
 }
 
 impl TrainingConfig {
@@ -148,6 +150,7 @@ impl TrainingConfig {
             device: options.device.unwrap_or_else(|| "auto".into()),
             dtype: options.dtype.unwrap_or_else(|| "auto".into()),
             threads: options.threads,
+            activation_memory: options.activation_memory.unwrap_or_default(),
         };
         config.check()?;
         Ok(config)

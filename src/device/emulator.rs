@@ -5,6 +5,7 @@
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use libloading::Library;
@@ -36,6 +37,14 @@ pub struct Emulator {
     functions: Arc<Functions>,
     flavour: Flavour,
     seed: u64,
+    memory: Option<Arc<Limited>>,
+}
+
+/// Memory of a made-up size.
+#[derive(Debug)]
+struct Limited {
+    total: u64,
+    used: AtomicU64,
 }
 
 type KernelHandle = *const c_void;
@@ -102,7 +111,12 @@ impl Emulator {
         let functions = Functions::load(path).map_err(|error| {
             Error::device("cannot load the emulator").at(path).hint("build again").caused_by(error)
         })?;
-        Ok(Self { functions: Arc::new(functions), flavour, seed })
+        Ok(Self { functions: Arc::new(functions), flavour, seed, memory: None })
+    }
+
+    /// A device with `total` bytes of memory, which is cut from large allocations as on a GPU: for tests of what fits.
+    pub fn with_memory(&self, total: u64) -> Self {
+        Self { memory: Some(Arc::new(Limited { total, used: AtomicU64::new(0) })), ..self.clone() }
     }
 
     /// The same device with another schedule.
@@ -158,6 +172,7 @@ pub struct EmulatorMemory {
     functions: Arc<Functions>,
     address: *mut c_void,
     bytes: usize,
+    counted_by: Option<Arc<Limited>>,
 }
 
 // SAFETY: the address is only used through the library's functions, which lock.
@@ -191,6 +206,9 @@ impl Drop for EmulatorMemory {
     fn drop(&mut self) {
         // SAFETY: the address came from the library's allocate and is released once.
         let released = unsafe { (self.functions.release)(self.address) };
+        if let Some(limited) = &self.counted_by {
+            limited.used.fetch_sub(self.bytes as u64, Ordering::Relaxed);
+        }
         debug_assert!(released, "memory was released twice");
     }
 }
@@ -217,13 +235,35 @@ impl Device for Emulator {
         }
     }
 
+    fn free_memory_bytes(&self) -> Result<Option<u64>> {
+        let free =
+            |limited: &Arc<Limited>| limited.total.saturating_sub(limited.used.load(Ordering::Relaxed));
+        Ok(self.memory.as_ref().map(free))
+    }
+
+    fn guards_allocations(&self) -> bool {
+        self.memory.is_none()
+    }
+
     fn allocate(&self, bytes: usize) -> Result<EmulatorMemory> {
+        if let Some(limited) = &self.memory {
+            let used = limited.used.fetch_add(bytes as u64, Ordering::Relaxed);
+            if used + bytes as u64 > limited.total {
+                limited.used.fetch_sub(bytes as u64, Ordering::Relaxed);
+                return Err(Error::device(format!("cannot allocate {bytes} bytes: out of memory")));
+            }
+        }
         // SAFETY: any size is allowed.
         let address = unsafe { (self.functions.allocate)(bytes) };
         if address.is_null() {
             return Err(Error::device(format!("the emulator has no {bytes} bytes left")));
         }
-        Ok(EmulatorMemory { functions: self.functions.clone(), address, bytes })
+        Ok(EmulatorMemory {
+            functions: self.functions.clone(),
+            address,
+            bytes,
+            counted_by: self.memory.clone(),
+        })
     }
 
     fn upload(&self, bytes: &[u8], memory: &EmulatorMemory, offset: usize) -> Result<()> {
@@ -290,6 +330,11 @@ impl Device for Emulator {
 
     fn milliseconds_between(&self, start: &Instant, end: &Instant) -> Result<f32> {
         Ok(end.saturating_duration_since(*start).as_secs_f32() * 1e3)
+    }
+
+    /// Nothing profiles it.
+    fn profile(&self, _: bool) -> Result<()> {
+        Ok(())
     }
 
     fn synchronize(&self) -> Result<()> {

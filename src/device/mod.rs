@@ -116,9 +116,14 @@ pub trait Device: Clone + Send + Sync + 'static {
     fn description(&self) -> String;
     /// What the hardware allows.
     fn limits(&self) -> Limits;
+    /// Device memory that is still free; none where nobody counts it.
+    fn free_memory_bytes(&self) -> Result<Option<u64>>;
+    /// Whether the device notices an access outside an allocation: many buffers cut from one would hide it.
+    fn guards_allocations(&self) -> bool;
     /// New memory with undefined contents. Zero bytes are allowed.
     fn allocate(&self, bytes: usize) -> Result<Self::Memory>;
-    /// Copies `bytes` to `memory` from byte `offset` on; `bytes` may be reused when it returns.
+    /// Copies `bytes` to `memory` from byte `offset` on, in the order of the work; `bytes` may be reused when it returns,
+    /// which is before the copy is done.
     fn upload(&self, bytes: &[u8], memory: &Self::Memory, offset: usize) -> Result<()>;
     /// Waits for the work so far and copies from byte `offset` of `memory`.
     fn download(&self, memory: &Self::Memory, offset: usize, into: &mut [u8]) -> Result<()>;
@@ -136,6 +141,8 @@ pub trait Device: Clone + Send + Sync + 'static {
     fn record_event(&self) -> Result<Self::Event>;
     /// Waits for `end` and tells the device's time since `start`.
     fn milliseconds_between(&self, start: &Self::Event, end: &Self::Event) -> Result<f32>;
+    /// Opens or closes the window of a profiler that was told to wait for it, between the work so far and what follows.
+    fn profile(&self, is_open: bool) -> Result<()>;
     /// Waits for all work.
     fn synchronize(&self) -> Result<()>;
 }

@@ -6,11 +6,11 @@
 //! ```
 //!
 //! Kept for the backward: `x_in`, `qkv`, the attention's output and softmax sums, `middle`, `gate|up` and every
-//! adapter's `s`. The norms and the activation are cheap and are computed again.
+//! adapter's `s`. The norms' outputs and the activation are cheap: they are kept where there is room, else computed again.
 
 use super::config::{LinearModule, ModelConfig};
 use super::lora::{AdapterLayout, LoraConfig};
-use super::memory::Allocator;
+use super::workspace::Allocator;
 use crate::backend::{Attention, Backend, Dropout, KvCache, LinearGroup, LinearInput, Projection, RmsNorm};
 use crate::checkpoint::base::BaseModel;
 use crate::error::Result;
@@ -82,27 +82,26 @@ impl BlockShape {
 }
 
 /// What one block's forward leaves for its backward; in inference all blocks share one.
-pub(super) struct Saved<M: Allocator> {
-    qkv: M::Buffer,
-    log_sum: M::Floats,
-    attended: M::Buffer,
-    middle: M::Buffer,
-    gate_up: M::Buffer,
-    s: [M::Buffer; GROUP_COUNT],
+pub(super) struct Saved<B: Backend> {
+    qkv: B::Buffer,
+    log_sum: B::Floats,
+    attended: B::Buffer,
+    middle: B::Buffer,
+    gate_up: B::Buffer,
+    s: [B::Buffer; GROUP_COUNT],
 }
 
-impl<M: Allocator> Saved<M> {
+impl<B: Backend> Saved<B> {
     pub(super) fn new(
-        memory: &M,
+        memory: &mut Allocator<'_, B>,
         shape: &BlockShape,
         ranks: [usize; GROUP_COUNT],
         tokens: usize,
     ) -> Result<Self> {
-        let [qkv, output, gate_up, down] =
-            ranks.map(|rank| memory.buffer(tokens * memory.low_rank_stride(rank)));
+        let [qkv, output, gate_up, down] = ranks.map(|rank| memory.low_rank_buffer(tokens, rank));
         Ok(Self {
             qkv: memory.buffer(tokens * shape.qkv_width())?,
-            log_sum: memory.zeros(tokens * shape.query_heads)?,
+            log_sum: memory.floats(tokens * shape.query_heads)?,
             attended: memory.buffer(tokens * shape.query_width())?,
             middle: memory.buffer(tokens * shape.hidden_size)?,
             gate_up: memory.buffer(tokens * 2 * shape.intermediate_size)?,
@@ -111,33 +110,36 @@ impl<M: Allocator> Saved<M> {
     }
 }
 
-/// Buffers that every block uses in turn.
-pub(super) struct Scratch<M: Allocator> {
-    /// Output of a norm, `[T, H]`.
-    normed: M::Buffer,
+/// Inputs of linears that are cheap to compute again; shared by all blocks, or one for each.
+pub(super) struct Inputs<B: Backend> {
+    /// Input of q, k and v, `[T, H]`.
+    normed_input: B::Buffer,
+    /// Input of gate and up, `[T, H]`.
+    normed_middle: B::Buffer,
     /// Output of the gated activation, `[T, F]`.
-    act: M::Buffer,
+    act: B::Buffer,
 }
 
-impl<M: Allocator> Scratch<M> {
-    pub(super) fn new(memory: &M, shape: &BlockShape, tokens: usize) -> Result<Self> {
+impl<B: Backend> Inputs<B> {
+    pub(super) fn new(memory: &mut Allocator<'_, B>, shape: &BlockShape, tokens: usize) -> Result<Self> {
         Ok(Self {
-            normed: memory.buffer(tokens * shape.hidden_size)?,
+            normed_input: memory.buffer(tokens * shape.hidden_size)?,
+            normed_middle: memory.buffer(tokens * shape.hidden_size)?,
             act: memory.buffer(tokens * shape.intermediate_size)?,
         })
     }
 }
 
 /// Gradients that every block's backward uses in turn.
-pub(super) struct GradientScratch<M: Allocator> {
-    dnormed: M::Buffer,
-    dqkv: M::Buffer,
-    dattended: M::Buffer,
-    dact: M::Buffer,
+pub(super) struct GradientScratch<B: Backend> {
+    dnormed: B::Buffer,
+    dqkv: B::Buffer,
+    dattended: B::Buffer,
+    dact: B::Buffer,
 }
 
-impl<M: Allocator> GradientScratch<M> {
-    pub(super) fn new(memory: &M, shape: &BlockShape, tokens: usize) -> Result<Self> {
+impl<B: Backend> GradientScratch<B> {
+    pub(super) fn new(memory: &mut Allocator<'_, B>, shape: &BlockShape, tokens: usize) -> Result<Self> {
         Ok(Self {
             dnormed: memory.buffer(tokens * shape.hidden_size)?,
             dqkv: memory.buffer(tokens * shape.qkv_width())?,
@@ -172,21 +174,23 @@ impl<'a, B: Backend> Pass<'a, B> {
 }
 
 /// Buffers of one block's forward.
-pub(super) struct ForwardBuffers<'a, M: Allocator> {
-    pub x_in: &'a M::Buffer,
-    pub saved: &'a mut Saved<M>,
-    pub scratch: &'a mut Scratch<M>,
-    pub x_out: &'a mut M::Buffer,
+pub(super) struct ForwardBuffers<'a, B: Backend> {
+    pub x_in: &'a B::Buffer,
+    pub saved: &'a mut Saved<B>,
+    pub inputs: &'a mut Inputs<B>,
+    pub x_out: &'a mut B::Buffer,
 }
 
 /// Buffers of one block's backward.
-pub(super) struct BackwardBuffers<'a, M: Allocator> {
-    pub x_in: &'a M::Buffer,
-    pub saved: &'a mut Saved<M>,
-    pub scratch: &'a mut Scratch<M>,
-    pub gradient: &'a mut GradientScratch<M>,
+pub(super) struct BackwardBuffers<'a, B: Backend> {
+    pub x_in: &'a B::Buffer,
+    pub saved: &'a mut Saved<B>,
+    pub inputs: &'a mut Inputs<B>,
+    /// Whether `inputs` still are what the forward left.
+    pub inputs_are_kept: bool,
+    pub gradient: &'a mut GradientScratch<B>,
     /// Gradient of the residual stream: at the block's output before, at its input after.
-    pub dx: &'a mut M::Buffer,
+    pub dx: &'a mut B::Buffer,
 }
 
 impl<B: Backend> Block<B> {
@@ -292,28 +296,22 @@ impl<B: Backend> Block<B> {
     }
 
     fn project_qkv(&self, pass: Pass<'_, B>, buffers: &mut ForwardBuffers<'_, B>) -> Result<()> {
-        let ForwardBuffers { x_in, saved, scratch, .. } = buffers;
-        pass.backend.rms_norm(self.norm(&self.input_norm), pass.tokens, x_in, &mut scratch.normed)?;
-        let input = pass.input(&scratch.normed);
+        let ForwardBuffers { x_in, saved, inputs, .. } = buffers;
+        pass.backend.rms_norm(self.norm(&self.input_norm), pass.tokens, x_in, &mut inputs.normed_input)?;
+        let input = pass.input(&inputs.normed_input);
         pass.backend.linear(&self.qkv, pass.adapters, input, None, &mut saved.s[QKV], &mut saved.qkv)
     }
 
     fn after_attention(&self, pass: Pass<'_, B>, buffers: &mut ForwardBuffers<'_, B>) -> Result<()> {
         let Pass { backend, adapters, tokens, .. } = pass;
-        let ForwardBuffers { x_in, saved, scratch, x_out } = buffers;
+        let ForwardBuffers { x_in, saved, inputs, x_out } = buffers;
+        let Inputs { normed_middle, act, .. } = &mut **inputs;
         let Saved { attended, middle, gate_up, s, .. } = &mut **saved;
         backend.linear(&self.output, adapters, pass.input(attended), Some(x_in), &mut s[OUTPUT], middle)?;
-        backend.rms_norm(self.norm(&self.post_attention_norm), tokens, middle, &mut scratch.normed)?;
-        backend.linear(
-            &self.gate_up,
-            adapters,
-            pass.input(&scratch.normed),
-            None,
-            &mut s[GATE_UP],
-            gate_up,
-        )?;
-        backend.gated_silu(tokens, self.shape.intermediate_size, gate_up, &mut scratch.act)?;
-        backend.linear(&self.down, adapters, pass.input(&scratch.act), Some(middle), &mut s[DOWN], x_out)
+        backend.rms_norm(self.norm(&self.post_attention_norm), tokens, middle, normed_middle)?;
+        backend.linear(&self.gate_up, adapters, pass.input(normed_middle), None, &mut s[GATE_UP], gate_up)?;
+        backend.gated_silu(tokens, self.shape.intermediate_size, gate_up, act)?;
+        backend.linear(&self.down, adapters, pass.input(act), Some(middle), &mut s[DOWN], x_out)
     }
 
     /// Turns `dx`, the gradient at `x_out`, into the gradient at `x_in`, and adds the adapters' gradients.
@@ -327,16 +325,17 @@ impl<B: Backend> Block<B> {
         gradients: &mut B::Floats,
     ) -> Result<()> {
         let Pass { backend, adapters, tokens, .. } = pass;
-        let BackwardBuffers { x_in, saved, scratch, gradient, dx } = buffers;
+        let BackwardBuffers { x_in, saved, inputs, inputs_are_kept, gradient, dx } = buffers;
         let Saved { qkv, log_sum, attended, middle, gate_up, s } = saved;
-        let Scratch { normed, act } = scratch;
+        let Inputs { normed_input, normed_middle, act } = inputs;
         let GradientScratch { dnormed, dqkv, dattended, dact } = gradient;
         let shape = &self.shape;
         let ranks = self.ranks();
         let first_adapted = self.first_adapted();
+        let must_recompute = |group: usize| !inputs_are_kept && ranks[group] > 0;
         let needs_dx = |group: usize| has_adapters_below || first_adapted < group;
 
-        if ranks[DOWN] > 0 {
+        if must_recompute(DOWN) {
             backend.gated_silu(tokens, shape.intermediate_size, gate_up, act)?;
         }
         let wanted = needs_dx(DOWN).then_some(&mut *dact);
@@ -346,11 +345,11 @@ impl<B: Backend> Block<B> {
         }
         backend.gated_silu_backward(tokens, shape.intermediate_size, dact, gate_up)?;
         let norm = self.norm(&self.post_attention_norm);
-        if ranks[GATE_UP] > 0 {
-            backend.rms_norm(norm, tokens, middle, normed)?;
+        if must_recompute(GATE_UP) {
+            backend.rms_norm(norm, tokens, middle, normed_middle)?;
         }
         let wanted = needs_dx(GATE_UP).then_some(&mut *dnormed);
-        let input = pass.input(normed);
+        let input = pass.input(normed_middle);
         backend.linear_backward(&self.gate_up, adapters, input, &s[GATE_UP], gate_up, gradients, wanted)?;
         if !needs_dx(GATE_UP) {
             return Ok(());
@@ -373,11 +372,19 @@ impl<B: Backend> Block<B> {
         let attention = self.attention(pass.rope);
         backend.attention_backward(&attention, pass.batch, qkv, log_sum, attended, dattended, dqkv)?;
         let norm = self.norm(&self.input_norm);
-        if ranks[QKV] > 0 {
-            backend.rms_norm(norm, tokens, x_in, normed)?;
+        if must_recompute(QKV) {
+            backend.rms_norm(norm, tokens, x_in, normed_input)?;
         }
         let wanted = needs_dx(QKV).then_some(&mut *dnormed);
-        backend.linear_backward(&self.qkv, adapters, pass.input(normed), &s[QKV], dqkv, gradients, wanted)?;
+        backend.linear_backward(
+            &self.qkv,
+            adapters,
+            pass.input(normed_input),
+            &s[QKV],
+            dqkv,
+            gradients,
+            wanted,
+        )?;
         if !needs_dx(QKV) {
             return Ok(());
         }

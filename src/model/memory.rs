@@ -1,141 +1,259 @@
-//! What a run takes of a device's memory, told without a device: the workspace is planned by the code that allocates
-//! it, on a meter instead of a backend.
+//! What a model takes in memory, by category, before any of it is allocated; and which activations are worth keeping.
 
-use std::cell::Cell;
+use std::fmt;
 
 use super::block::{BlockShape, GROUP_COUNT};
-use super::config::ModelConfig;
+use super::config::{LinearModule, ModelConfig};
 use super::lora::{AdapterLayout, LoraConfig};
-use super::workspace::{Limits, Purpose, Workspace};
-use crate::backend::Backend;
-use crate::error::Result;
+use super::workspace::{Allocator, Limits, Purpose, Workspace};
+use crate::backend::{Backend, GroupShape, OperationShapes};
+use crate::config::ActivationMemory;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
 
-/// Where buffers come from: a backend, or a meter that only counts them.
-pub(super) trait Allocator {
-    /// Activations in the compute type.
-    type Buffer;
-    /// f32 values.
-    type Floats;
-    /// Activations of `elements`.
-    fn buffer(&self, elements: usize) -> Result<Self::Buffer>;
-    /// `elements` zeros.
-    fn zeros(&self, elements: usize) -> Result<Self::Floats>;
-    /// As [`Backend::low_rank_stride`].
-    fn low_rank_stride(&self, rank: usize) -> usize;
+/// What the backward computes again instead of keeping it from the forward.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Recompute {
+    /// Nothing: every linear's input is kept.
+    Nothing,
+    /// The outputs of norms and of the gated activation.
+    #[default]
+    Inputs,
+    /// Whole blocks: only the residual stream between them is kept.
+    Blocks,
 }
 
-impl<B: Backend> Allocator for B {
-    type Buffer = <B as Backend>::Buffer;
-    type Floats = <B as Backend>::Floats;
-
-    fn buffer(&self, elements: usize) -> Result<Self::Buffer> {
-        Backend::buffer(self, elements)
-    }
-
-    fn zeros(&self, elements: usize) -> Result<Self::Floats> {
-        self.floats(&vec![0.0; elements])
-    }
-
-    fn low_rank_stride(&self, rank: usize) -> usize {
-        Backend::low_rank_stride(self, rank)
-    }
-}
-
-/// Counts elements.
-struct Meter<'a> {
-    buffers: Cell<u64>,
-    floats: Cell<u64>,
-    low_rank_stride: &'a dyn Fn(usize) -> usize,
-}
-
-impl Allocator for Meter<'_> {
-    type Buffer = ();
-    type Floats = ();
-
-    fn buffer(&self, elements: usize) -> Result<()> {
-        self.buffers.set(self.buffers.get().saturating_add(elements as u64));
-        Ok(())
-    }
-
-    fn zeros(&self, elements: usize) -> Result<()> {
-        self.floats.set(self.floats.get().saturating_add(elements as u64));
-        Ok(())
-    }
-
-    fn low_rank_stride(&self, rank: usize) -> usize {
-        (self.low_rank_stride)(rank)
-    }
-}
-
-/// Bytes of a run by what they hold; scratch inside a backend's operations is not among them.
+/// Bytes by category.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryPlan {
-    /// The frozen base. On a CPU these bytes are of the memory-mapped files, and shared with whoever else maps them.
+    /// Frozen weights.
     pub weights: u64,
-    /// Adapter parameters and their gradients, f32, and a copy in the compute type where a device wants one.
+    /// Adapters, their gradients, and copies in the compute type.
     pub adapters: u64,
-    /// AdamW's two moments, f32.
+    /// AdamW's moments.
     pub optimizer: u64,
-    /// The workspace of the longest batch, and the table of rotations.
+    /// Activations of the longest batch, kept and shared, and the table of rotations.
     pub activations: u64,
+    /// What operations use in turn.
+    pub scratch: u64,
+    /// What the activations leave out.
+    pub recompute: Recompute,
+    /// Of them what is cut from one allocation: all but the table of rotations.
+    pub arena: u64,
 }
 
 impl MemoryPlan {
-    /// All of it.
+    /// All categories.
     pub fn total(&self) -> u64 {
-        [self.weights, self.adapters, self.optimizer, self.activations]
-            .into_iter()
-            .fold(0, u64::saturating_add)
+        self.weights + self.adapters + self.optimizer + self.activations + self.scratch
+    }
+
+    /// What is allocated for the batches, after model and optimizer are there.
+    pub fn of_batches(&self) -> u64 {
+        self.arena + self.scratch
     }
 }
 
-/// What a device holds things in.
-pub struct MemoryFormat<'a> {
-    /// Bytes of the base's weights on the device.
-    pub weight_bytes: u64,
-    /// Bytes of one activation.
-    pub activation_bytes: u64,
-    /// Bytes of each adapter parameter's copy in the compute type; 0 where there is none.
-    pub adapter_copy_bytes: u64,
-    /// As [`Backend::low_rank_stride`].
-    pub low_rank_stride: &'a dyn Fn(usize) -> usize,
+impl fmt::Display for MemoryPlan {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let recomputed = match self.recompute {
+            Recompute::Nothing => "nothing is computed again",
+            Recompute::Inputs => "norms and activations are computed again",
+            Recompute::Blocks => "blocks are computed again",
+        };
+        let [weights, adapters, optimizer, activations, scratch, total] =
+            [self.weights, self.adapters, self.optimizer, self.activations, self.scratch, self.total()]
+                .map(gibibytes);
+        write!(
+            formatter,
+            "memory: weights {weights}, adapters {adapters}, optimizer {optimizer}, activations {activations} \
+             ({recomputed}), scratch {scratch}: {total}"
+        )
+    }
 }
 
-impl MemoryPlan {
-    /// The memory of training `lora` on a model of this shape with batches within `limits`.
+/// What the memory of batches depends on, besides the model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Needs {
+    /// Forward alone, or backward too.
+    pub purpose: Purpose,
+    /// The largest batch.
+    pub limits: Limits,
+    /// Whether adapters' inputs pass through dropout.
+    pub has_dropout: bool,
+}
+
+/// The shapes of a model that its memory depends on; needs no weights.
+#[derive(Clone, Debug)]
+pub struct ModelShape {
+    pub(super) block: BlockShape,
+    /// Summed ranks of every block's groups.
+    pub(super) ranks: Vec<[usize; GROUP_COUNT]>,
+    groups: Vec<GroupShape>,
+    vocabulary: usize,
+    parameter_count: usize,
+    frozen_count: u64,
+}
+
+impl ModelShape {
+    /// Of a model with adapters on the targets of `lora`.
     ///
     /// # Errors
-    /// Targets that match no module (fault 45).
-    pub fn training(
-        config: &ModelConfig,
-        lora: &LoraConfig,
-        limits: Limits,
-        format: &MemoryFormat<'_>,
-    ) -> Result<Self> {
-        let linears = lora.linears(config)?;
-        let ranks: Vec<[usize; GROUP_COUNT]> = linears
-            .chunks_exact(linears.len() / config.layer_count)
-            .map(|layer| {
-                let targets = |range: std::ops::Range<usize>| {
-                    layer[range].iter().filter(|(_, is_target)| *is_target).count() * lora.rank
-                };
-                [targets(0..3), targets(3..4), targets(4..6), targets(6..7)]
-            })
-            .collect();
-        let meter =
-            Meter { buffers: Cell::new(0), floats: Cell::new(0), low_rank_stride: format.low_rank_stride };
-        Workspace::new(&meter, &BlockShape::new(config), &ranks, Purpose::Training, limits)?;
-        let float_bytes = size_of::<f32>() as u64;
-        let rotations = (limits.positions * config.head_dim) as u64;
+    /// Targets that match no module.
+    pub fn new(config: &ModelConfig, lora: Option<&LoraConfig>) -> Result<Self> {
+        let linears: Vec<(LinearModule, bool)> = match lora {
+            Some(lora) => lora.linears(config)?,
+            None => config.linear_modules().map(|module| (module, false)).collect(),
+        };
         let mut layout = AdapterLayout::default();
-        layout.push_group(lora, &linears);
-        let parameters = layout.parameter_count() as u64;
+        let rank = lora.map_or(0, |lora| lora.rank);
+        let (mut ranks, mut groups) = (Vec::new(), Vec::new());
+        for layer in linears.chunks_exact(linears.len() / config.layer_count) {
+            let of_layer: [GroupShape; GROUP_COUNT] =
+                [&layer[0..3], &layer[3..4], &layer[4..6], &layer[6..7]].map(|group| GroupShape {
+                    in_features: group[0].0.in_features,
+                    out_features: group.iter().map(|(linear, _)| linear.out_features).sum(),
+                    rank: rank * group.iter().filter(|(_, is_target)| *is_target).count(),
+                });
+            if let Some(lora) = lora {
+                layout.push_group(lora, layer);
+            }
+            ranks.push(of_layer.map(|group| group.rank));
+            groups.extend(of_layer);
+        }
         Ok(Self {
-            weights: format.weight_bytes,
-            adapters: (2 * float_bytes + format.adapter_copy_bytes) * parameters,
-            optimizer: 2 * float_bytes * parameters,
-            activations: meter.buffers.get() * format.activation_bytes
-                + (meter.floats.get() + rotations) * float_bytes,
+            block: BlockShape::new(config),
+            ranks,
+            groups,
+            vocabulary: config.vocabulary,
+            parameter_count: layout.parameter_count(),
+            frozen_count: config.parameter_count(),
         })
     }
+
+    /// Trainable parameters.
+    pub fn parameter_count(&self) -> usize {
+        self.parameter_count
+    }
+
+    pub(super) fn operations(&self, needs: Needs) -> OperationShapes {
+        let Needs { purpose, limits, has_dropout } = needs;
+        OperationShapes {
+            tokens: limits.tokens,
+            labelled_rows: limits.labelled_rows,
+            vocabulary: self.vocabulary,
+            query_heads: self.block.query_heads,
+            key_value_heads: self.block.key_value_heads,
+            head_dim: self.block.head_dim,
+            groups: self.groups.clone(),
+            has_dropout,
+            is_training: purpose == Purpose::Training,
+        }
+    }
+
+    /// Bytes of a model whose weights are `stored`, for batches within `limits`.
+    pub fn plan<B: Backend>(
+        &self,
+        backend: &B,
+        stored: DType,
+        needs: Needs,
+        recompute: Recompute,
+    ) -> Result<MemoryPlan> {
+        let Needs { purpose, limits, .. } = needs;
+        let mut counter = Allocator::counting(backend);
+        Workspace::new(&mut counter, self, purpose, recompute, limits)?;
+        let moments = if purpose == Purpose::Training { 2 } else { 0 };
+        Ok(MemoryPlan {
+            weights: backend.weight_bytes(self.frozen_count, stored),
+            adapters: backend.adapter_bytes(self.parameter_count, &self.groups),
+            optimizer: moments * backend.floats_bytes(self.parameter_count),
+            activations: counter.bytes() + backend.floats_bytes(limits.positions * self.block.head_dim),
+            arena: counter.bytes(),
+            scratch: backend.scratch_bytes(&self.operations(needs)),
+            recompute,
+        })
+    }
+}
+
+/// What the device is left for itself: its allocations are rounded, and launches may need some.
+const HEADROOM_BYTES: u64 = 128 << 20;
+
+/// What each choice computes again, the fastest first.
+pub const CHOICES: [(ActivationMemory, Recompute); 3] = [
+    (ActivationMemory::Fast, Recompute::Nothing),
+    (ActivationMemory::Balanced, Recompute::Inputs),
+    (ActivationMemory::Small, Recompute::Blocks),
+];
+
+/// The plan that `choice` stands for; `auto` takes the fastest that fits into the memory still free, and where nobody counts
+/// that (the CPU) the balanced one.
+///
+/// # Errors
+/// None fits, or the one chosen does not (fault 59): the message has the sizes, and what would fit.
+pub fn choose_plan<B: Backend>(
+    backend: &B,
+    shape: &ModelShape,
+    stored: DType,
+    needs: Needs,
+    choice: ActivationMemory,
+) -> Result<MemoryPlan> {
+    let plan = |recompute| shape.plan(backend, stored, needs, recompute);
+    let free = backend.free_bytes()?;
+    let fits = |plan: &MemoryPlan| free.is_none_or(|free| plan.of_batches() + HEADROOM_BYTES <= free);
+    let allowed = CHOICES.iter().filter(|(name, _)| match choice {
+        ActivationMemory::Auto => free.is_some() || *name == ActivationMemory::Balanced,
+        named => named == *name,
+    });
+    let mut smallest = None;
+    for (_, recompute) in allowed {
+        let candidate = plan(*recompute)?;
+        if needs.purpose == Purpose::Inference || fits(&candidate) {
+            return Ok(candidate);
+        }
+        smallest = Some(candidate);
+    }
+    let wanted = smallest.expect("every choice allows a plan");
+    let (free, small) = (free.unwrap_or(0), plan(Recompute::Blocks)?);
+    let tokens = largest_fitting(needs.limits.tokens, |tokens| {
+        let scaled = |count: usize| count * tokens / needs.limits.tokens.max(1);
+        let limits = Limits { tokens, labelled_rows: scaled(needs.limits.labelled_rows), ..needs.limits };
+        Ok(fits(&shape.plan(backend, stored, Needs { limits, ..needs }, Recompute::Blocks)?))
+    })?;
+    let advice = match (fits(&small), tokens) {
+        (true, _) => format!(
+            "set activation_memory to small ({}), or use a smaller batch",
+            gibibytes(small.of_batches())
+        ),
+        (false, 0) => "use a smaller model or a larger GPU".to_string(),
+        (false, tokens) => format!(
+            "with activation_memory small, batches of up to {tokens} tokens fit (the longest has {}): lower batch_size or \
+             max_length, and raise gradient_accumulation_steps",
+            needs.limits.tokens
+        ),
+    };
+    let message = format!(
+        "training needs {} more device memory and {} are free: activations of the longest batch {}, scratch {}; weights, \
+         adapters and optimizer take {}",
+        gibibytes(wanted.of_batches()),
+        gibibytes(free),
+        gibibytes(wanted.arena),
+        gibibytes(wanted.scratch),
+        gibibytes(wanted.total() - wanted.of_batches())
+    );
+    Err(Error::device(message).hint(advice))
+}
+
+/// The largest number up to `most` that `fits`; 0 if none does.
+fn largest_fitting(most: usize, fits: impl Fn(usize) -> Result<bool>) -> Result<usize> {
+    let (mut good, mut bad) = (0, most + 1);
+    while bad - good > 1 {
+        let middle = good + (bad - good) / 2;
+        if fits(middle)? { good = middle } else { bad = middle }
+    }
+    Ok(good)
+}
+
+/// "1.25 GiB".
+pub fn gibibytes(bytes: u64) -> String {
+    format!("{:.2} GiB", bytes as f64 / (1u64 << 30) as f64)
 }

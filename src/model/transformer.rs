@@ -5,11 +5,15 @@ use std::sync::Arc;
 use super::block::{Block, BlockShape, ForwardBuffers, Pass};
 use super::config::{LinearModule, ModelConfig};
 use super::lora::{AdapterLayout, LoraConfig};
-use super::workspace::{Gradient, HeadBuffers, Limits, Purpose, Workspace};
+use super::memory::{MemoryPlan, ModelShape, Needs, choose_plan};
+use super::workspace::{Allocator, Gradient, HeadBuffers, Limits, Purpose, Workspace};
 use crate::backend::{Backend, Dropout, Head, KvCache, RmsNorm};
 use crate::batch::Batch;
 use crate::checkpoint::base::BaseModel;
+use crate::config::ActivationMemory;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::range;
 use crate::tensor::NamedTensor;
 
 /// Rows that a prompt is read in at once, which bounds the memory of long ones.
@@ -20,6 +24,10 @@ pub struct Transformer<B: Backend> {
     backend: Arc<B>,
     config: ModelConfig,
     shape: BlockShape,
+    model_shape: ModelShape,
+    stored: DType,
+    activation_memory: ActivationMemory,
+    has_dropout: bool,
     embedding: B::Matrix,
     blocks: Vec<Block<B>>,
     final_norm: B::Vector,
@@ -32,6 +40,7 @@ pub struct Transformer<B: Backend> {
     rope_positions: usize,
     batch: B::Batch,
     workspace: Option<Workspace<B>>,
+    plan: Option<MemoryPlan>,
     scores: TokenScores,
 }
 
@@ -144,8 +153,13 @@ impl<B: Backend> Transformer<B> {
             rope_positions: 0,
             batch: backend.new_batch()?,
             workspace: None,
+            plan: None,
             scores: TokenScores::default(),
             shape: BlockShape::new(&config),
+            model_shape: ModelShape::new(&config, lora)?,
+            stored: base.embedding()?.dtype(),
+            activation_memory: ActivationMemory::Auto,
+            has_dropout: false,
             config,
             backend,
         })
@@ -206,6 +220,20 @@ impl<B: Backend> Transformer<B> {
         self.backend.zero_floats(&mut self.gradients)
     }
 
+    /// [`reserve`](Self::reserve) for training, with a say in which activations are kept, and memory for dropout.
+    ///
+    /// # Errors
+    /// A device without room, with the sizes and what would fit (fault 59).
+    pub fn reserve_training(
+        &mut self,
+        limits: Limits,
+        activation_memory: ActivationMemory,
+        has_dropout: bool,
+    ) -> Result<()> {
+        (self.activation_memory, self.has_dropout) = (activation_memory, has_dropout);
+        self.reserve(Purpose::Training, limits)
+    }
+
     /// Allocates every buffer that batches within `limits` need. Larger batches enlarge them later.
     pub fn reserve(&mut self, purpose: Purpose, limits: Limits) -> Result<()> {
         if limits.positions > self.rope_positions {
@@ -222,10 +250,23 @@ impl<B: Backend> Transformer<B> {
                 Some((old_purpose, old_limits)) => (old_purpose.max(purpose), old_limits.union(limits)),
                 None => (purpose, limits),
             };
-            let ranks: Vec<_> = self.blocks.iter().map(Block::ranks).collect();
-            self.workspace = Some(Workspace::new(&*self.backend, &self.shape, &ranks, purpose, limits)?);
+            let needs = Needs { purpose, limits, has_dropout: self.has_dropout };
+            let backend = &*self.backend;
+            let plan = choose_plan(backend, &self.model_shape, self.stored, needs, self.activation_memory)?;
+            backend.reserve_scratch(&self.model_shape.operations(needs))?;
+            let make = || {
+                let mut memory = Allocator::new(backend);
+                Workspace::new(&mut memory, &self.model_shape, purpose, plan.recompute, limits)
+            };
+            self.workspace = Some(backend.in_arena(plan.arena, make)?);
+            self.plan = Some(plan);
         }
         Ok(())
+    }
+
+    /// Bytes of the model and of the batches that it is ready for; none before [`reserve`](Self::reserve).
+    pub fn memory_plan(&self) -> Option<MemoryPlan> {
+        self.plan
     }
 
     fn load_batch(&mut self, purpose: Purpose, batch: &Batch) -> Result<()> {
@@ -250,7 +291,7 @@ impl<B: Backend> Transformer<B> {
         self.load_batch(Purpose::Inference, batch)?;
         self.forward(batch, None)?;
         self.head_loss(batch, None)?;
-        Ok(&self.scores)
+        self.read_scores(batch.labelled_count())
     }
 
     /// Forward and backward: adds `gradient_scale · d(Σ loss)/d(adapters)` to the gradients. With one over the
@@ -269,7 +310,8 @@ impl<B: Backend> Transformer<B> {
         self.forward(batch, dropout)?;
         self.head_loss(batch, Some(gradient_scale))?;
         self.backward(batch, dropout)?;
-        Ok(&self.scores)
+        // Last, when everything is enqueued: reading waits.
+        self.read_scores(batch.labelled_count())
     }
 
     fn forward(&mut self, batch: &Batch, dropout: Option<Dropout>) -> Result<()> {
@@ -296,6 +338,7 @@ impl<B: Backend> Transformer<B> {
             dropout,
         };
         for (layer, block) in self.blocks.iter().enumerate() {
+            let _range = range!("layer", number = layer);
             run(block, layer, pass, workspace.layer(layer))?;
         }
         Ok(())
@@ -303,6 +346,7 @@ impl<B: Backend> Transformer<B> {
 
     /// Loss of the labelled rows and, with a scale, the gradient at the last block's output.
     fn head_loss(&mut self, batch: &Batch, gradient_scale: Option<f32>) -> Result<()> {
+        let _range = range!("head");
         let backend = &*self.backend;
         let (width, rows) = (self.config.hidden_size, batch.labelled_count());
         let norm = RmsNorm { weight: &self.final_norm, epsilon: self.shape.epsilon, width };
@@ -324,7 +368,14 @@ impl<B: Backend> Transformer<B> {
                 backend.scatter_labelled(&self.batch, width, dpacked, dx)?;
             }
         }
-        self.scores.read(backend, losses, rows)
+        Ok(())
+    }
+
+    fn read_scores(&mut self, rows: usize) -> Result<&TokenScores> {
+        let workspace = self.workspace.as_mut().expect("reserved with the batch");
+        let (_, HeadBuffers { losses, .. }, _) = workspace.after_blocks();
+        self.scores.read(&*self.backend, losses, rows)?;
+        Ok(&self.scores)
     }
 
     /// From the gradient at the last block's output down to the lowest adapter.
@@ -340,6 +391,10 @@ impl<B: Backend> Transformer<B> {
         };
         let lowest = workspace.first_kept();
         for (layer, block) in self.blocks.iter().enumerate().skip(lowest).rev() {
+            let _range = range!("layer backward", number = layer);
+            if workspace.is_overwritten(layer) {
+                block.forward(pass, workspace.layer(layer))?;
+            }
             block.backward(pass, layer > lowest, workspace.layer_backward(layer), &mut self.gradients)?;
         }
         Ok(())

@@ -1,9 +1,8 @@
 //! Every activation buffer of a model, planned once from the longest batch.
 
-use super::block::{
-    BackwardBuffers, BlockShape, ForwardBuffers, GROUP_COUNT, GradientScratch, Saved, Scratch,
-};
-use super::memory::Allocator;
+use super::block::{BackwardBuffers, ForwardBuffers, GROUP_COUNT, GradientScratch, Inputs, Saved};
+use super::memory::{ModelShape, Recompute};
+use crate::backend::Backend;
 use crate::error::Result;
 
 /// The largest shapes that a workspace serves.
@@ -37,74 +36,124 @@ pub enum Purpose {
     Training,
 }
 
+/// Where buffers come from: the backend, or nowhere where only their size is asked for.
+pub(super) struct Allocator<'a, B: Backend> {
+    backend: &'a B,
+    only_counts: bool,
+    bytes: u64,
+}
+
+impl<'a, B: Backend> Allocator<'a, B> {
+    /// Makes them.
+    pub fn new(backend: &'a B) -> Self {
+        Self { backend, only_counts: false, bytes: 0 }
+    }
+
+    /// Makes empty ones and adds up what they would take.
+    pub fn counting(backend: &'a B) -> Self {
+        Self { backend, only_counts: true, bytes: 0 }
+    }
+
+    /// Bytes asked for.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Activations of `elements`.
+    pub fn buffer(&mut self, elements: usize) -> Result<B::Buffer> {
+        self.bytes += self.backend.buffer_bytes(elements);
+        self.backend.buffer(if self.only_counts { 0 } else { elements })
+    }
+
+    /// A group's `s` for `tokens` rows.
+    pub fn low_rank_buffer(&mut self, tokens: usize, rank: usize) -> Result<B::Buffer> {
+        self.buffer(tokens * self.backend.low_rank_stride(rank))
+    }
+
+    /// f32 zeros.
+    pub fn floats(&mut self, elements: usize) -> Result<B::Floats> {
+        self.bytes += self.backend.floats_bytes(elements);
+        self.backend.floats(&vec![0.0; if self.only_counts { 0 } else { elements }])
+    }
+}
+
 /// The buffers of one model.
-pub(super) struct Workspace<M: Allocator> {
+pub(super) struct Workspace<B: Backend> {
     pub limits: Limits,
     pub purpose: Purpose,
+    recompute: Recompute,
     /// First block whose activations are kept; the number of blocks in inference.
     first_kept: usize,
     layer_count: usize,
-    residual: Vec<M::Buffer>,
-    saved: Vec<Saved<M>>,
-    scratch: Scratch<M>,
-    head: HeadBuffers<M>,
-    gradient: Option<Gradient<M>>,
+    residual: Vec<B::Buffer>,
+    /// One for each kept block, or one for all.
+    saved: Vec<Saved<B>>,
+    /// As `saved`.
+    inputs: Vec<Inputs<B>>,
+    head: HeadBuffers<B>,
+    gradient: Option<Gradient<B>>,
 }
 
 /// Buffers between the last block and the loss.
-pub(super) struct HeadBuffers<M: Allocator> {
+pub(super) struct HeadBuffers<B: Backend> {
     /// Labelled rows of the last block's output, `[L, H]`.
-    pub packed: M::Buffer,
+    pub packed: B::Buffer,
     /// Those after the final norm, `[L, H]`; in decoding all new rows.
-    pub normed: M::Buffer,
+    pub normed: B::Buffer,
     /// Losses and hits, `[2, L]`.
-    pub losses: M::Floats,
+    pub losses: B::Floats,
 }
 
 /// Buffers of the backward.
-pub(super) struct Gradient<M: Allocator> {
+pub(super) struct Gradient<B: Backend> {
     /// Gradient of the residual stream, `[T, H]`.
-    pub dx: M::Buffer,
+    pub dx: B::Buffer,
     /// Gradient of the labelled rows before the final norm, `[L, H]`.
-    pub dpacked: M::Buffer,
+    pub dpacked: B::Buffer,
     /// Gradient of the labelled rows after the final norm, `[L, H]`.
-    pub dnormed: M::Buffer,
-    pub scratch: GradientScratch<M>,
+    pub dnormed: B::Buffer,
+    pub scratch: GradientScratch<B>,
 }
 
-impl<M: Allocator> Workspace<M> {
+impl<B: Backend> Workspace<B> {
     pub(super) fn new(
-        memory: &M,
-        shape: &BlockShape,
-        ranks: &[[usize; GROUP_COUNT]],
+        memory: &mut Allocator<'_, B>,
+        model: &ModelShape,
         purpose: Purpose,
+        recompute: Recompute,
         limits: Limits,
     ) -> Result<Self> {
         let Limits { tokens, labelled_rows, .. } = limits;
+        let ModelShape { block: shape, ranks, .. } = model;
         let hidden = shape.hidden_size;
         let layer_count = ranks.len();
-        let lowest_adapted = ranks.iter().position(|ranks| ranks.iter().any(|rank| *rank > 0));
+        let is_adapted = |ranks: &[usize; GROUP_COUNT]| ranks.iter().any(|&rank| rank > 0);
         let first_kept = match purpose {
-            Purpose::Training => lowest_adapted.unwrap_or(layer_count),
+            Purpose::Training => ranks.iter().position(is_adapted).unwrap_or(layer_count),
             Purpose::Inference => layer_count,
         };
         let passing_buffers = if first_kept > 0 { 2 } else { 0 };
         let residual_count = layer_count - first_kept + 1 + passing_buffers;
-        // A shared one must fit the widest adapters.
+        let kept_count = (layer_count - first_kept).max(1);
+        let saved_count = if recompute == Recompute::Blocks { 1 } else { kept_count };
+        let inputs_count = if recompute == Recompute::Nothing { kept_count } else { 1 };
+        // One that blocks share must fit the widest adapters.
+        let sharing = if saved_count == 1 { layer_count } else { (first_kept + 1).min(layer_count) };
         let mut shared_ranks = [0; GROUP_COUNT];
-        for block_ranks in &ranks[..(first_kept + 1).min(layer_count)] {
-            for (shared, rank) in shared_ranks.iter_mut().zip(block_ranks) {
-                *shared = (*rank).max(*shared);
+        for of_block in &ranks[..sharing] {
+            for (shared, rank) in shared_ranks.iter_mut().zip(of_block) {
+                *shared = *rank.max(shared);
             }
         }
         let mut saved = vec![Saved::new(memory, shape, shared_ranks, tokens)?];
-        for block_ranks in ranks.iter().skip(first_kept + 1) {
-            saved.push(Saved::new(memory, shape, *block_ranks, tokens)?);
+        for of_block in ranks.iter().skip(first_kept + 1).take(saved_count - 1) {
+            saved.push(Saved::new(memory, shape, *of_block, tokens)?);
         }
+        let inputs = (0..inputs_count).map(|_| Inputs::new(memory, shape, tokens)).collect::<Result<_>>()?;
         let head = HeadBuffers {
             packed: memory.buffer(labelled_rows * hidden)?,
             normed: memory.buffer(labelled_rows.max(tokens) * hidden)?,
-            losses: memory.zeros(2 * labelled_rows)?,
+            losses: memory.floats(2 * labelled_rows)?,
         };
         let gradient = match purpose {
             Purpose::Inference => None,
@@ -118,14 +167,20 @@ impl<M: Allocator> Workspace<M> {
         Ok(Self {
             limits,
             purpose,
+            recompute,
             first_kept,
             layer_count,
             residual: (0..residual_count).map(|_| memory.buffer(tokens * hidden)).collect::<Result<_>>()?,
             saved,
-            scratch: Scratch::new(memory, shape, tokens)?,
+            inputs,
             head,
             gradient,
         })
+    }
+
+    /// Whether `layer`'s forward must run again before its backward: a later block's used the same memory.
+    pub(super) fn is_overwritten(&self, layer: usize) -> bool {
+        self.recompute == Recompute::Blocks && layer + 1 < self.layer_count
     }
 
     /// Blocks from here up keep their activations.
@@ -142,34 +197,53 @@ impl<M: Allocator> Workspace<M> {
     }
 
     /// The embeddings' output.
-    pub(super) fn first_residual(&mut self) -> &mut M::Buffer {
+    pub(super) fn first_residual(&mut self) -> &mut B::Buffer {
         let slot = self.residual_slot(0);
         &mut self.residual[slot]
     }
 
     /// The last block's output, and the buffers behind it.
-    pub(super) fn after_blocks(&mut self) -> (&M::Buffer, &mut HeadBuffers<M>, Option<&mut Gradient<M>>) {
+    pub(super) fn after_blocks(&mut self) -> (&B::Buffer, &mut HeadBuffers<B>, Option<&mut Gradient<B>>) {
         let slot = self.residual_slot(self.layer_count);
         (&self.residual[slot], &mut self.head, self.gradient.as_mut())
     }
 
-    /// Input, saved activations, scratch and output of `layer`.
-    pub(super) fn layer(&mut self, layer: usize) -> ForwardBuffers<'_, M> {
+    /// Input, saved activations, recomputable inputs and output of `layer`.
+    pub(super) fn layer(&mut self, layer: usize) -> ForwardBuffers<'_, B> {
         let slots = [self.residual_slot(layer), self.residual_slot(layer + 1)];
         let [x_in, x_out] = self.residual.get_disjoint_mut(slots).expect("neighbours never share a buffer");
-        let saved = &mut self.saved[layer.saturating_sub(self.first_kept)];
-        ForwardBuffers { x_in, saved, scratch: &mut self.scratch, x_out }
+        let kept = layer.saturating_sub(self.first_kept);
+        ForwardBuffers {
+            x_in,
+            saved: own_or_shared(&mut self.saved, kept),
+            inputs: own_or_shared(&mut self.inputs, kept),
+            x_out,
+        }
     }
 
     /// The same with the backward's buffers instead of the output.
     ///
     /// # Panics
     /// When the workspace is not for training.
-    pub(super) fn layer_backward(&mut self, layer: usize) -> BackwardBuffers<'_, M> {
+    pub(super) fn layer_backward(&mut self, layer: usize) -> BackwardBuffers<'_, B> {
         let x_in = &self.residual[self.residual_slot(layer)];
         let Gradient { dx, scratch: gradient, .. } =
             self.gradient.as_mut().expect("a workspace for training");
-        let saved = &mut self.saved[layer - self.first_kept];
-        BackwardBuffers { x_in, saved, scratch: &mut self.scratch, gradient, dx }
+        let kept = layer - self.first_kept;
+        BackwardBuffers {
+            x_in,
+            saved: own_or_shared(&mut self.saved, kept),
+            inputs: own_or_shared(&mut self.inputs, kept),
+            // A block that has just run again left its inputs as well.
+            inputs_are_kept: self.recompute != Recompute::Inputs,
+            gradient,
+            dx,
+        }
     }
+}
+
+/// A block's own buffers, where each has some.
+fn own_or_shared<T>(buffers: &mut [T], kept: usize) -> &mut T {
+    let place = if buffers.len() == 1 { 0 } else { kept };
+    &mut buffers[place]
 }

@@ -110,3 +110,20 @@ fn the_same_seed_gives_the_same_bits_whatever_the_thread_count() {
     assert!(other_adapter != adapter);
     assert_ne!(others[0], figures[0]);
 }
+
+/// What the backward computes again is what the forward had.
+#[test]
+fn however_much_is_kept_losses_and_adapters_have_the_same_bits() {
+    let workspace = Workspace::with_data();
+    let devices: &[&str] = if cfg!(feature = "emulator") { &["cpu", "emulator"] } else { &["cpu"] };
+    for device in devices {
+        let adapters = ["fast", "balanced", "small"].map(|memory| {
+            let output = format!("{device}-{memory}");
+            let arguments = ["--device", device, "--activation-memory", memory, "--max-steps", "3"];
+            let more = ["--lora-target-modules", "all-linear", "--lora-dropout", "0.1"];
+            workspace.train_into(&output, &[&arguments[..], &more].concat()).succeeded();
+            workspace.adapter_bytes(&output)
+        });
+        assert!(adapters[0] == adapters[1] && adapters[1] == adapters[2], "{device}");
+    }
+}

@@ -16,6 +16,8 @@ mod invariance;
 mod numerical;
 mod order_of_checks;
 mod outputs;
+#[cfg(target_os = "linux")]
+mod profile;
 mod resume;
 mod run_faults;
 mod workspace;

@@ -66,6 +66,11 @@ simd_fn! {
     }
 }
 
+/// Rows whose logits exist at once.
+pub(super) fn chunk_rows(vocabulary: usize, rows: usize) -> usize {
+    (CHUNK_ELEMENTS / vocabulary).clamp(1, rows.max(1))
+}
+
 impl CpuBackend {
     pub(super) fn cross_entropy(
         &self,
@@ -79,7 +84,7 @@ impl CpuBackend {
         let Head { weight, vocabulary, width } = head;
         check_ids("target", &batch.targets, vocabulary)?;
         let count = batch.labelled_count();
-        let rows_per_chunk = (CHUNK_ELEMENTS / vocabulary).clamp(1, count.max(1));
+        let rows_per_chunk = chunk_rows(vocabulary, count);
         let (losses, correct) = losses[..2 * count].split_at_mut(count);
         let mut logits = self.logits_scratch();
         let logits = logits.at_least(rows_per_chunk * vocabulary);

@@ -5,6 +5,7 @@
 
 mod activation;
 mod attention;
+mod footprint;
 mod head;
 mod linear;
 pub mod matmul;

@@ -7,6 +7,7 @@
 mod attention;
 mod batch;
 mod element;
+mod footprint;
 mod head;
 mod launch;
 mod linear;
@@ -29,7 +30,9 @@ use crate::backend::{
 use crate::batch::Batch;
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::range;
 use crate::tensor::WeightTensor;
+use footprint::Arena;
 use launch::Kernels;
 use memory::{FLOAT_BYTES, Growing, HALF_BYTES};
 
@@ -37,6 +40,8 @@ use memory::{FLOAT_BYTES, Growing, HALF_BYTES};
 pub struct CudaBackend<D: Device> {
     kernels: Kernels<D>,
     scratch: Mutex<Scratch<D>>,
+    /// Set while buffers are cut from it.
+    arena: Mutex<Option<Arena<D>>>,
 }
 
 /// Memory that one operation uses and the next may overwrite: the stream runs them in turn.
@@ -82,7 +87,7 @@ fn lock<T>(scratch: &Mutex<T>) -> MutexGuard<'_, T> {
 impl<D: Device> CudaBackend<D> {
     /// The kernels of `compute` on `device`.
     pub fn new(device: D, compute: ComputeType) -> Self {
-        Self { kernels: Kernels { device, compute }, scratch: Mutex::default() }
+        Self { kernels: Kernels { device, compute }, scratch: Mutex::default(), arena: Mutex::new(None) }
     }
 
     /// Where the work runs.
@@ -122,6 +127,14 @@ impl<D: Device> Backend for CudaBackend<D> {
         format!("{}, {}", self.device().description(), self.compute())
     }
 
+    fn in_arena<R>(&self, bytes: u64, make: impl FnOnce() -> Result<R>) -> Result<R> {
+        self.cut_from_arena(bytes, make)
+    }
+
+    fn profile(&self, is_open: bool) -> Result<()> {
+        self.device().profile(is_open)
+    }
+
     fn needs_loss_scale(&self) -> bool {
         self.compute() == ComputeType::F16
     }
@@ -151,11 +164,11 @@ impl<D: Device> Backend for CudaBackend<D> {
     }
 
     fn buffer(&self, elements: usize) -> Result<Self::Buffer> {
-        Ok(CudaBuffer { region: Region::allocate(self.device(), elements * HALF_BYTES)? })
+        Ok(CudaBuffer { region: self.cut(elements * HALF_BYTES)? })
     }
 
     fn floats(&self, values: &[f32]) -> Result<Self::Floats> {
-        let mut floats = CudaFloats::new(Region::allocate(self.device(), size_of_val(values))?);
+        let mut floats = CudaFloats::new(self.cut(size_of_val(values))?);
         self.write_floats(&mut floats, values)?;
         Ok(floats)
     }
@@ -203,6 +216,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         width: usize,
         x: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range!("embedding");
         self.embed(batch, table, width, x)
     }
 
@@ -213,6 +227,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         x: &Self::Buffer,
         y: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range!("rms_norm");
         self.norm_forward(norm, rows, x, y)
     }
 
@@ -224,6 +239,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         dy: &Self::Buffer,
         dx: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range!("rms_norm backward");
         self.norm_backward(norm, rows, x, dy, dx)
     }
 
@@ -236,6 +252,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         s: &mut Self::Buffer,
         y: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range!("linear");
         self.linear_forward(group, adapters, input, residual, s, y)
     }
 
@@ -249,6 +266,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         gradients: &mut Self::Floats,
         dx: Option<&mut Self::Buffer>,
     ) -> Result<()> {
+        let _range = range!("linear backward");
         self.linear_gradient(group, adapters, input, s, dy, gradients, dx.map(|dx| &*dx))
     }
 
@@ -260,6 +278,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         log_sum: &mut Self::Floats,
         out: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range!("attention");
         self.attention_forward(attention, batch, qkv, log_sum, out)
     }
 
@@ -273,6 +292,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         dout: &Self::Buffer,
         dqkv: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range!("attention backward");
         self.attention_gradient(attention, batch, qkv, log_sum, out, dout, dqkv)
     }
 
@@ -285,6 +305,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         cache: &mut KvCache<Self>,
         out: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range!("attention cached");
         self.attention_over_cache(attention, rows, position, qkv, cache, out)
     }
 
@@ -295,6 +316,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         gate_up: &Self::Buffer,
         act: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range!("gated_silu");
         self.gated_silu_forward(rows, width, gate_up, act)
     }
 
@@ -305,6 +327,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         dact: &Self::Buffer,
         gate_up: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range!("gated_silu backward");
         self.gated_silu_gradient(rows, width, dact, gate_up)
     }
 
@@ -315,6 +338,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         x: &Self::Buffer,
         packed: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range!("gather labelled");
         self.gather_rows(batch, width, x, packed)
     }
 
@@ -325,6 +349,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         packed: &Self::Buffer,
         dx: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range!("scatter labelled");
         self.scatter_rows(batch, width, packed, dx)
     }
 
@@ -337,6 +362,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         losses: &mut Self::Floats,
         dx: Option<&mut Self::Buffer>,
     ) -> Result<()> {
+        let _range = range!("head loss");
         self.cross_entropy(head, batch, x, gradient_scale, losses, dx.map(|dx| &*dx))
     }
 
@@ -347,10 +373,12 @@ impl<D: Device> Backend for CudaBackend<D> {
         row: usize,
         logits: &mut [f32],
     ) -> Result<()> {
+        let _range = range!("head logits");
         self.logits_of_row(head, x, row, logits)
     }
 
     fn adamw(&self, state: OptimizerState<'_, Self>, step: AdamWStep) -> Result<f64> {
+        let _range = range!("adamw");
         self.adamw_update(state, step)
     }
 }

@@ -15,7 +15,7 @@ use crate::checkpoint::base::BaseModel;
 use crate::config::TrainingConfig;
 use crate::data::Outcome;
 use crate::error::{Result, escape_control};
-use crate::model::LoraConfig;
+use crate::model::{Limits, LoraConfig, ModelShape};
 use crate::tokens::{BatchOptions, SampleSet, Tokenizer};
 use crate::training::Split;
 
@@ -49,12 +49,11 @@ impl DryRun<'_> {
         let total_steps = training_settings(config, steps_per_epoch as u64).schedule.total_steps;
         let lengths: Vec<usize> = set.samples.iter().map(|sample| sample.token_ids.len()).collect();
         let validation_limits = self.validation.map(Split::limits).unwrap_or_default();
-        let memory = plan(chosen, base, lora, training.limits().union(validation_limits))?;
+        let shape = ModelShape::new(base.config(), Some(lora))?;
         let free = free_bytes(chosen);
-        let plan_of = |batch_size| {
-            let limits = Split::new(set, BatchOptions { batch_size, ..*batches })?.limits();
-            plan(chosen, base, lora, limits.union(validation_limits))
-        };
+        let plan = |limits: Limits| plan(chosen, base, &shape, config, limits.union(validation_limits), free);
+        let memory = plan(training.limits())?;
+        let plan_of = |batch_size| plan(Split::new(set, BatchOptions { batch_size, ..*batches })?.limits());
         let largest = match free {
             Some(free) => largest_batch(free, set.samples.len(), plan_of)?,
             None => None,
@@ -103,7 +102,7 @@ impl DryRun<'_> {
                 human_bytes(free)
             ),
             (Some(free), Some(largest)) => format!(
-                "{} are free: the largest batch_size that fits beside the kernels' scratch is {largest}{}\n",
+                "{} are free: the largest batch_size that fits is {largest}{}\n",
                 human_bytes(free),
                 if largest == set.samples.len() { " (all samples)" } else { "" }
             ),

@@ -131,7 +131,7 @@ fn finished(config: &TrainingConfig) -> Result<Option<TrainingSummary>> {
 
 /// Keys that a resumed run may change: they say where things are (their contents are compared instead), what computes,
 /// and how often the run is saved.
-const FREE_KEYS: [&str; 9] = [
+const FREE_KEYS: [&str; 10] = [
     "model_name",
     "train_data",
     "val_data",
@@ -141,6 +141,7 @@ const FREE_KEYS: [&str; 9] = [
     "keep_checkpoints",
     "device",
     "threads",
+    "activation_memory",
 ];
 
 /// Refuses a configuration that is not the run's.

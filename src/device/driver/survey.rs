@@ -2,10 +2,8 @@
 
 use cudarc::driver::result::{self, device};
 
-use super::{
-    Limits, check_capability, check_library, check_version, compiled, failed, read_limits, supported_version,
-    version_text,
-};
+use super::library::{check_library, check_version, failed, supported_version, version_text};
+use super::{Limits, check_capability, compiled, read_limits};
 use crate::error::Result;
 
 /// The GPU kernels of this build.

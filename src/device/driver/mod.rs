@@ -1,12 +1,14 @@
 //! An NVIDIA GPU through the CUDA driver, loaded at run time: the binary builds and starts without it.
 //!
-//! The only module that names `cudarc`. Its functions panic where the driver library or a symbol is missing, so
+//! The only folder that names `cudarc`. Its functions panic where the driver library or a symbol is missing, so
 //! `check_library` asks first.
 
+mod library;
+mod staging;
 mod survey;
 
 use std::collections::HashMap;
-use std::ffi::{CStr, CString, c_void};
+use std::ffi::CString;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -17,6 +19,8 @@ pub use survey::{GpuSummary, KernelBuild, Survey, kernel_build, survey};
 
 use super::{Argument, Device, Launch, Limits, Memory, check_range};
 use crate::error::{Error, Result};
+use library::{check_library, check_version, failed};
+use staging::Staging;
 
 /// The kernels that the build script compiled: `CUDA_VERSION`, `TARGETS` and `MODULES`.
 mod compiled {
@@ -44,9 +48,43 @@ struct Inner {
     modules: Vec<sys::CUmodule>,
     functions: Mutex<HashMap<String, Function>>,
     /// The latest launch: a fault inside a kernel surfaces in a later call, whose error names it.
-    last_launch: Mutex<String>,
+    last_launch: Mutex<LastLaunch>,
+    staging: Mutex<Staging>,
     name: String,
     limits: Limits,
+}
+
+/// What is needed to name a launch; written at every one, so it is not formatted until somebody asks.
+#[derive(Default)]
+struct LastLaunch {
+    kernel: String,
+    arguments: Vec<Argument>,
+    grid: [u32; 3],
+    threads: u32,
+    dynamic_shared_bytes: u32,
+}
+
+impl LastLaunch {
+    fn set(&mut self, launch: &Launch<'_>) {
+        self.kernel.clear();
+        self.kernel.push_str(launch.kernel);
+        self.arguments.clear();
+        self.arguments.extend_from_slice(launch.arguments);
+        (self.grid, self.threads) = (launch.grid, launch.threads);
+        self.dynamic_shared_bytes = launch.dynamic_shared_bytes;
+    }
+
+    /// None before the first.
+    fn get(&self) -> Option<Launch<'_>> {
+        let Self { kernel, arguments, grid, threads, dynamic_shared_bytes } = self;
+        (!kernel.is_empty()).then_some(Launch {
+            kernel,
+            grid: *grid,
+            threads: *threads,
+            dynamic_shared_bytes: *dynamic_shared_bytes,
+            arguments,
+        })
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -59,111 +97,12 @@ unsafe impl Send for Inner {}
 // SAFETY: as above; the driver locks its own state.
 unsafe impl Sync for Inner {}
 
-/// Every driver function used below (cudarc looks them up one by one, and panics).
-const SYMBOLS: &[&str] = &[
-    "cuInit",
-    "cuDriverGetVersion",
-    "cuDeviceGetCount",
-    "cuDeviceGet",
-    "cuDeviceGetName",
-    "cuDeviceGetAttribute",
-    "cuDeviceTotalMem_v2",
-    "cuDevicePrimaryCtxRetain",
-    "cuDevicePrimaryCtxRelease_v2",
-    "cuCtxSetCurrent",
-    "cuStreamCreate",
-    "cuStreamSynchronize",
-    "cuStreamDestroy_v2",
-    "cuModuleLoadData",
-    "cuModuleGetFunction",
-    "cuModuleUnload",
-    "cuFuncGetAttribute",
-    "cuFuncSetAttribute",
-    "cuMemAlloc_v2",
-    "cuMemFree_v2",
-    "cuMemGetInfo_v2",
-    "cuMemsetD8Async",
-    "cuMemcpyHtoDAsync_v2",
-    "cuMemcpyDtoHAsync_v2",
-    "cuMemcpyDtoDAsync_v2",
-    "cuLaunchKernel",
-    "cuEventCreate",
-    "cuEventRecord",
-    "cuEventSynchronize",
-    "cuEventElapsedTime",
-    "cuEventDestroy_v2",
-    "cuGetErrorName",
-    "cuGetErrorString",
-];
-
-/// Faults 58: no driver library, or one that lacks what is needed.
-fn check_library() -> Result<()> {
-    // SAFETY: loading libcuda runs its initialisers, as any CUDA program does.
-    if !unsafe { sys::is_culib_present() } {
-        return Err(Error::device("no NVIDIA driver: libcuda.so.1 cannot be loaded")
-            .hint("install the NVIDIA driver, or use `--device cpu`"));
-    }
-    for symbol in SYMBOLS {
-        // SAFETY: the library is there; the symbol is only looked up, not called.
-        let found = unsafe { sys::culib().get::<*const c_void>(symbol.as_bytes()).is_ok() };
-        if !found {
-            return Err(Error::device(format!("the NVIDIA driver library has no `{symbol}`")).hint(
-                "it is a stub or too old: install a current driver, and keep stubs off LD_LIBRARY_PATH",
-            ));
-        }
-    }
-    Ok(())
-}
-
-/// "13.0" for 13000.
-fn version_text(version: i32) -> String {
-    format!("{}.{}", version / 1000, version % 1000 / 10)
-}
-
-/// The newest CUDA that the driver supports.
-fn supported_version() -> Result<i32> {
-    let mut version = 0;
-    // SAFETY: writes one int; needs no initialisation.
-    unsafe { sys::cuDriverGetVersion(&mut version) }
-        .result()
-        .map_err(|error| failed("read the driver's version", error))?;
-    Ok(version)
-}
-
-fn check_version() -> Result<()> {
-    let version = supported_version()?;
-    if version >= compiled::CUDA_VERSION {
-        return Ok(());
-    }
-    let (found, wanted) = (version_text(version), version_text(compiled::CUDA_VERSION));
-    Err(Error::device(format!("the NVIDIA driver supports CUDA {found}, and this build needs {wanted}"))
-        .hint("install a newer driver, or build with an older nvcc"))
-}
-
 fn check_capability(name: &str, limits: Limits) -> Result<()> {
     let (major, minor) = limits.compute_capability;
     if limits.compute_capability >= OLDEST_COMPUTE_CAPABILITY {
         return Ok(());
     }
     Err(Error::device(format!("{name} has compute capability {major}.{minor}; 8.0 (Ampere) is needed")))
-}
-
-/// Our words for a driver's error.
-fn failed(action: &str, error: DriverError) -> Error {
-    // SAFETY of the reads: both functions return static strings.
-    let text = |found: std::result::Result<&CStr, DriverError>| {
-        found.map_or_else(|_| format!("{:?}", error.0), |text| text.to_string_lossy().into_owned())
-    };
-    let message = format!("cannot {action}: {} ({})", text(error.error_string()), text(error.error_name()));
-    match error.0 {
-        sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-            Error::device(message).hint("use a smaller batch or a larger GPU")
-        }
-        sys::CUresult::CUDA_ERROR_NO_DEVICE => {
-            Error::device(message).hint("check nvidia-smi and CUDA_VISIBLE_DEVICES")
-        }
-        _ => Error::device(message),
-    }
 }
 
 impl Driver {
@@ -206,7 +145,10 @@ impl Driver {
     fn failed_after_launch(&self, action: &str, error: DriverError) -> Error {
         let last = self.inner.last_launch.lock().unwrap_or_else(PoisonError::into_inner);
         let error = failed(action, error);
-        if last.is_empty() { error } else { error.at(format!("after {last}")) }
+        match last.get() {
+            Some(launch) => error.at(format!("after {launch}")),
+            None => error,
+        }
     }
 
     fn function(&self, name: &str) -> Result<Function> {
@@ -266,6 +208,7 @@ fn open(device: sys::CUdevice, name: String, limits: Limits) -> Result<Inner> {
         modules: Vec::new(),
         functions: Mutex::default(),
         last_launch: Mutex::default(),
+        staging: Mutex::default(),
         name,
         limits,
     };
@@ -309,6 +252,7 @@ impl Drop for Inner {
             if self.enter().is_ok() {
                 if !self.stream.is_null() {
                     let _ = result::stream::synchronize(self.stream);
+                    self.staging.get_mut().unwrap_or_else(PoisonError::into_inner).free();
                     let _ = result::stream::destroy(self.stream);
                 }
                 for &module in &self.modules {
@@ -385,6 +329,14 @@ impl Device for Driver {
         self.inner.limits
     }
 
+    fn free_memory_bytes(&self) -> Result<Option<u64>> {
+        Ok(Some(self.memory_info()?.0 as u64))
+    }
+
+    fn guards_allocations(&self) -> bool {
+        false
+    }
+
     fn allocate(&self, bytes: usize) -> Result<DriverMemory> {
         self.enter()?;
         // The driver refuses zero bytes.
@@ -398,12 +350,10 @@ impl Device for Driver {
     fn upload(&self, bytes: &[u8], memory: &DriverMemory, offset: usize) -> Result<()> {
         check_range(memory, offset, bytes.len())?;
         self.enter()?;
-        // SAFETY: the range is inside the allocation, and the slice outlives the copy because it is waited for.
-        unsafe {
-            result::memcpy_htod_async(memory.address + offset as u64, bytes, self.inner.stream)
-                .and_then(|()| result::stream::synchronize(self.inner.stream))
-        }
-        .map_err(|error| self.failed_after_launch("copy to the GPU", error))
+        let mut staging = self.inner.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the range is inside the allocation, the context is current, and the stream is alive.
+        unsafe { staging.copy(bytes, memory.address + offset as u64, self.inner.stream) }
+            .map_err(|error| self.failed_after_launch("copy to the GPU", error))
     }
 
     fn download(&self, memory: &DriverMemory, offset: usize, into: &mut [u8]) -> Result<()> {
@@ -453,7 +403,7 @@ impl Device for Driver {
             )
         }
         .map_err(|error| failed("launch", error).at(launch.to_string()))?;
-        *self.inner.last_launch.lock().unwrap_or_else(PoisonError::into_inner) = launch.to_string();
+        self.inner.last_launch.lock().unwrap_or_else(PoisonError::into_inner).set(launch);
         Ok(())
     }
 
@@ -479,6 +429,15 @@ impl Device for Driver {
         .map_err(|error| self.failed_after_launch("read a CUDA event", error))
     }
 
+    fn profile(&self, is_open: bool) -> Result<()> {
+        // What was enqueued before belongs to the other side of the border.
+        self.synchronize()?;
+        // SAFETY: the context is current.
+        unsafe { if is_open { sys::cuProfilerStart() } else { sys::cuProfilerStop() } }
+            .result()
+            .map_err(|error| failed("open or close the profiler's window", error))
+    }
+
     fn synchronize(&self) -> Result<()> {
         self.enter()?;
         // SAFETY: the stream is alive.
@@ -501,11 +460,5 @@ mod tests {
                 assert!(error.hint_text().is_some(), "{error}");
             }
         }
-    }
-
-    #[test]
-    fn versions_read_as_people_write_them() {
-        assert_eq!(version_text(13000), "13.0");
-        assert_eq!(version_text(12080), "12.8");
     }
 }

@@ -1,0 +1,144 @@
+//! What things take on a GPU, and one arena for the activations.
+
+use super::head::chunk_rows;
+use super::linear::{rank_leading, stretch_count};
+use super::memory::{FLOAT_BYTES, HALF_BYTES, Region};
+use super::{CudaBackend, Scratch, lock};
+use crate::backend::{Footprint, GroupShape, OperationShapes};
+use crate::device::Device;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+
+/// Every buffer starts at a multiple of this: whole lines of the L2, as the driver's own allocations do.
+const ALIGNMENT: usize = 256;
+
+fn aligned(bytes: usize) -> usize {
+    bytes.next_multiple_of(ALIGNMENT)
+}
+
+/// One allocation from which buffers are cut, while the workspace is made.
+pub(super) struct Arena<D: Device> {
+    region: Region<D>,
+    used: usize,
+}
+
+/// Sizes of the scratch buffers, in bytes.
+struct ScratchSizes {
+    dropped: usize,
+    ds: usize,
+    partials: usize,
+    rotated: usize,
+    delta: usize,
+    logits: usize,
+}
+
+impl ScratchSizes {
+    fn new(shapes: &OperationShapes) -> Self {
+        let OperationShapes {
+            tokens, labelled_rows, vocabulary, query_heads, key_value_heads, head_dim, ..
+        } = *shapes;
+        let largest = |size: &dyn Fn(&GroupShape) -> usize| shapes.groups.iter().map(size).max().unwrap_or(0);
+        let dropped =
+            largest(&|group| if group.rank == 0 { 0 } else { tokens * group.in_features * HALF_BYTES });
+        let partials = largest(&|group| {
+            let product = |m: usize, n: usize| stretch_count(m, n, tokens) * m * n * FLOAT_BYTES;
+            let (inputs, outputs, rank) = (group.in_features, group.out_features, group.rank);
+            if rank == 0 { 0 } else { product(rank, inputs).max(product(outputs, rank)) }
+        });
+        let only = |wanted: bool, size: usize| if wanted { size } else { 0 };
+        Self {
+            dropped: only(shapes.has_dropout && shapes.is_training, dropped),
+            ds: only(shapes.is_training, largest(&|group| tokens * rank_leading(group.rank) * HALF_BYTES)),
+            partials: only(shapes.is_training, partials),
+            rotated: tokens * (query_heads + key_value_heads) * head_dim * HALF_BYTES,
+            delta: only(shapes.is_training, tokens * query_heads * FLOAT_BYTES),
+            logits: chunk_rows(vocabulary, labelled_rows.max(1))
+                * vocabulary.next_multiple_of(8)
+                * HALF_BYTES,
+        }
+    }
+
+    fn total(&self) -> usize {
+        [self.dropped, self.ds, self.partials, self.rotated, self.delta, self.logits]
+            .map(aligned)
+            .iter()
+            .sum()
+    }
+}
+
+impl<D: Device> Footprint for CudaBackend<D> {
+    fn buffer_bytes(&self, elements: usize) -> u64 {
+        aligned(elements * HALF_BYTES) as u64
+    }
+
+    fn floats_bytes(&self, elements: usize) -> u64 {
+        aligned(elements * FLOAT_BYTES) as u64
+    }
+
+    fn weight_bytes(&self, elements: u64, _: DType) -> u64 {
+        elements * HALF_BYTES as u64
+    }
+
+    fn adapter_bytes(&self, parameter_count: usize, groups: &[GroupShape]) -> u64 {
+        let packed = |group: &GroupShape| self.buffer_bytes(group.out_features * rank_leading(group.rank));
+        2 * self.floats_bytes(parameter_count)
+            + self.buffer_bytes(parameter_count)
+            + groups.iter().map(packed).sum::<u64>()
+    }
+
+    fn scratch_bytes(&self, shapes: &OperationShapes) -> u64 {
+        ScratchSizes::new(shapes).total() as u64
+    }
+
+    fn reserve_scratch(&self, shapes: &OperationShapes) -> Result<()> {
+        let sizes = ScratchSizes::new(shapes);
+        let mut scratch = lock(&self.scratch);
+        let Scratch { dropped, ds, partials, rotated, delta, logits, .. } = &mut *scratch;
+        for (growing, bytes) in [
+            (dropped, sizes.dropped),
+            (ds, sizes.ds),
+            (partials, sizes.partials),
+            (rotated, sizes.rotated),
+            (delta, sizes.delta),
+            (logits, sizes.logits),
+        ] {
+            if bytes > 0 {
+                growing.reserve(self.device(), bytes)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn free_bytes(&self) -> Result<Option<u64>> {
+        self.device().free_memory_bytes()
+    }
+}
+
+impl<D: Device> CudaBackend<D> {
+    /// Runs `make`, whose buffers are cut from one allocation of `bytes`. Where the device watches the bounds of every
+    /// allocation, each keeps its own.
+    pub(super) fn cut_from_arena<R>(&self, bytes: u64, make: impl FnOnce() -> Result<R>) -> Result<R> {
+        if self.device().guards_allocations() {
+            return make();
+        }
+        let bytes =
+            usize::try_from(bytes).map_err(|_| Error::device(format!("an arena of {bytes} bytes")))?;
+        let region = Region::allocate(self.device(), bytes)?;
+        *lock(&self.arena) = Some(Arena { region, used: 0 });
+        let made = make();
+        *lock(&self.arena) = None;
+        made
+    }
+
+    /// `bytes` of the arena, or memory of their own.
+    pub(super) fn cut(&self, bytes: usize) -> Result<Region<D>> {
+        match &mut *lock(&self.arena) {
+            None => Region::allocate(self.device(), bytes),
+            Some(arena) => {
+                let part = arena.region.part(arena.used, bytes)?;
+                arena.used += aligned(bytes);
+                Ok(part)
+            }
+        }
+    }
+}

@@ -1,0 +1,56 @@
+//! How much memory a model takes on a backend, told before any of it is allocated.
+
+use crate::dtype::DType;
+use crate::error::Result;
+
+/// Widths of a linear group and the summed rank of its adapters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GroupShape {
+    /// `I`.
+    pub in_features: usize,
+    /// `O`.
+    pub out_features: usize,
+    /// `R`; 0 without adapters.
+    pub rank: usize,
+}
+
+/// The largest shapes of a model's operations: what their scratch memory depends on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OperationShapes {
+    /// Tokens of a batch.
+    pub tokens: usize,
+    /// Labelled rows of a batch.
+    pub labelled_rows: usize,
+    /// `V`.
+    pub vocabulary: usize,
+    /// `Q`.
+    pub query_heads: usize,
+    /// `K`.
+    pub key_value_heads: usize,
+    /// `D`.
+    pub head_dim: usize,
+    /// Every linear group.
+    pub groups: Vec<GroupShape>,
+    /// Whether adapters' inputs pass through dropout.
+    pub has_dropout: bool,
+    /// Whether there is a backward.
+    pub is_training: bool,
+}
+
+/// Bytes that things take on a backend, rounded up as its allocator rounds them.
+pub trait Footprint {
+    /// Activations of `elements`.
+    fn buffer_bytes(&self, elements: usize) -> u64;
+    /// f32 values.
+    fn floats_bytes(&self, elements: usize) -> u64;
+    /// Frozen weights, which are `stored` in their file. Those that are read where the file is mapped count too.
+    fn weight_bytes(&self, elements: u64, stored: DType) -> u64;
+    /// Adapters with their gradients and whatever copies the products read.
+    fn adapter_bytes(&self, parameter_count: usize, groups: &[GroupShape]) -> u64;
+    /// Memory that one operation uses and the next overwrites.
+    fn scratch_bytes(&self, shapes: &OperationShapes) -> u64;
+    /// Allocates that memory, so that no later operation need.
+    fn reserve_scratch(&self, shapes: &OperationShapes) -> Result<()>;
+    /// Memory that is still free; none where allocating asks for no permission.
+    fn free_bytes(&self) -> Result<Option<u64>>;
+}
