@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use indicatif::HumanBytes;
+
 use super::block::{BlockShape, GROUP_COUNT};
 use super::config::{LinearModule, ModelConfig};
 use super::lora::{AdapterLayout, LoraConfig};
@@ -63,7 +65,7 @@ impl fmt::Display for MemoryPlan {
         };
         let [weights, adapters, optimizer, activations, scratch, total] =
             [self.weights, self.adapters, self.optimizer, self.activations, self.scratch, self.total()]
-                .map(gibibytes);
+                .map(HumanBytes);
         write!(
             formatter,
             "memory: weights {weights}, adapters {adapters}, optimizer {optimizer}, activations {activations} \
@@ -222,7 +224,7 @@ pub fn choose_plan<B: Backend>(
     let advice = match (fits(&small), tokens) {
         (true, _) => format!(
             "set activation_memory to small ({}), or use a smaller batch",
-            gibibytes(small.of_batches())
+            HumanBytes(small.of_batches())
         ),
         (false, 0) => "use a smaller model or a larger GPU".to_string(),
         (false, tokens) => format!(
@@ -234,11 +236,11 @@ pub fn choose_plan<B: Backend>(
     let message = format!(
         "training needs {} more device memory and {} are free: activations of the longest batch {}, scratch {}; weights, \
          adapters and optimizer take {}",
-        gibibytes(wanted.of_batches()),
-        gibibytes(free),
-        gibibytes(wanted.arena),
-        gibibytes(wanted.scratch),
-        gibibytes(wanted.total() - wanted.of_batches())
+        HumanBytes(wanted.of_batches()),
+        HumanBytes(free),
+        HumanBytes(wanted.arena),
+        HumanBytes(wanted.scratch),
+        HumanBytes(wanted.total() - wanted.of_batches())
     );
     Err(Error::device(message).hint(advice))
 }
@@ -251,9 +253,4 @@ fn largest_fitting(most: usize, fits: impl Fn(usize) -> Result<bool>) -> Result<
         if fits(middle)? { good = middle } else { bad = middle }
     }
     Ok(good)
-}
-
-/// "1.25 GiB".
-pub fn gibibytes(bytes: u64) -> String {
-    format!("{:.2} GiB", bytes as f64 / (1u64 << 30) as f64)
 }

@@ -11,6 +11,6 @@ mod transformer;
 mod workspace;
 
 pub use lora::{AdapterLayout, AdapterTensor, LoraConfig};
-pub use memory::{CHOICES, MemoryPlan, ModelShape, Needs, Recompute, choose_plan, gibibytes};
+pub use memory::{CHOICES, MemoryPlan, ModelShape, Needs, Recompute, choose_plan};
 pub use transformer::{Cache, TokenScores, Transformer};
 pub use workspace::{Limits, Purpose};
