@@ -2,7 +2,6 @@
 
 use serde_json::{Value, json};
 
-use crate::support::fixture;
 use crate::workspace::Workspace;
 
 /// Ids and learned labels of the records in `train.jsonl`.

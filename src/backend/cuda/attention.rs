@@ -149,6 +149,15 @@ impl<D: Device> CudaBackend<D> {
         ])
     }
 
+    /// Heads, row lengths of queries, keys and values, and the scores: what all kernels over a batch take after the tensors.
+    fn shape_arguments(&self, attention: &Attention<'_, Self>, widths: Widths) -> Result<Vec<Argument>> {
+        let Attention { query_heads, key_value_heads, .. } = *attention;
+        let sizes = [query_heads, key_value_heads, widths.rotated, widths.rotated, widths.qkv];
+        let mut arguments = sizes.into_iter().map(int).collect::<Result<Vec<_>>>()?;
+        arguments.extend(self.score_arguments(attention)?);
+        Ok(arguments)
+    }
+
     pub(super) fn attention_forward(
         &self,
         attention: &Attention<'_, Self>,
@@ -167,12 +176,7 @@ impl<D: Device> CudaBackend<D> {
         let out = out.first(rows * widths.query)?;
         let mut arguments =
             vec![q, k, v, out, log_sum.first(rows * attention.query_heads)?, batch.sample_tiles()?];
-        for size in
-            [attention.query_heads, attention.key_value_heads, widths.rotated, widths.rotated, widths.qkv]
-        {
-            arguments.push(int(size)?);
-        }
-        arguments.extend(self.score_arguments(attention)?);
+        arguments.extend(self.shape_arguments(attention, widths)?);
         let shape = Shape {
             grid: [batch.tiles, attention.query_heads, 1],
             threads: THREADS,
@@ -209,12 +213,7 @@ impl<D: Device> CudaBackend<D> {
         unsafe { self.kernels.launch_half("attention_delta", shape, &arguments)? };
 
         let mut inputs = vec![q, k, v, dout, log_sum.first(heads)?, delta, batch.sample_tiles()?];
-        for size in
-            [attention.query_heads, attention.key_value_heads, widths.rotated, widths.rotated, widths.qkv]
-        {
-            inputs.push(int(size)?);
-        }
-        inputs.extend(self.score_arguments(attention)?);
+        inputs.extend(self.shape_arguments(attention, widths)?);
         let whole = dqkv.first(rows * widths.qkv)?;
         let column = |first: usize| dqkv.at(first, rows * widths.qkv - first);
         let leading = int(widths.qkv)?;
