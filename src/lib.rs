@@ -24,6 +24,7 @@ pub mod optim;
 
 pub mod cli;
 pub mod evaluation;
+pub mod export;
 pub mod import;
 pub mod inference;
 pub mod training;

@@ -9,7 +9,7 @@ use std::fs;
 use std::path::Path;
 
 pub use self::config::AdapterConfig;
-pub use self::write::{CHAT_TEMPLATE, Companions, replace_adapter_folder, write_adapter};
+pub use self::write::{CHAT_TEMPLATE, Companions, TOKENIZER_FILES, replace_adapter_folder, write_adapter};
 pub(super) use self::write::{pretty, stage, to_safetensors};
 use crate::checkpoint::safetensors::SafetensorsFile;
 use crate::error::{Error, Result};

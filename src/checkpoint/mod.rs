@@ -7,6 +7,7 @@ mod finite;
 pub mod folder;
 pub mod hub;
 pub mod mapped;
+pub mod model_folder;
 pub mod run;
 pub mod safetensors;
 pub mod volume;

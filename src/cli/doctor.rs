@@ -18,6 +18,7 @@ use crate::device::driver::{Driver, GpuSummary, KernelBuild, Survey, kernel_buil
 use crate::error::{Error, Result};
 use findings::{Finding, Weight, findings};
 use machine::Machine;
+pub(super) use machine::Memory;
 
 /// Arguments of `fastlora doctor`.
 #[derive(Debug, Args)]

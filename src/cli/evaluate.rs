@@ -1,4 +1,7 @@
-//! `fastlora evaluate`.
+//! `fastlora evaluate`: losses by hash, the model's own answers, and how much the hash steers.
+
+mod generated;
+mod swapped;
 
 use std::sync::Arc;
 
@@ -6,6 +9,8 @@ use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
 use serde_json::json;
 
+use self::generated::{HashPattern, Questions};
+use self::swapped::Swaps;
 use super::Cli;
 use super::device::{DeviceArgs, on_backend};
 use super::model::ModelArgs;
@@ -51,6 +56,18 @@ pub struct EvaluateArgs {
     /// Field that holds the hash; without it, the usual names are tried.
     #[arg(long, value_name = "KEY")]
     hash_key: Option<String>,
+    /// Lets the model answer every record greedily, and scores the answers: exact match, token F1, expressions.
+    #[arg(long)]
+    generate: bool,
+    /// A regular expression that answers under a hash should match, `*` for every hash; repeat for several.
+    #[arg(long, value_name = "HASH=REGEX", requires = "generate")]
+    regex: Vec<HashPattern>,
+    /// At most this many tokens an answer.
+    #[arg(long, value_name = "N", default_value_t = 128, requires = "generate")]
+    max_new_tokens: usize,
+    /// Measures the loss under every other hash too: how much the conditioning steers.
+    #[arg(long)]
+    swap_hash: bool,
     #[command(flatten)]
     chat: ChatArgs,
     #[command(flatten)]
@@ -87,9 +104,31 @@ pub(super) fn run(args: &EvaluateArgs, cli: &Cli) -> Result<()> {
         BatchOptions { batch_size: args.batch_size, gradient_accumulation_steps: 1, shuffle: false, seed: 0 };
     let split = Split::new(&samples, batch_options)?;
 
-    let evaluation = on_backend!(args.device.backend(&files.base)?, |backend| {
+    // All that can be refused is, before anything is computed.
+    let positions = files.base.config().max_positions;
+    let questions = match args.generate {
+        true => Some(Questions::new(&dataset, tokenizer.as_ref(), &args.regex, positions)?),
+        false => None,
+    };
+    let swaps = match args.swap_hash {
+        true => Some(Swaps::new(&dataset, tokenizer.as_ref(), &sample_options)?),
+        false => None,
+    };
+
+    let (evaluation, generated, swapped) = on_backend!(args.device.backend(&files.base)?, |backend| {
         let mut model = files.load(Arc::clone(&backend))?;
-        backend.run(|| evaluate(&mut model, &split))?
+        let evaluation = backend.run(|| evaluate(&mut model, &split))?;
+        let swapped = match &swaps {
+            Some(swaps) => Some(swaps.measure(&mut model, &backend, batch_options, &evaluation)?),
+            None => None,
+        };
+        let generated = match (&questions, &tokenizer) {
+            (Some(questions), Some(tokenizer)) => {
+                Some(questions.ask(&mut model, &backend, &files, tokenizer, args.max_new_tokens)?)
+            }
+            _ => None,
+        };
+        (evaluation, generated, swapped)
     });
     if cli.json {
         let mut object = args.model.to_json(&files);
@@ -104,10 +143,22 @@ pub(super) fn run(args: &EvaluateArgs, cli: &Cli) -> Result<()> {
             "skipped": accounting.count(Outcome::Skipped),
             "dropped": accounting.count(Outcome::Dropped),
         });
-        print_line(&format!("{object:#}"))
-    } else {
-        print_line(&table(&evaluation).to_string())
+        if let Some(generated) = generated {
+            object["generated"] = generated.to_json();
+        }
+        if let Some(swapped) = swapped {
+            object["swapped_hash"] = swapped.to_json();
+        }
+        return print_line(&format!("{object:#}"));
     }
+    print_line(&table(&evaluation).to_string())?;
+    if let Some(swapped) = swapped {
+        print_line(&format!("loss with another hash in the text:\n{}", swapped.table()))?;
+    }
+    if let Some(generated) = generated {
+        print_line(&format!("answers:\n{}", generated.table()))?;
+    }
+    Ok(())
 }
 
 /// One row for each hash, then one for all.

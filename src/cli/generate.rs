@@ -3,8 +3,7 @@
 mod cases;
 mod table;
 
-use std::io::{self, IsTerminal, Read, Write};
-use std::ops::ControlFlow;
+use std::io::{self, IsTerminal, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -14,18 +13,16 @@ use tracing::info;
 
 use self::cases::{Case, read_cases};
 use super::Cli;
+use super::answer::{Answer, Answerer, SamplingArgs};
 use super::device::{DeviceArgs, on_backend};
 use super::model::{ModelArgs, ModelFiles};
-use super::output::{accept_closed, for_terminal, print_line};
+use super::output::print_line;
 use super::tokenizer::{ChatArgs, chat_tokenizer};
 use crate::backend::Backend;
 use crate::checkpoint::base::BaseModel;
 use crate::data::{self, Conversation};
 use crate::error::{Error, Result};
-use crate::inference::{
-    Generation, NextTokenLogits, Sampler, SamplingParameters, Session, StopConditions, TextStream, generate,
-};
-use crate::model::Transformer;
+use crate::inference::StopConditions;
 use crate::tokens::Tokenizer;
 
 /// Arguments of `fastlora generate`.
@@ -70,44 +67,6 @@ struct PromptArgs {
     system: Option<String>,
     #[command(flatten)]
     template: ChatArgs,
-}
-
-/// How tokens are chosen.
-#[derive(Debug, Args)]
-struct SamplingArgs {
-    /// Divides the logits; 0 always takes the most likely token.
-    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
-    temperature: f32,
-    /// Only the K most likely tokens.
-    #[arg(long, value_name = "K")]
-    top_k: Option<usize>,
-    /// Only the most likely tokens whose probabilities sum to P.
-    #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
-    top_p: f32,
-    /// Only tokens at least P times as likely as the most likely one.
-    #[arg(long, value_name = "P", default_value_t = 0.0, allow_negative_numbers = true)]
-    min_p: f32,
-    /// Makes tokens of the prompt and the text so far less likely, above 1.
-    #[arg(long, value_name = "X", default_value_t = 1.0, allow_negative_numbers = true)]
-    repetition_penalty: f32,
-    /// Same seed, same text.
-    #[arg(long, value_name = "N", default_value_t = 42)]
-    seed: u64,
-}
-
-impl SamplingArgs {
-    /// The parameters, checked.
-    fn resolve(&self) -> Result<SamplingParameters> {
-        let Self { temperature, top_k, top_p, min_p, repetition_penalty, seed } = *self;
-        let parameters = SamplingParameters { temperature, top_k, top_p, min_p, repetition_penalty, seed };
-        parameters.validate()?;
-        if temperature == 0.0 && (top_k.is_some() || top_p != 1.0 || min_p != 0.0) {
-            return Err(Error::config("top-k, top-p and min-p have no effect at temperature 0")
-                .at("--temperature")
-                .hint("give --temperature 1, or leave them out"));
-        }
-        Ok(parameters)
-    }
 }
 
 impl PromptArgs {
@@ -170,27 +129,6 @@ struct Prepared {
     prompt_ids: Vec<u32>,
 }
 
-/// What the model said.
-struct Answer {
-    text: String,
-    generation: Generation,
-}
-
-impl Answer {
-    fn to_json(&self, expected: Option<&str>) -> Value {
-        json!({
-            "text": self.text,
-            "token_count": self.generation.token_ids.len(),
-            "stop_reason": self.generation.stop_reason.name(),
-            "exact": expected.map(|expected| self.is_exact(expected)),
-        })
-    }
-
-    fn is_exact(&self, expected: &str) -> bool {
-        self.text.trim() == expected.trim()
-    }
-}
-
 pub(super) fn run(args: &GenerateArgs, cli: &Cli) -> Result<()> {
     let sampling = args.sampling.resolve()?;
     args.device.validate()?;
@@ -209,21 +147,14 @@ pub(super) fn run(args: &GenerateArgs, cli: &Cli) -> Result<()> {
             Ok(Prepared { case, prompt, prompt_ids })
         })
         .collect::<Result<_>>()?;
-    // Before the first answer, which would be lost when a later prompt fails.
+    let prompts: Vec<&[u32]> = prepared.iter().map(|prepared| &*prepared.prompt_ids).collect();
     let positions = files.base.config().max_positions;
-    if let Some(place) = prepared.iter().position(|prepared| prepared.prompt_ids.len() > positions) {
-        let length = prepared[place].prompt_ids.len();
-        return Err(Error::data(format!(
-            "the prompt has {length} tokens, the model has room for {positions}"
-        ))
-        .at(format!("prompt {}", place + 1))
-        .hint("shorten it"));
-    }
+    Answerer::check_room(&prompts, positions, |index| format!("prompt {}", index + 1))?;
     let mut stop_ids = files.base.config().eos_token_ids.clone();
     stop_ids.extend(tokenizer.eos_id());
     let stop = StopConditions { max_new_tokens: args.max_new_tokens, eos_token_ids: stop_ids };
-    let runner = Runner { tokenizer: &tokenizer, sampling, stop, is_raw: args.prompts.raw };
-    let work = Work { args, cli, files: &files, prepared: &prepared, runner };
+    let answerer = Answerer { tokenizer: &tokenizer, sampling, stop, skips_space: !args.prompts.raw };
+    let work = Work { args, cli, files: &files, prepared: &prepared, prompts: &prompts, answerer };
     on_backend!(args.device.backend(&files.base)?, |backend| work.run_on(backend))
 }
 
@@ -233,23 +164,24 @@ struct Work<'a> {
     cli: &'a Cli,
     files: &'a ModelFiles,
     prepared: &'a [Prepared],
-    runner: Runner<'a>,
+    prompts: &'a [&'a [u32]],
+    answerer: Answerer<'a>,
 }
 
 impl Work<'_> {
     fn run_on<B: Backend>(&self, backend: Arc<B>) -> Result<()> {
-        let Work { args, cli, files, prepared, runner } = self;
+        let Work { args, cli, files, prepared, prompts, answerer } = self;
         let mut model = files.load(Arc::clone(&backend))?;
         let is_streamed = args.prompts.cases.is_none() && !args.compare_base && !cli.json;
         if is_streamed {
-            return backend.run(|| runner.stream(&mut model, &prepared[0]));
+            return backend.run(|| answerer.stream(&mut model, prompts[0]));
         }
-        let answers = backend.run(|| runner.answer_all(&mut model, prepared))?;
+        let answers = backend.run(|| answerer.answer_all(&mut model, prompts))?;
         let base_answers = if args.compare_base {
             // An adapter of zeros adds nothing: this is the base, without loading it twice.
             let zeros = vec![0.0; model.layout().parameter_count()];
             model.set_parameters(&zeros)?;
-            Some(backend.run(|| runner.answer_all(&mut model, prepared))?)
+            Some(backend.run(|| answerer.answer_all(&mut model, prompts))?)
         } else {
             None
         };
@@ -282,107 +214,4 @@ fn cases_to_json(prepared: &[Prepared], answers: &[Answer], base_answers: Option
         },
     );
     Value::Array(objects.collect())
-}
-
-/// What all prompts share.
-struct Runner<'a> {
-    tokenizer: &'a Tokenizer,
-    sampling: SamplingParameters,
-    stop: StopConditions,
-    is_raw: bool,
-}
-
-impl Runner<'_> {
-    /// Prints the answer as it comes.
-    fn stream<B: Backend>(&self, model: &mut Transformer<B>, prepared: &Prepared) -> Result<()> {
-        let mut session = self.session(model, std::slice::from_ref(prepared))?;
-        let mut stdout = io::stdout().lock();
-        let is_terminal = stdout.is_terminal();
-        let mut written = Ok(());
-        let answer = self.answer(&mut session, &prepared.prompt_ids, |piece| {
-            let shown = if is_terminal { for_terminal(piece) } else { piece.to_string() };
-            written = stdout.write_all(shown.as_bytes()).and_then(|()| stdout.flush());
-            if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
-        })?;
-        report_speed([&answer].into_iter(), prepared.prompt_ids.len());
-        accept_closed(written.and_then(|()| writeln!(stdout)))
-    }
-
-    fn answer_all<B: Backend>(
-        &self,
-        model: &mut Transformer<B>,
-        prepared: &[Prepared],
-    ) -> Result<Vec<Answer>> {
-        let mut session = self.session(model, prepared)?;
-        let mut answers = Vec::with_capacity(prepared.len());
-        for Prepared { prompt_ids, .. } in prepared {
-            session.clear();
-            answers.push(self.answer(&mut session, prompt_ids, |_| ControlFlow::Continue(()))?);
-        }
-        report_speed(answers.iter(), prepared.iter().map(|prepared| prepared.prompt_ids.len()).sum());
-        Ok(answers)
-    }
-
-    /// A session with room for the longest of the prompts and its answer.
-    fn session<'m, B: Backend>(
-        &self,
-        model: &'m mut Transformer<B>,
-        prepared: &[Prepared],
-    ) -> Result<Session<'m, B>> {
-        let longest = prepared.iter().map(|prepared| prepared.prompt_ids.len()).max().unwrap_or(0);
-        Session::new(model, longest.saturating_add(self.stop.max_new_tokens))
-    }
-
-    /// Runs one prompt; `on_text` gets the text in whole characters. Each starts from the seed, so that its answer
-    /// does not depend on the ones before.
-    fn answer(
-        &self,
-        model: &mut impl NextTokenLogits,
-        prompt_ids: &[u32],
-        mut on_text: impl FnMut(&str) -> ControlFlow<()>,
-    ) -> Result<Answer> {
-        let mut sampler = Sampler::new(self.sampling)?;
-        let mut stream = TextStream::new(|ids: &[u32]| self.tokenizer.decode(ids));
-        let mut text = String::new();
-        let mut failure = None;
-        // The template puts a space between prompt and answer; it is none of the answer.
-        let skips_space = !self.is_raw;
-        let mut show = |piece: String, on_text: &mut dyn FnMut(&str) -> ControlFlow<()>| {
-            let piece = match piece.strip_prefix(' ') {
-                Some(rest) if skips_space && text.is_empty() => rest,
-                _ => &piece,
-            };
-            text.push_str(piece);
-            if piece.is_empty() { ControlFlow::Continue(()) } else { on_text(piece) }
-        };
-        let generation =
-            generate(model, prompt_ids, &mut sampler, &self.stop, |token_id| match stream.push(token_id) {
-                Ok(piece) => show(piece, &mut on_text),
-                Err(error) => {
-                    failure = Some(error);
-                    ControlFlow::Break(())
-                }
-            })?;
-        if let Some(error) = failure {
-            return Err(error);
-        }
-        // A last, unfinished character; whether anyone still reads does not matter any more.
-        let _ = show(stream.finish()?, &mut on_text);
-        Ok(Answer { text, generation })
-    }
-}
-
-/// Says how fast it went, on the log.
-fn report_speed<'a>(answers: impl Iterator<Item = &'a Answer> + Clone, prompt_tokens: usize) {
-    let generations = answers.map(|answer| &answer.generation);
-    let prompt_seconds: f64 =
-        generations.clone().map(|generation| generation.prompt_time.as_secs_f64()).sum();
-    let seconds: f64 = generations.clone().map(|generation| generation.decoding_time.as_secs_f64()).sum();
-    // The first token of each comes with its prompt.
-    let decoded: usize = generations.map(|generation| generation.token_ids.len().saturating_sub(1)).sum();
-    info!(
-        "prompts: {prompt_tokens} tokens at {:.1} tokens/s; answers: {:.1} tokens/s",
-        prompt_tokens as f64 / prompt_seconds.max(1e-9),
-        decoded as f64 / seconds.max(1e-9)
-    );
 }

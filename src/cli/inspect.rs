@@ -12,8 +12,8 @@ use super::output::{for_terminal, print_line};
 use super::tokenizer::{ChatArgs, tokenizer_for};
 use crate::checkpoint::adapter::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter};
 use crate::checkpoint::base::BaseModel;
-use crate::config::{DataSource, LossOn, OnBadRecord, Overlong};
-use crate::data::{Dataset, LoadOptions, Outcome, RecordContent, TemplateChoice, load};
+use crate::config::{DataSource, OnBadRecord};
+use crate::data::{Dataset, LoadOptions, Outcome, RecordContent, TemplateChoice, load, read_optional_json};
 use crate::error::{Error, Result, escape_control};
 use crate::model::LoraConfig;
 use crate::tokens::{SampleOptions, Tokenizer, tokenise};
@@ -131,8 +131,8 @@ fn describe_adapter(folder: &Path) -> Result<Value> {
     let adapted = modules.len();
     modules.sort_unstable();
     modules.dedup();
-    let provenance = read_object(&folder.join("fastlora.json"))?;
-    let of_run = |key: &str| provenance.get(key).cloned().unwrap_or(Value::Null);
+    let provenance = read_optional_json(&folder.join("fastlora.json"))?.unwrap_or_default();
+    let of_run = |key: &str| provenance[key].clone();
     let is_checkpoint = folder.join("state.json").exists();
     Ok(json!({
         "kind": if is_checkpoint { "checkpoint" } else { "adapter" },
@@ -157,16 +157,6 @@ fn describe_adapter(folder: &Path) -> Result<Value> {
     }))
 }
 
-/// A JSON object from a file; empty where there is no file.
-fn read_object(path: &Path) -> Result<Map<String, Value>> {
-    match std::fs::read(path) {
-        Ok(bytes) => serde_json::from_slice(&bytes)
-            .map_err(|error| Error::model("broken JSON").at(path.display().to_string()).caused_by(error)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Map::new()),
-        Err(error) => Err(Error::file("read", path, error)),
-    }
-}
-
 fn describe_data(args: &InspectArgs, cli: &Cli) -> Result<()> {
     // Everything is counted, nothing refused: that is what inspecting is for.
     let options = LoadOptions { on_bad_record: OnBadRecord::Skip, ..LoadOptions::default() };
@@ -174,13 +164,7 @@ fn describe_data(args: &InspectArgs, cli: &Cli) -> Result<()> {
     let Some(model) = &args.model else { return describe_records(&dataset, cli) };
     let base = BaseModel::open(resolve_model(model, cli)?.folder)?;
     let tokenizer = tokenizer_for([&dataset], &base, None, &args.chat.choice())?;
-    let options = SampleOptions {
-        max_length: usize::MAX,
-        overlong: Overlong::Drop,
-        loss_on: LossOn::Completion,
-        on_bad_record: OnBadRecord::Skip,
-        embedding_rows: base.config().vocabulary,
-    };
+    let options = SampleOptions::counting(base.config().vocabulary);
     let set = tokenise(&dataset, tokenizer.as_ref(), &options)?;
     set.accounting.log();
     let lengths: Vec<usize> = set.samples.iter().map(|sample| sample.token_ids.len()).collect();

@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use super::describe::human_bytes;
 use super::device::{Chosen, on_backend};
+use super::doctor::Memory;
 use crate::checkpoint::base::BaseModel;
 use crate::config::{ActivationMemory, TrainingConfig};
 use crate::error::Result;
@@ -54,18 +55,10 @@ pub(super) fn free_bytes(chosen: &Chosen) -> Option<u64> {
     }
 }
 
-/// What Linux calls available, or what the process's control group has left where that is less.
+/// What programs can still take, or all that the process's control group may take where that is less.
 fn free_host_bytes() -> Option<u64> {
-    let available = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| available_in(&text));
-    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-    let limit = number("/sys/fs/cgroup/memory.max");
-    let left = limit.zip(number("/sys/fs/cgroup/memory.current")).map(|(max, now)| max.saturating_sub(now));
-    available.into_iter().chain(left).min()
-}
-
-fn available_in(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+    let memory = Memory::look()?;
+    Some(memory.limit.map_or(memory.available, |limit| limit.min(memory.available)))
 }
 
 /// The largest of `1..=most` samples a batch for which `plan_of` fits into `free` bytes with some to spare.
@@ -127,12 +120,5 @@ mod tests {
         assert_eq!(largest_batch(200, 7, plan_of).unwrap(), Some(7));
         assert_eq!(largest_batch(66, 1000, plan_of).unwrap(), None);
         assert_eq!(largest_batch(67, 1000, plan_of).unwrap(), Some(1));
-    }
-
-    #[test]
-    fn available_memory_is_read_in_bytes() {
-        let text = "MemTotal:       16384 kB\nMemFree:          1 kB\nMemAvailable:    8192 kB\n";
-        assert_eq!(available_in(text), Some(8192 * 1024));
-        assert_eq!(available_in("MemTotal: 1 kB"), None);
     }
 }

@@ -1,17 +1,25 @@
 //! The verbs of the command line, one file each.
 
+mod answer;
+mod chat;
 mod describe;
 pub mod device;
 mod doctor;
 mod evaluate;
+mod export;
 mod generate;
 mod import;
+mod init;
 mod inspect;
+mod manual;
 mod memory;
+mod merge;
 mod model;
 mod output;
+mod schema;
 mod tokenizer;
 mod train;
+mod verify;
 
 use clap::{Parser, Subcommand};
 
@@ -40,16 +48,32 @@ pub struct Cli {
 pub enum Command {
     /// Train an adapter.
     Train(Box<train::TrainArgs>),
+    /// Write a configuration to start from, for a model and data.
+    Init(init::InitArgs),
     /// Generate text, with or without an adapter.
     Generate(generate::GenerateArgs),
+    /// Talk with a model in the terminal.
+    Chat(chat::ConverseArgs),
     /// Measure loss, perplexity and token accuracy on data.
     Evaluate(evaluate::EvaluateArgs),
     /// Show what a model folder, an adapter, a checkpoint or a data file holds.
     Inspect(inspect::InspectArgs),
+    /// Tell whether an adapter is whole, belongs to its base, and what takes it.
+    Verify(verify::VerifyArgs),
+    /// Add an adapter to its base: a model folder that needs no adapter.
+    Merge(merge::MergeArgs),
+    /// Write an adapter for another program.
+    Export(export::ExportArgs),
     /// Turn a GGUF file into a Hugging Face model folder.
     Import(import::ImportArgs),
     /// Tell what training would find on this machine, what is wrong and what to do.
     Doctor(doctor::DoctorArgs),
+    /// Print the JSON Schema of the configuration, from which editors complete and check.
+    Schema(schema::SchemaArgs),
+    /// Print completions for a shell.
+    Completions(manual::CompletionsArgs),
+    /// Print or write the manual pages.
+    Man(manual::ManArgs),
 }
 
 impl Cli {
@@ -57,11 +81,19 @@ impl Cli {
     pub fn run(&self) -> Result<()> {
         match &self.command {
             Command::Train(args) => train::run(args, self),
+            Command::Init(args) => init::run(args, self),
             Command::Generate(args) => generate::run(args, self),
+            Command::Chat(args) => chat::run(args, self),
             Command::Evaluate(args) => evaluate::run(args, self),
             Command::Inspect(args) => inspect::run(args, self),
+            Command::Verify(args) => verify::run(args, self),
+            Command::Merge(args) => merge::run(args, self),
+            Command::Export(args) => export::run(args, self),
             Command::Import(args) => import::run(args, self),
             Command::Doctor(args) => doctor::run(args, self),
+            Command::Schema(args) => schema::run(args),
+            Command::Completions(args) => manual::completions(args),
+            Command::Man(args) => manual::man(args),
         }
     }
 }

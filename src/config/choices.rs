@@ -1,12 +1,13 @@
 //! Settings with a fixed set of values.
 
 use clap::ValueEnum;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
 /// Which tokens carry loss.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum LossOn {
     /// The completion and its EOS; the prompt is masked.
@@ -17,7 +18,7 @@ pub enum LossOn {
 }
 
 /// What happens to a record that cannot be used.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum OnBadRecord {
     /// The run is refused.
@@ -28,7 +29,7 @@ pub enum OnBadRecord {
 }
 
 /// What happens to a sample longer than `max_length`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Overlong {
     /// The run is refused.
@@ -41,7 +42,7 @@ pub enum Overlong {
 }
 
 /// How much of a forward's activations is kept for the backward.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum ActivationMemory {
     /// The fastest that fits the device; on the CPU `balanced`.
@@ -56,7 +57,7 @@ pub enum ActivationMemory {
 }
 
 /// How the learning rate moves after the warm-up.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum LrScheduler {
     /// Stays at its peak.

@@ -1,9 +1,11 @@
 //! One entry of `train_data` or `val_data`: a path, or an object with a file's own settings.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -70,7 +72,8 @@ impl FromStr for DataSource {
 }
 
 /// The object form, with the same fields.
-#[derive(Deserialize, Serialize)]
+#[derive(Deserialize, Serialize, JsonSchema)]
+#[schemars(rename = "DataFile")]
 #[serde(deny_unknown_fields)]
 struct Settings {
     path: PathBuf,
@@ -97,6 +100,17 @@ impl From<DataSource> for Settings {
     fn from(source: DataSource) -> Self {
         let DataSource { path, instruction_key, output_key, hash_key, hash, weight } = source;
         Self { path, instruction_key, output_key, hash_key, hash, weight }
+    }
+}
+
+impl JsonSchema for DataSource {
+    fn schema_name() -> Cow<'static, str> {
+        "DataSource".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let settings = generator.subschema_for::<Settings>();
+        json_schema!({ "anyOf": [{ "type": "string", "description": "A data file." }, settings] })
     }
 }
 

@@ -1,9 +1,12 @@
 //! Configuration: as typed ([`Options`]) → checked and resolved ([`TrainingConfig`]).
 
 mod choices;
+mod comments;
 mod data_source;
 mod options;
 mod save_every;
+mod schema;
+mod starting;
 mod target_modules;
 mod training;
 
@@ -11,5 +14,7 @@ pub use choices::{ActivationMemory, LossOn, LrScheduler, OnBadRecord, Overlong, 
 pub use data_source::DataSource;
 pub use options::Options;
 pub use save_every::SaveEvery;
+pub use schema::schema;
+pub use starting::{Choice, starting_configuration};
 pub use target_modules::TargetModules;
 pub use training::{DEFAULT_CONFIG_PATH, TrainingConfig};

@@ -4,9 +4,11 @@ use std::path::{Path, PathBuf};
 
 use chrono::NaiveDate;
 use clap::{Args, CommandFactory};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::comments::blank_comments;
 use super::{
     ActivationMemory, DataSource, LossOn, LrScheduler, OnBadRecord, Overlong, SaveEvery, TargetModules,
 };
@@ -14,20 +16,26 @@ use crate::error::{Error, Result};
 
 /// Every key of the training configuration; what is absent takes its default in
 /// [`TrainingConfig::resolve`](super::TrainingConfig::resolve).
-#[derive(Args, Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[derive(Args, Clone, Debug, Default, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[command(next_help_heading = "Configuration (each overrides the file's key)")]
 #[serde(deny_unknown_fields)]
 pub struct Options {
+    /// What editors complete from: `fastlora schema > FILE`, then its name here.
+    #[arg(skip)]
+    #[serde(default, rename = "$schema", skip_serializing)]
+    pub schema: Option<String>,
     /// Base model: a folder, or a hub id `org/name[@revision]`.
     #[arg(short = 'm', long, visible_alias = "model", value_name = "MODEL")]
     pub model_name: Option<String>,
     /// Training data: a file, or several (repeat the flag).
     #[arg(long, value_name = "FILE")]
     #[serde(default, deserialize_with = "one_or_many")]
+    #[schemars(schema_with = "super::schema::sources")]
     pub train_data: Option<Vec<DataSource>>,
     /// Validation data: a file, or several; `none` for no validation (`null` in a file).
     #[arg(long, value_name = "FILE")]
     #[serde(default, deserialize_with = "null_one_or_many")]
+    #[schemars(schema_with = "super::schema::sources")]
     pub val_data: Option<Vec<DataSource>>,
     /// Folder for the adapter, the metrics and the resolved configuration.
     #[arg(short, long, value_name = "DIR")]
@@ -124,6 +132,7 @@ pub struct Options {
     pub val_every: Option<u64>,
     /// Steps (500) or time (10m, 2h) between checkpoints, or `never`.
     #[arg(long, value_name = "INTERVAL")]
+    #[schemars(schema_with = "super::schema::save_every")]
     pub save_every: Option<SaveEvery>,
     /// Newest checkpoints that are kept.
     #[arg(long, value_name = "N")]
@@ -144,7 +153,7 @@ pub struct Options {
 
 /// For help and for the list of keys.
 #[derive(clap::Parser)]
-struct Keys {
+pub(super) struct Keys {
     #[command(flatten)]
     _options: Options,
 }
@@ -155,7 +164,7 @@ impl Options {
         Keys::command().get_arguments().map(|argument| argument.get_id().to_string()).collect()
     }
 
-    /// Reads a JSON file.
+    /// Reads a JSON file, which may have comments (`//`, `/* */`) and commas after last entries.
     ///
     /// # Errors
     /// A file that cannot be read, broken JSON, an unknown key or a value of the wrong type, with line and column.
@@ -166,11 +175,11 @@ impl Options {
             error.caused_by(source).hint("name an existing file: fastlora train CONFIG")
         })?;
         let at = |error: &serde_json::Error| format!("{place}:{}:{}", error.line(), error.column());
-        let map: Map<String, Value> = serde_json::from_str(text.trim_start_matches('\u{feff}'))
+        let text = blank_comments(text.trim_start_matches('\u{feff}'));
+        let map: Map<String, Value> = serde_json::from_str(&text)
             .map_err(|error| Error::config(format!("no JSON object: {error}")).at(at(&error)))?;
         Self::check_keys(&map, &place)?;
-        serde_json::from_str(text.trim_start_matches('\u{feff}'))
-            .map_err(|error| Error::config(error.to_string()).at(at(&error)))
+        serde_json::from_str(&text).map_err(|error| Error::config(error.to_string()).at(at(&error)))
     }
 
     /// Reads `key=value` pairs; a value is JSON, or else a string.
@@ -218,7 +227,7 @@ impl Options {
             };
         }
         each_field! {
-            model_name train_data val_data output_dir init_adapter instruction_key output_key hash_key
+            schema model_name train_data val_data output_dir init_adapter instruction_key output_key hash_key
             chat_template chat_date max_length batch_size gradient_accumulation_steps num_epochs max_steps shuffle
             seed loss_on on_bad_record overlong lora_r lora_alpha lora_dropout
             lora_target_modules use_rslora learning_rate lr_scheduler warmup_steps
@@ -239,7 +248,9 @@ impl Options {
 
     fn check_keys(map: &Map<String, Value>, place: &str) -> Result<()> {
         let keys = Self::keys();
-        let Some(unknown) = map.keys().find(|key| !keys.contains(key)) else { return Ok(()) };
+        let Some(unknown) = map.keys().find(|key| !keys.contains(key) && *key != "$schema") else {
+            return Ok(());
+        };
         let nearest = keys.iter().max_by(|one, other| {
             strsim::jaro_winkler(one, unknown).total_cmp(&strsim::jaro_winkler(other, unknown))
         });

@@ -4,8 +4,27 @@
 //! without recursion.
 
 use std::borrow::Cow;
+use std::path::Path;
 
 use serde::de::{DeserializeOwned, IgnoredAny};
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+
+/// The JSON of a small file of a model folder; none where there is no file.
+///
+/// # Errors
+/// A file that cannot be read (I/O), or is not JSON (model).
+pub(crate) fn read_optional(path: &Path) -> Result<Option<Value>> {
+    let bytes = match std::fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Error::file("read", path, error)),
+    };
+    serde_json::from_slice(&bytes)
+        .map(Some)
+        .map_err(|error| Error::model("broken JSON").at(path.display().to_string()).caused_by(error))
+}
 
 /// A syntax error at a byte of the text.
 #[derive(Debug, PartialEq)]

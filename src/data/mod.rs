@@ -17,5 +17,6 @@ pub use accounting::{Accounting, Exception, Outcome};
 pub use chat::{ChatTemplate, Conversation, Message, RenderFault, RenderedChat, TemplateChoice};
 pub use fields::{HASH_NAMES, INSTRUCTION_NAMES, OUTPUT_NAMES};
 pub use formatter::{PROMPT_END, Rendered, completion, prompt, prompt_start, render};
+pub(crate) use json::read_optional as read_optional_json;
 pub use loader::{Dataset, FileReport, LoadOptions, load};
 pub use records::{Origin, Record, RecordContent, UNKNOWN_HASH};

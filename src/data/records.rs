@@ -9,7 +9,7 @@ use super::chat::Conversation;
 pub const UNKNOWN_HASH: &str = "unknown";
 
 /// Where a record begins.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Origin {
     /// The file's path, as given.
     pub file: Arc<str>,

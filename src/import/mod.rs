@@ -16,10 +16,10 @@ use std::path::Path;
 
 use serde_json::{Map, Value as Json};
 
+use crate::checkpoint::model_folder::{NewFolder, check_destination};
 use crate::dtype::DType;
 use crate::error::Result;
 use architecture::Plan;
-use folder::NewFolder;
 use gguf::Gguf;
 
 /// How to import.
@@ -88,7 +88,7 @@ pub fn import_gguf(
     options: ImportOptions,
     progress: &dyn Fn(ImportProgress<'_>),
 ) -> Result<ImportReport> {
-    folder::check_destination(destination, options.overwrite)?;
+    check_destination(destination, options.overwrite, "import", folder::is_ours)?;
     let gguf = Gguf::open(source)?;
     let mut plan = Plan::new(&gguf, options.dtype)?;
     let tokenizer = tokenizer::convert(&gguf, plan.vocabulary, plan.context)?;
@@ -99,16 +99,16 @@ pub fn import_gguf(
         .collect();
     let total_elements = plan.tensors.iter().map(|tensor| tensor.source.elements()).sum();
 
-    let folder = NewFolder::create(destination)?;
-    folder.write_json("config.json", &Json::Object(plan.config))?;
-    folder.write_json("generation_config.json", &Json::Object(generation_config))?;
-    folder.write_json("tokenizer.json", &tokenizer.tokenizer)?;
-    folder.write_json("tokenizer_config.json", &tokenizer.config)?;
-    folder.write_json("special_tokens_map.json", &tokenizer.special_tokens)?;
-    folder.write_weights(&gguf, &plan.tensors, options.dtype, &|tensor, elements| {
+    let staged = NewFolder::create(destination)?;
+    staged.write_json("config.json", &Json::Object(plan.config))?;
+    staged.write_json("generation_config.json", &Json::Object(generation_config))?;
+    staged.write_json("tokenizer.json", &tokenizer.tokenizer)?;
+    staged.write_json("tokenizer_config.json", &tokenizer.config)?;
+    staged.write_json("special_tokens_map.json", &tokenizer.special_tokens)?;
+    folder::write_weights(&staged, &gguf, &plan.tensors, options.dtype, &|tensor, elements| {
         progress(ImportProgress { tensor, elements, total_elements });
     })?;
-    folder.publish()?;
+    staged.publish()?;
     Ok(ImportReport {
         architecture: plan.architecture,
         tensors: plan.tensors.len(),

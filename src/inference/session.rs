@@ -46,7 +46,12 @@ impl<'a, B: Backend> Session<'a, B> {
 
     /// Forgets the text and keeps the memory.
     pub fn clear(&mut self) {
-        self.cache.truncate(0);
+        self.keep(0);
+    }
+
+    /// Forgets all but the first `length` tokens.
+    pub fn keep(&mut self, length: usize) {
+        self.cache.truncate(length);
     }
 }
 

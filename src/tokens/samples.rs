@@ -50,6 +50,19 @@ pub struct SampleOptions {
     pub embedding_rows: usize,
 }
 
+impl SampleOptions {
+    /// For counting what a data set holds: nothing is refused, and nothing is cut or left out for its length.
+    pub fn counting(embedding_rows: usize) -> Self {
+        Self {
+            max_length: usize::MAX,
+            overlong: Overlong::Drop,
+            loss_on: LossOn::Completion,
+            on_bad_record: OnBadRecord::Skip,
+            embedding_rows,
+        }
+    }
+}
+
 /// Samples in the order of their records.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SampleSet {

@@ -2,12 +2,11 @@
 
 use std::path::Path;
 
-use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::template;
 use super::vocabulary::{self, Checked};
-use crate::data::ChatTemplate;
+use crate::data::{ChatTemplate, read_optional_json};
 use crate::error::{Error, Result};
 
 /// The tokenizer of a model folder. Ids equal those of transformers for the same folder.
@@ -190,7 +189,7 @@ impl Tokenizer {
     /// `eos` or `bos` of a folder, by the precedence of [`Tokenizer::from_folder`].
     fn named_token(&self, folder: &Path, name: &str) -> Result<Option<u32>> {
         for file in ["tokenizer_config.json", "special_tokens_map.json"] {
-            let Some(settings) = read_json(&folder.join(file))? else { continue };
+            let Some(settings) = read_optional_json(&folder.join(file))? else { continue };
             let token = &settings[format!("{name}_token")];
             // A string, or an added token as an object.
             if let Some(token) = token.as_str().or_else(|| token["content"].as_str()) {
@@ -202,7 +201,7 @@ impl Tokenizer {
             }
         }
         for file in ["generation_config.json", "config.json"] {
-            let Some(settings) = read_json(&folder.join(file))? else { continue };
+            let Some(settings) = read_optional_json(&folder.join(file))? else { continue };
             let ids = &settings[format!("{name}_token_id")];
             let Some(id) = ids.as_array().map_or(Some(ids), |list| list.first()).filter(|id| !id.is_null())
             else {
@@ -232,16 +231,4 @@ pub(super) fn hex(bytes: &[u8]) -> String {
 
 fn cannot_encode(error: tokenizers::Error) -> Error {
     Error::model("the tokenizer cannot encode a text").caused_by(error)
-}
-
-/// A JSON file of the model folder, where there is one.
-fn read_json(path: &Path) -> Result<Option<Value>> {
-    let bytes = match std::fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(Error::file("read", path, error)),
-    };
-    serde_json::from_slice(&bytes)
-        .map(Some)
-        .map_err(|error| Error::model("broken JSON").at(path.display().to_string()).caused_by(error))
 }

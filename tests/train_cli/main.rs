@@ -3,6 +3,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod adapter_out;
 mod chat;
 mod configuration;
 mod data_faults;
@@ -20,4 +21,5 @@ mod outputs;
 mod profile;
 mod resume;
 mod run_faults;
+mod speaking;
 mod workspace;

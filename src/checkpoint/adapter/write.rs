@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::tensor::NamedTensor;
 
 /// What belongs to a tokenizer in a model folder; copied where present.
-const TOKENIZER_FILES: &[&str] = &[
+pub const TOKENIZER_FILES: &[&str] = &[
     "added_tokens.json",
     CHAT_TEMPLATE,
     "merges.txt",

@@ -23,7 +23,7 @@ pub(super) struct Machine {
 
 /// Main memory in bytes.
 #[derive(Clone, Copy)]
-pub(super) struct Memory {
+pub(in crate::cli) struct Memory {
     pub total: u64,
     /// What programs can still take.
     pub available: u64,
@@ -33,7 +33,6 @@ pub(super) struct Memory {
 
 impl Machine {
     pub(super) fn look() -> Self {
-        let read = |path: &str| fs::read_to_string(path).ok().map(|text| text.trim().to_owned());
         let release =
             read("/proc/sys/kernel/osrelease").map_or(String::new(), |release| format!(" {release}"));
         let processor = read("/proc/cpuinfo").and_then(|text| {
@@ -45,8 +44,7 @@ impl Machine {
             processor,
             cores: std::thread::available_parallelism().map_or(1, NonZero::get),
             simd: Simd::detect(),
-            memory: read("/proc/meminfo")
-                .and_then(|text| Memory::parse(&text, read("/sys/fs/cgroup/memory.max"))),
+            memory: Memory::look(),
             driver_release: read("/sys/module/nvidia/version"),
             has_nvidia_device: nvidia_on_the_bus(),
         }
@@ -65,7 +63,17 @@ impl Machine {
     }
 }
 
+/// A small file of the system, where there is one.
+fn read(path: &str) -> Option<String> {
+    Some(fs::read_to_string(path).ok()?.trim().to_owned())
+}
+
 impl Memory {
+    /// This machine's, as far as it can be told.
+    pub(in crate::cli) fn look() -> Option<Self> {
+        Self::parse(&read("/proc/meminfo")?, read("/sys/fs/cgroup/memory.max"))
+    }
+
     /// From the text of `/proc/meminfo` and of a control group's `memory.max`.
     fn parse(meminfo: &str, group_limit: Option<String>) -> Option<Self> {
         let kibibytes = |name: &str| {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use chrono::NaiveDate;
 use serde_json::{Map, Value};
 
+use super::super::json::read_optional;
 use super::template::ChatTemplate;
 use crate::error::{Error, Result};
 
@@ -118,11 +119,9 @@ fn candidates_in(folder: &Path) -> Result<Vec<Candidate>> {
     if !candidates.is_empty() {
         return Ok(candidates);
     }
-    let (path, config) = match read_json(folder, "tokenizer_config.json")? {
-        Some(found) => found,
-        None => return Ok(candidates),
-    };
-    let place = format!("{path} chat_template");
+    let path = folder.join("tokenizer_config.json");
+    let Some(config) = read_optional(&path)? else { return Ok(candidates) };
+    let place = format!("{} chat_template", path.display());
     let candidate = |name: &str, source: &str| Candidate {
         name: name.into(),
         place: place.clone(),
@@ -147,7 +146,7 @@ fn special_tokens(folders: &[&Path]) -> Result<Map<String, Value>> {
     let mut tokens = Map::new();
     for folder in folders {
         for file in ["tokenizer_config.json", "special_tokens_map.json"] {
-            let Some((_, settings)) = read_json(folder, file)? else { continue };
+            let Some(settings) = read_optional(&folder.join(file))? else { continue };
             for (name, token) in settings.as_object().into_iter().flatten() {
                 let text = token.as_str().or_else(|| token["content"].as_str());
                 if let Some(text) = text.filter(|_| name.ends_with("_token") && !tokens.contains_key(name)) {
@@ -169,18 +168,4 @@ fn read(path: &Path) -> Result<String> {
         Error::model(format!("the chat template is not UTF-8 at byte {offset}"))
             .at(path.display().to_string())
     })
-}
-
-fn read_json(folder: &Path, file: &str) -> Result<Option<(String, Value)>> {
-    let path = folder.join(file);
-    let bytes = match fs::read(&path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(Error::file("read", &path, error)),
-    };
-    let place = path.display().to_string();
-    match serde_json::from_slice(&bytes) {
-        Ok(value) => Ok(Some((place, value))),
-        Err(error) => Err(Error::model("broken JSON").at(place).caused_by(error)),
-    }
 }

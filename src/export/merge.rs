@@ -1,0 +1,204 @@
+//! Base + adapter → a Hugging Face folder that needs no adapter: `W + scale·B·A`.
+
+use std::borrow::Cow;
+use std::cell::RefCell;
+use std::path::Path;
+
+use rayon::prelude::*;
+use safetensors::tensor::{Dtype, View};
+use serde_json::{Map, Value, json};
+
+use crate::checkpoint::adapter::{Adapter, TOKENIZER_FILES};
+use crate::checkpoint::base::BaseModel;
+use crate::checkpoint::model_folder::{NewFolder, check_destination, encode, fits, stored_type};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::model::LoraConfig;
+use crate::tensor::{NamedTensor, WeightTensor};
+
+/// Files beside the weights that belong to a model.
+const CONFIGS: [&str; 2] = ["config.json", "generation_config.json"];
+const INDEX: &str = "model.safetensors.index.json";
+
+/// What was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MergeReport {
+    /// Weight files.
+    pub shards: usize,
+    /// Tensors.
+    pub tensors: usize,
+    /// Of these, the ones that an adapter changed.
+    pub changed: usize,
+    /// Bytes of all tensors.
+    pub bytes: u64,
+}
+
+/// Writes `base` with `adapter` added to its weights as the folder `destination`, in shards of at most
+/// `max_shard_bytes` where no single tensor is larger. Each tensor keeps its element type; the addition is done in f32
+/// and rounded once. Memory holds one tensor at a time; the folder appears whole or not at all.
+///
+/// # Errors
+/// An adapter of another base (fault 61); a sum that is not finite in the tensor's type; a destination that is not
+/// empty, unless `overwrite` allows to replace what a merge wrote.
+pub fn merge(
+    base: &BaseModel,
+    adapter: &Adapter,
+    destination: &Path,
+    max_shard_bytes: u64,
+    overwrite: bool,
+) -> Result<MergeReport> {
+    check_destination(destination, overwrite, "merge", is_ours)?;
+    adapter.check_base(base.config())?;
+    let scale = LoraConfig::from(&adapter.config).scale();
+    let find = |module: &str, letter: char| {
+        let name = format!("base_model.model.{module}.lora_{letter}.weight");
+        adapter.tensors.iter().find(|tensor| tensor.name == name)
+    };
+    let failure = RefCell::new(None);
+    let tensors: Vec<Merged<'_>> = base
+        .config()
+        .expected_tensors()
+        .map(|(name, _)| {
+            let module = name.strip_suffix(".weight").unwrap_or(&name);
+            let update = find(module, 'A').zip(find(module, 'B')).map(|(a, b)| Update { a, b, scale });
+            Ok(Merged { weight: base.tensor(&name)?, name, update, failure: &failure })
+        })
+        .collect::<Result<_>>()?;
+    let changed = tensors.iter().filter(|tensor| tensor.update.is_some()).count();
+    let bytes = tensors.iter().map(|tensor| tensor.data_len() as u64).sum();
+    let count = tensors.len();
+
+    let folder = NewFolder::create(destination)?;
+    let copy = |name: &str| match std::fs::read(base.folder().join(name)) {
+        Ok(content) => folder.write(name, &content),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(Error::file("read", base.folder().join(name), error)),
+    };
+    for name in CONFIGS.iter().chain(TOKENIZER_FILES) {
+        copy(name)?;
+    }
+    let shards = cut(&tensors, max_shard_bytes);
+    let shard_count = shards.len();
+    let mut weight_map = Map::new();
+
+    for (number, shard) in shards.into_iter().enumerate() {
+        let file = match shard_count {
+            1 => "model.safetensors".to_string(),
+            _ => format!("model-{:05}-of-{shard_count:05}.safetensors", number + 1),
+        };
+        weight_map.extend(shard.iter().map(|tensor| (tensor.name.clone(), Value::String(file.clone()))));
+        let views = shard.iter().map(|tensor| (tensor.name.as_str(), tensor));
+        folder.write_tensors(&file, views, &failure)?;
+    }
+    if shard_count > 1 {
+        folder
+            .write_json(INDEX, &json!({ "metadata": { "total_size": bytes }, "weight_map": weight_map }))?;
+    }
+    folder.publish()?;
+    Ok(MergeReport { shards: shard_count, tensors: count, changed, bytes })
+}
+
+fn is_ours(name: &str) -> bool {
+    CONFIGS.contains(&name)
+        || TOKENIZER_FILES.contains(&name)
+        || name == INDEX
+        || name.starts_with("model") && name.ends_with(".safetensors")
+}
+
+/// Runs of tensors of at most `most` bytes each, or of one that is larger.
+fn cut<'t, 'a>(tensors: &'t [Merged<'a>], most: u64) -> Vec<&'t [Merged<'a>]> {
+    let mut shards = Vec::new();
+    let (mut start, mut bytes) = (0, 0);
+    for (place, tensor) in tensors.iter().enumerate() {
+        let length = tensor.data_len() as u64;
+        if place > start && bytes + length > most {
+            shards.push(&tensors[start..place]);
+            (start, bytes) = (place, 0);
+        }
+        bytes += length;
+    }
+    shards.push(&tensors[start..]);
+    shards
+}
+
+/// What an adapter adds to a linear.
+struct Update<'a> {
+    /// `[r, in]`.
+    a: &'a NamedTensor,
+    /// `[out, r]`.
+    b: &'a NamedTensor,
+    scale: f32,
+}
+
+/// A tensor that is computed when the writer asks for it.
+struct Merged<'a> {
+    name: String,
+    weight: WeightTensor,
+    update: Option<Update<'a>>,
+    failure: &'a RefCell<Option<Error>>,
+}
+
+impl View for &Merged<'_> {
+    fn dtype(&self) -> Dtype {
+        stored_type(self.weight.dtype())
+    }
+
+    fn shape(&self) -> &[usize] {
+        self.weight.shape()
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        match &self.update {
+            None => Cow::Borrowed(self.weight.bytes()),
+            Some(update) => match update.added_to(&self.weight) {
+                Ok(bytes) => Cow::Owned(bytes),
+                Err(error) => {
+                    self.failure.borrow_mut().get_or_insert(error);
+                    Cow::Borrowed(&[])
+                }
+            },
+        }
+    }
+
+    fn data_len(&self) -> usize {
+        Merged::data_len(self)
+    }
+}
+
+impl Merged<'_> {
+    fn data_len(&self) -> usize {
+        self.weight.bytes().len()
+    }
+}
+
+impl Update<'_> {
+    /// `W + scale·B·A`, in f32, rounded to the weight's type.
+    fn added_to(&self, weight: &WeightTensor) -> Result<Vec<u8>> {
+        let (rank, columns) = (self.a.shape[0], self.a.shape[1]);
+        let dtype = weight.dtype();
+        let mut sum = weight.to_f32();
+        let mut bytes = vec![0; weight.bytes().len()];
+        let rows = sum.par_chunks_mut(columns).zip(bytes.par_chunks_mut(columns * dtype.bytes())).enumerate();
+        rows.try_for_each(|(row, (sum, bytes))| {
+            for (b, a) in self.b.values[row * rank..][..rank].iter().zip(self.a.values.chunks_exact(columns))
+            {
+                let factor = self.scale * b;
+                for (sum, a) in sum.iter_mut().zip(a) {
+                    *sum += factor * a;
+                }
+            }
+            if let Some(column) = sum.iter().position(|value| !fits(*value, dtype)) {
+                return Err(not_finite(weight, row, column, sum[column], dtype));
+            }
+            encode(sum, dtype, bytes);
+            Ok(())
+        })?;
+        Ok(bytes)
+    }
+}
+
+fn not_finite(weight: &WeightTensor, row: usize, column: usize, value: f32, dtype: DType) -> Error {
+    Error::numerical(format!("element [{row}, {column}] would be {value}, not a finite number in {dtype}"))
+        .at(weight.name())
+        .hint("the adapter is too large for the base's element type: use it unmerged")
+}
