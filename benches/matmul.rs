@@ -4,14 +4,13 @@
 //! `cargo bench --bench matmul -- [FILTER]`, on all cores (`RAYON_NUM_THREADS` for fewer). The throughput column is
 //! multiply-adds a second (two operations each); `peak` is what the cores do on registers alone.
 
-use std::hint::black_box;
-
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use fastlora::backend::cpu::matmul::{
     Elements, Linear, LinearBackward, LowRank, LowRankBlock, Rows, RowsMut, Weight, WeightGradient, decode,
     linear, linear_backward, weight_gradient,
 };
-use fastlora::backend::cpu::simd::{Kernel, Simd, Vector};
+use fastlora::backend::cpu::simd::Simd;
+use fastlora::selftest::MultiplyAddChains;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
@@ -19,38 +18,15 @@ use half::slice::HalfFloatSliceExt;
 const LINEARS: [(usize, usize); 4] = [(576, 960), (576, 576), (576, 3072), (1536, 576)];
 const RANK: usize = 16;
 
-/// Multiply-adds in 12 independent chains: enough to hide their latency, few enough for sixteen registers.
-struct Chains(usize);
-
-impl Chains {
-    const COUNT: usize = 12;
-}
-
-impl Kernel for Chains {
-    type Output = (usize, f32);
-
-    #[inline(always)]
-    fn run<V: Vector>(self) -> (usize, f32) {
-        let (factor, addend) = (V::splat(black_box(0.999)), V::splat(black_box(0.001)));
-        let mut sums = [V::splat(0.5); Chains::COUNT];
-        for _ in 0..self.0 {
-            for sum in &mut sums {
-                *sum = sum.mul_add(factor, addend);
-            }
-        }
-        (V::LANES, sums.into_iter().fold(V::splat(0.0), |total, sum| total + sum).sum())
-    }
-}
-
 fn peak(criterion: &mut Criterion) {
     const STEPS: usize = 100_000;
     let simd = Simd::detect();
-    let (lanes, _) = simd.run(Chains(1));
+    let (lanes, _) = simd.run(MultiplyAddChains { steps: 1 });
     let mut group = criterion.benchmark_group("peak");
-    let multiply_adds = STEPS * Chains::COUNT * lanes * rayon::current_num_threads();
+    let multiply_adds = STEPS * MultiplyAddChains::COUNT * lanes * rayon::current_num_threads();
     group.throughput(Throughput::Elements(multiply_adds as u64));
     group.bench_function(simd.name(), |bencher| {
-        bencher.iter(|| rayon::broadcast(|_| simd.run(Chains(STEPS))));
+        bencher.iter(|| rayon::broadcast(|_| simd.run(MultiplyAddChains { steps: STEPS })));
     });
 }
 

@@ -27,4 +27,5 @@ pub mod evaluation;
 pub mod export;
 pub mod import;
 pub mod inference;
+pub mod selftest;
 pub mod training;

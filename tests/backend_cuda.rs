@@ -19,13 +19,8 @@ use fastlora::model::{Limits, LoraConfig, MemoryPlan, Recompute, Transformer};
 
 const COMPUTE_TYPES: [ComputeType; 2] = [ComputeType::F16, ComputeType::Bf16];
 
-fn precision(compute: ComputeType) -> Precision {
-    // The norm: a square, at most 2 additions in a thread, 10 over the block, each within 2⁻²⁴; halved by the root.
-    Precision { compute: compute.dtype(), width_multiple: 8, norm_tolerance: 9.0 * 2f64.powi(-24) }
-}
-
 fn outputs<D: Device>(device: D, compute: ComputeType) -> Vec<(String, Vec<f32>)> {
-    run(&CudaBackend::new(device, compute), precision(compute)).outputs
+    run(&CudaBackend::new(device, compute), Precision::half(compute.dtype())).outputs
 }
 
 fn assert_same_bits(what: &str, one: &[(String, Vec<f32>)], other: &[(String, Vec<f32>)]) {

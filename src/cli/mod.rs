@@ -17,6 +17,7 @@ mod merge;
 mod model;
 mod output;
 mod schema;
+mod selftest;
 mod tokenizer;
 mod train;
 mod verify;
@@ -68,6 +69,8 @@ pub enum Command {
     Import(import::ImportArgs),
     /// Tell what training would find on this machine, what is wrong and what to do.
     Doctor(doctor::DoctorArgs),
+    /// Compare every operation with float64 on this machine's device, and its speed with the device's limits.
+    Selftest(selftest::SelftestArgs),
     /// Print the JSON Schema of the configuration, from which editors complete and check.
     Schema(schema::SchemaArgs),
     /// Print completions for a shell.
@@ -91,6 +94,7 @@ impl Cli {
             Command::Export(args) => export::run(args, self),
             Command::Import(args) => import::run(args, self),
             Command::Doctor(args) => doctor::run(args, self),
+            Command::Selftest(args) => selftest::run(args, self),
             Command::Schema(args) => schema::run(args),
             Command::Completions(args) => manual::completions(args),
             Command::Man(args) => manual::man(args),

@@ -8,9 +8,11 @@ mod lora;
 mod memory;
 pub mod rope;
 mod transformer;
+mod work;
 mod workspace;
 
 pub use lora::{AdapterLayout, AdapterTensor, LoraConfig};
 pub use memory::{CHOICES, MemoryPlan, ModelShape, Needs, Recompute, choose_plan};
 pub use transformer::{Cache, TokenScores, Transformer};
+pub use work::StepWork;
 pub use workspace::{Limits, Purpose};

@@ -3,8 +3,10 @@
 use fastlora::backend::{self, Backend, KvCache, RmsNorm};
 use fastlora::tensor::WeightTensor;
 
-use super::reference::{self, dot, finite_differences};
-use super::{Precision, Record, batch_of, buffer, read, read_floats, resident, values, widen};
+use super::reference::{self, dot};
+use super::{
+    Precision, Record, batch_of, buffer, finite_differences, read, read_floats, resident, values, widen,
+};
 
 const NORM_EPSILON: f32 = 1e-6;
 

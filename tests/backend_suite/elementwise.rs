@@ -1,13 +1,11 @@
 //! Norm, gated activation, embedding, and moves of rows.
 
-use std::sync::Arc;
-
 use fastlora::backend::{Backend, RmsNorm};
 use fastlora::dtype::DType;
 use fastlora::tensor::WeightTensor;
 
-use super::reference::{dot, finite_differences, gated_silu, rms_norm};
-use super::{Precision, Record, batch_of, buffer, read, resident, values, widen};
+use super::reference::{dot, gated_silu, rms_norm};
+use super::{Precision, Record, batch_of, buffer, finite_differences, read, resident, stored, values, widen};
 
 pub fn run<B: Backend>(backend: &B, record: &mut Record) {
     for (rows, width) in [(1, 1), (3, 5), (2, 16), (7, 33), (4, 100), (40, 576)] {
@@ -73,29 +71,6 @@ fn activation<B: Backend>(backend: &B, record: &mut Record, rows: usize, width: 
         &expected,
         1,
     );
-}
-
-/// `values` rounded to `dtype`, stored `offset` bytes into their storage, and what a product must see.
-pub fn stored(
-    precision: Precision,
-    name: &str,
-    dtype: DType,
-    shape: Vec<usize>,
-    values: &[f32],
-    offset: usize,
-) -> (WeightTensor, Vec<f64>) {
-    let mut bytes = vec![0; offset];
-    for &value in values {
-        match dtype {
-            DType::F32 => bytes.extend(value.to_le_bytes()),
-            DType::F16 => bytes.extend(half::f16::from_f32(value).to_le_bytes()),
-            DType::Bf16 => bytes.extend(half::bf16::from_f32(value).to_le_bytes()),
-        }
-    }
-    let range = offset..bytes.len();
-    let tensor = WeightTensor::new(name, dtype, shape, Arc::new(bytes), range);
-    let seen = tensor.to_f32().into_iter().map(|value| f64::from(precision.rounded(value))).collect();
-    (tensor, seen)
 }
 
 fn embedding<B: Backend>(backend: &B, record: &mut Record) {

@@ -3,9 +3,11 @@
 use fastlora::backend::{Backend, Head};
 use fastlora::dtype::DType;
 
-use super::elementwise::stored;
-use super::reference::{cross_entropy, dot, finite_differences, product_transposed};
-use super::{Precision, Record, batch_of, buffer, read, read_floats, resident, values, widen};
+use super::reference::{cross_entropy, dot, product_transposed};
+use super::{
+    Precision, Record, batch_of, buffer, finite_differences, read, read_floats, resident, stored, values,
+    widen,
+};
 
 pub fn run<B: Backend>(backend: &B, record: &mut Record) {
     for (vocabulary, width, dtype) in [(5, 3, DType::F32), (50, 12, DType::F16), (1031, 9, DType::Bf16)] {

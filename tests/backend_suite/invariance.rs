@@ -5,8 +5,7 @@ use fastlora::batch::Batch;
 use fastlora::dtype::DType;
 
 use super::attention::{Case, Inputs};
-use super::elementwise::stored;
-use super::{Precision, batch_of, buffer, linear, read, read_floats, resident, values};
+use super::{Precision, batch_of, buffer, linear, read, read_floats, resident, stored, values};
 
 const LENGTHS: &[usize] = &[
     9, 1, 70, 3, 30, 12, 8, 2, 51, 17, 5, 64, 1, 33, 6, 20, 4, 11, 7, 26, 40, 15, 3, 9, 2, 48, 13, 10, 22,

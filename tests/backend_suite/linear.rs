@@ -1,14 +1,15 @@
 //! Linear groups: adapters on any projections, bias, residual, dropout, stored types.
 
-use fastlora::backend::dropout::keep;
-use fastlora::backend::{Backend, Dropout, LinearGroup, LinearInput, LoraSlot, Projection};
+use fastlora::backend::{Backend, Dropout, LinearGroup, LinearInput, LoraSlot, PlacedAdapter, Projection};
 use fastlora::batch::Batch;
 use fastlora::dtype::DType;
 use fastlora::tensor::WeightTensor;
 
-use super::elementwise::stored;
-use super::reference::{dot, finite_differences, product_transposed};
-use super::{Precision, Record, batch_of, buffer, read, read_floats, resident, values, widen};
+use super::reference::{self, dot, dropout_factors};
+use super::{
+    Precision, Record, batch_of, buffer, finite_differences, read, read_floats, resident, stored, values,
+    widen,
+};
 
 /// One shape.
 #[derive(Clone, Copy, Debug)]
@@ -136,45 +137,32 @@ impl<B: Backend> Setup<B> {
 
     /// Factors of the mask, `[T, I]`.
     fn mask(&self, batch: &Batch) -> Vec<f64> {
-        let mut mask = Vec::new();
-        for (bounds, &sample) in batch.sample_starts.windows(2).zip(&batch.sample_ids) {
-            for position in 0..bounds[1] - bounds[0] {
-                mask.extend((0..self.case.in_features).map(|feature| match self.dropout {
-                    None => 1.0,
-                    Some(dropout) if keep(dropout, sample, position, INPUT_INDEX, feature) => {
-                        1.0 / (1.0 - f64::from(dropout.probability))
-                    }
-                    Some(_) => 0.0,
-                }));
-            }
-        }
-        mask
+        let factors = |row| dropout_factors(batch, self.dropout, INPUT_INDEX, row, self.case.in_features);
+        (0..batch.token_count()).flat_map(factors).collect()
     }
 
     /// `(s, y)`.
     fn forward(&self, mask: &[f64], x: &[f64], adapters: &[f64], residual: &[f64]) -> (Vec<f64>, Vec<f64>) {
-        let (width, outs, ranks) =
-            (self.case.in_features, self.group.out_features(), self.group.total_rank());
-        let mut y = product_transposed(x, &self.weight, width);
-        let mut s = vec![0.0; x.len() / width * ranks];
-        let dropped: Vec<f64> = x.iter().zip(mask).map(|(x, mask)| x * mask).collect();
-        for adapter in self.group.adapters() {
-            let rank = adapter.slot.rank;
-            let a = &adapters[adapter.slot.a_offset..][..rank * width];
-            let b = &adapters[adapter.slot.b_offset..][..rank * adapter.out_features];
-            for (row, inner) in product_transposed(&dropped, a, width).chunks(rank).enumerate() {
-                s[row * ranks + adapter.rank_column..][..rank].copy_from_slice(inner);
-                for (column, b) in b.chunks(rank).enumerate() {
-                    y[row * outs + adapter.out_column + column] +=
-                        f64::from(adapter.slot.scale) * dot(inner, b);
-                }
-            }
+        let width = self.case.in_features;
+        let places: Vec<PlacedAdapter> = self.group.adapters().collect();
+        let linear = reference::Linear {
+            weight: &self.weight,
+            in_features: width,
+            bias: self.case.bias.then_some(&self.bias[..]),
+            adapters: &places,
+            parameters: adapters,
+        };
+        let (mut all_s, mut all_y) = (Vec::new(), Vec::new());
+        for (x, mask) in x.chunks(width).zip(mask.chunks(width)) {
+            let dropped: Vec<f64> = x.iter().zip(mask).map(|(x, mask)| x * mask).collect();
+            let s = linear.s_row(&dropped);
+            all_y.extend(linear.y_row(x, &s));
+            all_s.extend(s);
         }
-        for (place, y) in y.iter_mut().enumerate() {
-            *y += if self.case.bias { self.bias[place % outs] } else { 0.0 };
-            *y += if self.case.residual { residual[place] } else { 0.0 };
+        if self.case.residual {
+            all_y.iter_mut().zip(residual).for_each(|(y, residual)| *y += residual);
         }
-        (s, y)
+        (all_s, all_y)
     }
 }
 
