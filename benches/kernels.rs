@@ -11,7 +11,6 @@
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput};
-use fastlora::backend::Backend;
 use fastlora::backend::cpu::CpuBackend;
 use fastlora::backend::cuda::{ComputeType, CudaBackend};
 use fastlora::device::driver::Driver;

@@ -41,6 +41,19 @@ pub fn batch_of(lengths: &[usize], vocabulary: u32) -> Batch {
     batch
 }
 
+/// `[positions, 2, D/2]`: cosines, then sines, with the base of 10 000 (Su et al. 2021).
+pub fn rope_table(positions: usize, head_dim: usize) -> Vec<f32> {
+    let half = head_dim / 2;
+    let angle = |position: usize, i: usize| position as f64 * 10_000_f64.powf(-(i as f64) / half as f64);
+    (0..positions)
+        .flat_map(|position| {
+            let cosines = (0..half).map(move |i| angle(position, i).cos());
+            cosines.chain((0..half).map(move |i| angle(position, i).sin()))
+        })
+        .map(|value| value as f32)
+        .collect()
+}
+
 /// The values as float64.
 pub fn widen(values: &[f32]) -> Vec<f64> {
     values.iter().map(|&value| f64::from(value)).collect()

@@ -5,7 +5,8 @@ use fastlora::tensor::WeightTensor;
 
 use super::reference::{self, dot};
 use super::{
-    Precision, Record, batch_of, buffer, finite_differences, read, read_floats, resident, values, widen,
+    Precision, Record, batch_of, buffer, finite_differences, read, read_floats, resident, rope_table, values,
+    widen,
 };
 
 const NORM_EPSILON: f32 = 1e-6;
@@ -55,15 +56,7 @@ impl Inputs {
     pub fn new(case: Case, precision: Precision) -> Self {
         let Case { lengths, query_heads, key_value_heads, head_dim, window, norms } = case;
         let rows: usize = lengths.iter().sum();
-        let half = head_dim / 2;
-        let positions = lengths.iter().max().unwrap() + 3;
-        let rope: Vec<f32> = (0..positions)
-            .flat_map(|position| {
-                let angle = move |i: usize| position as f64 * 10_000_f64.powf(-(i as f64) / half as f64);
-                (0..half).map(move |i| angle(i).cos()).chain((0..half).map(move |i| angle(i).sin()))
-            })
-            .map(|value| value as f32)
-            .collect();
+        let rope = rope_table(lengths.iter().max().unwrap() + 3, head_dim);
         let (query_norm, key_norm) = (precision.values(head_dim, 21), precision.values(head_dim, 22));
         let norm = |weight: &[f32]| norms.then(|| (widen(weight), f64::from(NORM_EPSILON)));
         // Scores between about -3 and 3.

@@ -16,7 +16,7 @@ mod optimizer;
 use fastlora::backend::Backend;
 use fastlora::batch::Batch;
 #[allow(unused_imports)] // Each backend's test uses its part.
-pub use fastlora::selftest::inputs::{batch_of, stored, values, widen};
+pub use fastlora::selftest::inputs::{batch_of, rope_table, stored, values, widen};
 pub use fastlora::selftest::{Precision, reference};
 
 #[allow(unused_imports)] // Only backends in f32 promise it.

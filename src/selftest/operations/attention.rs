@@ -1,7 +1,7 @@
 //! Attention: forward, backward, and over a cache.
 
 use super::super::comparison::{Comparison, Outcome, sample_rows};
-use super::super::inputs::{batch_of, widen};
+use super::super::inputs::{batch_of, rope_table, widen};
 use super::super::precision::{Precision, Tolerance};
 use super::super::reference;
 use super::{
@@ -64,15 +64,8 @@ impl Inputs {
         norms: bool,
     ) -> Self {
         let [query_heads, key_value_heads, head_dim] = heads;
-        let (rows, half) = (lengths.iter().sum::<usize>(), head_dim / 2);
-        let angle = |position: usize, i: usize| position as f64 * 10_000_f64.powf(-(i as f64) / half as f64);
-        let rope: Vec<f32> = (0..lengths.iter().copied().max().unwrap_or(0))
-            .flat_map(|position| {
-                let cosines = (0..half).map(move |i| angle(position, i).cos());
-                cosines.chain((0..half).map(move |i| angle(position, i).sin()))
-            })
-            .map(|value| value as f32)
-            .collect();
+        let rows: usize = lengths.iter().sum();
+        let rope = rope_table(lengths.iter().copied().max().unwrap_or(0), head_dim);
         let (query_norm, key_norm) = (precision.values(head_dim, 21), precision.values(head_dim, 22));
         let norm = |weight: &[f32]| norms.then(|| (widen(weight), f64::from(NORM_EPSILON)));
         // Scores between about -3 and 3.
