@@ -19,8 +19,18 @@ pub fn check_writable(folder: &Path) -> Result<()> {
     if unsafe { libc::access(name.as_ptr(), libc::W_OK | libc::X_OK) } == 0 {
         return Ok(());
     }
-    Err(Error::file("write into", folder, io::Error::last_os_error())
-        .hint("name another folder with --output-dir"))
+    Err(Error::file("write into", folder, io::Error::last_os_error()))
+}
+
+/// Bytes that the file system of a folder, or of the one it will be made in, has left for this user; none where it does
+/// not tell.
+pub fn free_bytes(folder: &Path) -> Option<u64> {
+    let name = c_name(nearest_existing(folder)).ok()?;
+    // SAFETY: all zeros is a value of this plain struct.
+    let mut figures: libc::statvfs64 = unsafe { std::mem::zeroed() };
+    // SAFETY: the name is NUL-terminated, and both live through the call.
+    let status = unsafe { libc::statvfs64(name.as_ptr(), &mut figures) };
+    (status == 0 && figures.f_blocks > 0).then(|| figures.f_bavail.saturating_mul(figures.f_frsize))
 }
 
 /// Refuses a folder whose file system has fewer than `needed_bytes` left for this user.
@@ -28,24 +38,13 @@ pub fn check_writable(folder: &Path) -> Result<()> {
 /// # Errors
 /// Too little space, with both numbers. A file system that does not tell is taken.
 pub fn check_space(folder: &Path, needed_bytes: u64) -> Result<()> {
-    let folder = nearest_existing(folder);
-    let name = c_name(folder)?;
-    // SAFETY: all zeros is a value of this plain struct.
-    let mut figures: libc::statvfs64 = unsafe { std::mem::zeroed() };
-    // SAFETY: the name is NUL-terminated, and both live through the call.
-    if unsafe { libc::statvfs64(name.as_ptr(), &mut figures) } != 0 || figures.f_blocks == 0 {
-        return Ok(());
-    }
-    let free_bytes = figures.f_bavail.saturating_mul(figures.f_frsize);
-    if free_bytes >= needed_bytes {
-        return Ok(());
-    }
+    let Some(free_bytes) = free_bytes(folder).filter(|free| *free < needed_bytes) else { return Ok(()) };
     Err(Error::io(format!(
         "{} free, the run writes up to {}",
         mebibytes(free_bytes),
         mebibytes(needed_bytes)
     ))
-    .at(folder.display().to_string())
+    .at(nearest_existing(folder).display().to_string())
     .hint("free some, name another folder with --output-dir, or lower keep_checkpoints or lora_r"))
 }
 

@@ -87,13 +87,10 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         (None, _) => Earlier::Keep,
     };
     let output = OutputFolder::check(&config.output_dir, earlier)?;
-    let start = resume.map_or(Ok(Start::Fresh), |resume| resume.find(&config))?;
+    let start = resume.map_or(Ok(Start::Fresh), |resume| resume.find(&config, &interrupts))?;
     match &start {
         Start::Fresh => {}
-        Start::Resumed(resumed) => {
-            interrupts.is_resumable();
-            config.chat_date = config.chat_date.or(resumed.chat_date());
-        }
+        Start::Resumed(resumed) => config.chat_date = config.chat_date.or(resumed.chat_date()),
         Start::Complete(summary) => {
             info!("{}: the run is complete", config.output_dir.display());
             return report(cli, &config, summary);

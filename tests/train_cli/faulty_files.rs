@@ -49,4 +49,17 @@ impl Workspace {
         }
         Finished::of(command.output().unwrap())
     }
+
+    /// The calls of a run on paths that contain `name`, each as `call path`, the paths from the workspace on.
+    pub fn calls(&self, name: &str, arguments: &[&str]) -> Vec<String> {
+        let log = tempfile::NamedTempFile::new().unwrap();
+        let folder = self.path("").canonicalize().unwrap();
+        let mut command = self.command(&[&["train"], arguments].concat());
+        command.env("LD_PRELOAD", &LIBRARY.1).env("FAULT_FOLDER", &folder);
+        command.env("FAULT_NAME", name).env("FAULT_LOG", log.path());
+        Finished::of(command.output().unwrap()).succeeded();
+        let prefix = format!("{}/", folder.display());
+        let text = std::fs::read_to_string(log.path()).unwrap();
+        text.lines().map(|line| line.replace(&prefix, "")).collect()
+    }
 }

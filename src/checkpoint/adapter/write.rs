@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterConfig, first_non_finite, read_adapter};
 use crate::checkpoint::atomic::{Staging, parent_of, write_synced};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::NamedTensor;
 
 /// What belongs to a tokenizer in a model folder; copied where present.
@@ -158,7 +158,8 @@ fn compare_saved(folder: &Path, config: &AdapterConfig, tensors: &[NamedTensor])
             .at(folder.display().to_string())
             .hint("check the disk and the memory of this machine")
     };
-    let saved = read_adapter(folder)?;
+    // What was just written is there and sound: that it cannot be read is the disk's fault.
+    let saved = read_adapter(folder).map_err(|error| error.with_kind(ErrorKind::Io))?;
     if saved.config != *config {
         return Err(differs(ADAPTER_CONFIG));
     }

@@ -1,10 +1,10 @@
 //! What the hub's cache holds, and whether it can hold more.
 
 use std::fs;
-use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use crate::error::{Error, Result};
+use crate::checkpoint::volume::{check_writable, free_bytes};
+use crate::error::Error;
 
 /// The state of the hub's cache.
 #[derive(Debug)]
@@ -27,13 +27,7 @@ pub fn cache_usage(folder: &Path) -> CacheUsage {
         })
         .collect();
     models.sort();
-    // The folder is made when the first model comes: what counts until then is where it will be.
-    let existing = folder.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("."));
-    CacheUsage { models, free_bytes: free_bytes(existing), obstacle: check_writable(existing).err() }
-}
-
-fn check_writable(folder: &Path) -> Result<()> {
-    tempfile::tempfile_in(folder).map(drop).map_err(|error| Error::file("write into", folder, error))
+    CacheUsage { models, free_bytes: free_bytes(folder), obstacle: check_writable(folder).err() }
 }
 
 /// Bytes of the files below `folder`; links, such as a snapshot's to its blobs, count nothing.
@@ -49,20 +43,6 @@ fn bytes_below(folder: &Path) -> u64 {
             }
         })
         .sum()
-}
-
-fn free_bytes(folder: &Path) -> Option<u64> {
-    let path = std::ffi::CString::new(folder.as_os_str().as_bytes()).ok()?;
-    let mut found = std::mem::MaybeUninit::<libc::statvfs>::uninit();
-    // SAFETY: a C string, and a structure that the call fills when it returns 0.
-    unsafe {
-        if libc::statvfs(path.as_ptr(), found.as_mut_ptr()) != 0 {
-            return None;
-        }
-        let found = found.assume_init();
-        #[allow(clippy::useless_conversion)] // narrower on some systems
-        Some(u64::from(found.f_bavail) * u64::from(found.f_frsize))
-    }
 }
 
 #[cfg(test)]

@@ -68,7 +68,7 @@ impl OutputFolder {
     pub(super) fn check(folder: &Path, earlier: Earlier) -> Result<Self> {
         let output = Self { folder: folder.to_path_buf(), earlier, lock: OnceLock::new() };
         output.check_contents()?;
-        check_writable(folder)?;
+        check_writable(folder).map_err(|error| error.hint("name another folder with --output-dir"))?;
         if folder.is_dir() {
             output.lock()?;
         }

@@ -8,6 +8,7 @@ use tracing::{info, warn};
 
 use super::checkpointer::restore;
 use super::output::{PROVENANCE, checkpoints_folder};
+use super::signals::Interrupts;
 use crate::checkpoint::adapter::ADAPTER_WEIGHTS;
 use crate::checkpoint::run::{Checkpoints, STATE, read_checkpoint, read_json};
 use crate::config::TrainingConfig;
@@ -83,9 +84,10 @@ impl Resume {
     ///
     /// # Errors
     /// Checkpoints of which none is valid (corrupt), or a run that was started with another configuration.
-    pub(super) fn find(&self, config: &TrainingConfig) -> Result<Start> {
+    pub(super) fn find(&self, config: &TrainingConfig, interrupts: &Interrupts) -> Result<Start> {
         let (folder, checkpoint) = match self {
             Self::Checkpoint(path) => {
+                interrupts.is_resumable();
                 let read = read_checkpoint(path)
                     .map_err(|error| error.hint("--resume auto takes the newest valid checkpoint"))?;
                 (path.clone(), read)
@@ -95,6 +97,9 @@ impl Resume {
                     return Ok(Start::Complete(Box::new(summary)));
                 }
                 let checkpoints = Checkpoints::new(checkpoints_folder(config));
+                if !checkpoints.steps()?.is_empty() {
+                    interrupts.is_resumable();
+                }
                 match checkpoints.newest()? {
                     Some((step, read)) => (checkpoints.path(step), read),
                     None => {
