@@ -1,12 +1,14 @@
 //! The `fastlora` binary: parse, dispatch, print the error and leave with its exit code.
 
+use std::fs::{File, OpenOptions};
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
+use std::sync::Mutex;
 
 use clap::Parser;
 use clap::error::ErrorKind;
 use fastlora::cli::Cli;
-use fastlora::error::{self, Error};
+use fastlora::error::{self, Error, Result};
 use fastlora::ranges::{self, NvtxLayer, OnlyRanges};
 use tracing_subscriber::Layer;
 use tracing_subscriber::filter::{LevelFilter, Targets};
@@ -18,39 +20,61 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
+    let mut log_file = None;
+    let result = open_log(&cli).and_then(|file| {
+        start_log(&cli, file.as_ref())?;
+        log_file = file;
+        cli.run()
+    });
+    let Err(error) = result else { return ExitCode::SUCCESS };
+    // Whether anyone still reads does not change the exit code.
+    if cli.json {
+        let _ = writeln!(std::io::stdout(), "{}", error.to_json());
+    }
+    let what = if error.kind() == error::ErrorKind::Stopped { "stopped" } else { "error" };
+    let line = format!("{what}: {error}");
+    let _ = writeln!(std::io::stderr(), "{line}");
+    if let Some(file) = &mut log_file {
+        let _ = writeln!(file, "{line}");
+    }
+    ExitCode::from(error.kind().exit_code())
+}
+
+fn open_log(cli: &Cli) -> Result<Option<File>> {
+    let open = |path| OpenOptions::new().create(true).append(true).open(path);
+    let file =
+        cli.log_file.as_ref().map(|path| open(path).map_err(|source| Error::file("open", path, source)));
+    file.transpose()
+}
+
+/// The log goes to standard error, and to the file with more detail.
+fn start_log(cli: &Cli, file: Option<&File>) -> Result<()> {
     let level = match (cli.quiet, cli.verbose) {
         (true, _) => LevelFilter::ERROR,
         (false, 0) => LevelFilter::INFO,
         (false, 1) => LevelFilter::DEBUG,
         (false, _) => LevelFilter::TRACE,
     };
-    let log = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
-        .with_ansi(
-            std::io::stderr().is_terminal()
-                && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()),
-        )
-        // A log that nobody reads any more must not end the run: the default reports that on the closed stream, and
-        // panics.
-        .log_internal_errors(false)
-        .without_time()
-        .with_target(false)
-        .with_filter(Targets::new().with_default(level).with_target(ranges::TARGET, LevelFilter::OFF));
-    // Under a profiler: without one nobody listens, and ranges cost nothing.
-    let nvtx = NvtxLayer::from_env().map(|layer| layer.with_filter(OnlyRanges));
-    tracing_subscriber::registry().with(log).with(nvtx).init();
-    match cli.run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            // Whether anyone still reads does not change the exit code.
-            if cli.json {
-                let _ = writeln!(std::io::stdout(), "{}", error.to_json());
-            }
-            let what = if error.kind() == error::ErrorKind::Stopped { "stopped" } else { "error" };
-            let _ = writeln!(std::io::stderr(), "{what}: {error}");
-            ExitCode::from(error.kind().exit_code())
-        }
+    // A log that nobody reads any more must not end the run: the default reports that on the closed stream, and panics.
+    let layer = || tracing_subscriber::fmt::layer().with_target(false).log_internal_errors(false);
+    let without_ranges =
+        |level| Targets::new().with_default(level).with_target(ranges::TARGET, LevelFilter::OFF);
+    let has_colour =
+        std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+    let terminal = layer().with_writer(std::io::stderr).with_ansi(has_colour).without_time();
+    let mut layers = vec![terminal.with_filter(without_ranges(level)).boxed()];
+    if let Some(file) = file {
+        let file =
+            file.try_clone().map_err(|source| Error::io("cannot open the log twice").caused_by(source))?;
+        let file = layer().with_writer(Mutex::new(file)).with_ansi(false);
+        layers.push(file.with_filter(without_ranges(level.max(LevelFilter::DEBUG))).boxed());
     }
+    // Under a profiler: without one nobody listens, and ranges cost nothing.
+    if let Some(nvtx) = NvtxLayer::from_env() {
+        layers.push(nvtx.with_filter(OnlyRanges).boxed());
+    }
+    tracing_subscriber::registry().with(layers).init();
+    Ok(())
 }
 
 /// Help and version, or what is wrong with the command line.

@@ -5,24 +5,28 @@
 //! be put down ([`TrainingState`]) and taken up again.
 
 mod metrics;
+mod not_finite;
 mod report;
+mod spikes;
 mod split;
 mod state;
 
 use std::time::Instant;
 
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 pub use metrics::MetricsFile;
 pub use report::{StepReport, TrainingSummary, ValidationReport};
+pub use spikes::LossWatch;
 pub use split::Split;
 pub use state::{Pause, TrainingState};
 
+use self::not_finite::BadStep;
 use crate::backend::{Backend, Dropout};
 use crate::batch::Batch;
 use crate::checkpoint::mapped;
-use crate::config::ActivationMemory;
-use crate::error::{Error, Result};
+use crate::config::{ActivationMemory, OnNan};
+use crate::error::Result;
 use crate::evaluation::Evaluation;
 use crate::model::{Purpose, Transformer};
 use crate::optim::{AdamW, AdamWSettings, Schedule};
@@ -44,7 +48,14 @@ pub struct TrainingSettings {
     pub activation_memory: ActivationMemory,
     /// Steps between validations; none: one at the end of each epoch.
     pub val_every: Option<u64>,
+    /// Validations without a lower loss after which the run ends; none: it does not end for that.
+    pub early_stopping_patience: Option<u64>,
+    /// What happens to a step whose loss or gradients are not finite.
+    pub on_nan: OnNan,
 }
+
+/// Steps in a row that may be skipped: when all are, something is wrong that no further data mends.
+const MOST_SKIPPED_IN_A_ROW: u64 = 10;
 
 /// Whether a run goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,7 +101,9 @@ impl<B: Backend> Observer<B> for () {
 ///
 /// use fastlora::backend::cpu::CpuBackend;
 /// use fastlora::checkpoint::base::BaseModel;
-/// use fastlora::config::{ActivationMemory, DataSource, LossOn, LrScheduler, OnBadRecord, Overlong, TargetModules};
+/// use fastlora::config::{
+///     ActivationMemory, DataSource, LossOn, LrScheduler, OnBadRecord, OnNan, Overlong, TargetModules,
+/// };
 /// use fastlora::data::{LoadOptions, load};
 /// use fastlora::model::{LoraConfig, Transformer};
 /// use fastlora::optim::{AdamWSettings, Schedule};
@@ -134,6 +147,8 @@ impl<B: Backend> Observer<B> for () {
 ///     seed: 42,
 ///     activation_memory: ActivationMemory::Auto,
 ///     val_every: None,
+///     early_stopping_patience: None,
+///     on_nan: OnNan::Stop,
 /// };
 /// let summary = train(&mut model, &split, None, &settings, None, &mut ())?;
 /// assert_eq!(summary.steps, 20);
@@ -169,8 +184,8 @@ pub fn train<B: Backend>(
     if let Some(plan) = model.memory_plan() {
         info!("{plan}");
     }
-    let batch = Batch::default();
-    let mut run = Run { model, training, validation, settings, optimizer, summary, observer, batch };
+    let (batch, losses) = (Batch::default(), LossWatch::default());
+    let mut run = Run { model, training, validation, settings, optimizer, summary, observer, batch, losses };
     // A run that was stopped in a validation begins with it.
     if start.is_some() && run.between_steps()? == Flow::Stop {
         return Ok(run.summary);
@@ -207,6 +222,7 @@ struct Run<'a, 'data, B: Backend, O> {
     summary: TrainingSummary,
     observer: &'a mut O,
     batch: Batch,
+    losses: LossWatch,
 }
 
 impl<B: Backend, O: Observer<B>> Run<'_, '_, B, O> {
@@ -219,7 +235,7 @@ impl<B: Backend, O: Observer<B>> Run<'_, '_, B, O> {
         let (loss, grad_norm) = loop {
             let loss = self.gradients(step, dropout)?;
             if !loss.is_finite() {
-                return Err(self.not_finite("loss", loss, step));
+                break (loss, f64::NAN);
             }
             let (backend, parameters, gradients) = self.model.trainable();
             let grad_norm = self.optimizer.update(backend, parameters, gradients, learning_rate)?;
@@ -229,11 +245,22 @@ impl<B: Backend, O: Observer<B>> Run<'_, '_, B, O> {
             let (number, lowered) = (self.summary.steps + 1, self.optimizer.loss_scale().factor());
             debug!("step {number}: gradients overflow; loss scale lowered to {lowered}");
         };
-        if !grad_norm.is_finite() {
-            return Err(self.not_finite("gradient norm", grad_norm, step));
+        let number = self.summary.steps + 1;
+        if !loss.is_finite() || !grad_norm.is_finite() {
+            let bad = BadStep { number, step, loss, grad_norm, dropout };
+            let error = bad.explain(self.model, self.training)?;
+            if self.settings.on_nan == OnNan::Stop || self.summary.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW {
+                return Err(error);
+            }
+            warn!("skipped: {error}");
+        } else if let Some(mean) = self.losses.spike(loss) {
+            let origins = self.training.origins(step.sample_indices);
+            warn!(
+                "step {number} ({origins}): the loss is {loss:.4}, far above the {mean:.4} of the steps before"
+            );
         }
         let report = StepReport {
-            step: self.summary.steps + 1,
+            step: number,
             epoch: epoch + 1,
             loss,
             grad_norm,
@@ -260,20 +287,21 @@ impl<B: Backend, O: Observer<B>> Run<'_, '_, B, O> {
         Ok(loss_sum * step.token_weight())
     }
 
-    fn not_finite(&self, what: &str, value: f64, step: &Step<'_>) -> Error {
-        let (number, origins) = (self.summary.steps + 1, self.training.origins(step.sample_indices));
-        Error::numerical(format!("the {what} is {value}; nothing was updated in this step"))
-            .at(format!("step {number} ({origins})"))
-            .hint("look at these records, lower learning_rate or max_grad_norm, or add warmup_steps")
-    }
-
     /// The validation, where one is due, and what the observer wants.
     fn between_steps(&mut self) -> Result<Flow> {
         if let Some(validation) = self.validation.filter(|_| self.is_validation_due()) {
             self.validate(validation)?;
         }
         let pause = Pause { model: self.model, optimizer: &self.optimizer, summary: &self.summary };
-        self.observer.between_steps(&pause)
+        let flow = self.observer.between_steps(&pause)?;
+        let fruitless = self.summary.validations_since_best;
+        if flow == Flow::Continue
+            && self.settings.early_stopping_patience.is_some_and(|most| fruitless >= most)
+        {
+            info!("{fruitless} validations without a lower loss: the run ends early");
+            return Ok(Flow::Stop);
+        }
+        Ok(flow)
     }
 
     fn is_validation_due(&self) -> bool {

@@ -22,6 +22,8 @@ mod tokenizer;
 mod train;
 mod verify;
 
+use std::path::PathBuf;
+
 use clap::{Parser, Subcommand};
 
 use crate::error::Result;
@@ -42,6 +44,9 @@ pub struct Cli {
     /// Results and errors as JSON on standard output.
     #[arg(long, global = true, display_order = 102)]
     pub json: bool,
+    /// Appends the log, with times and as with -v, to this file too.
+    #[arg(long, global = true, value_name = "FILE", display_order = 103)]
+    pub log_file: Option<PathBuf>,
 }
 
 /// The verbs.

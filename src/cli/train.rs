@@ -132,12 +132,17 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         on_bad_record: config.on_bad_record,
         embedding_rows: base.config().vocabulary,
     };
-    let training_samples = tokenise(&training_records, tokenizer.as_ref(), &options)?;
-    let validation_samples = validation_records
-        .as_ref()
-        .map(|records| tokenise(records, tokenizer.as_ref(), &options))
-        .transpose()?;
-    training_samples.accounting.log();
+    let samples = tokenise(&training_records, tokenizer.as_ref(), &options)?;
+    samples.accounting.log();
+    let (training_samples, validation_samples) = match (&validation_records, config.val_fraction) {
+        (Some(records), _) => (samples, Some(tokenise(records, tokenizer.as_ref(), &options)?)),
+        (None, Some(share)) => {
+            let (training, validation) = samples.hold_out(share, config.seed)?;
+            info!("{} samples are held out for validation", validation.samples.len());
+            (training, Some(validation))
+        }
+        (None, None) => (samples, None),
+    };
     let tokenizer_eos = tokenizer.as_ref().and_then(Tokenizer::eos_id);
     let eos_ids: Vec<u32> = base.config().eos_token_ids.iter().copied().chain(tokenizer_eos).collect();
     let bos_id = tokenizer.as_ref().and_then(Tokenizer::bos_id).or(base.config().bos_token_id);
@@ -389,6 +394,8 @@ fn training_settings(config: &TrainingConfig, steps_per_epoch: u64) -> TrainingS
         seed: config.seed,
         activation_memory: config.activation_memory,
         val_every: config.val_every,
+        early_stopping_patience: config.early_stopping_patience,
+        on_nan: config.on_nan,
     }
 }
 

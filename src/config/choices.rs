@@ -28,6 +28,17 @@ pub enum OnBadRecord {
     Skip,
 }
 
+/// What happens to a step whose loss or gradients are not finite.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum OnNan {
+    /// The run ends, before the update.
+    #[default]
+    Stop,
+    /// The step updates nothing, is reported, and the run goes on; ten in a row end it.
+    Skip,
+}
+
 /// What happens to a sample longer than `max_length`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema, ValueEnum)]
 #[serde(rename_all = "lowercase")]

@@ -10,7 +10,9 @@ mod starting;
 mod target_modules;
 mod training;
 
-pub use choices::{ActivationMemory, LossOn, LrScheduler, OnBadRecord, Overlong, check_compute_choices};
+pub use choices::{
+    ActivationMemory, LossOn, LrScheduler, OnBadRecord, OnNan, Overlong, check_compute_choices,
+};
 pub use data_source::DataSource;
 pub use options::Options;
 pub use save_every::SaveEvery;

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use super::comments::blank_comments;
 use super::{
-    ActivationMemory, DataSource, LossOn, LrScheduler, OnBadRecord, Overlong, SaveEvery, TargetModules,
+    ActivationMemory, DataSource, LossOn, LrScheduler, OnBadRecord, OnNan, Overlong, SaveEvery, TargetModules,
 };
 use crate::error::{Error, Result};
 
@@ -37,6 +37,9 @@ pub struct Options {
     #[serde(default, deserialize_with = "null_one_or_many")]
     #[schemars(schema_with = "super::schema::sources")]
     pub val_data: Option<Vec<DataSource>>,
+    /// Share of the training samples that is held out for validation, instead of `val_data`.
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
+    pub val_fraction: Option<f64>,
     /// Folder for the adapter, the metrics and the resolved configuration.
     #[arg(short, long, value_name = "DIR")]
     pub output_dir: Option<PathBuf>,
@@ -130,6 +133,12 @@ pub struct Options {
     /// Steps between validations; without it, one each epoch.
     #[arg(long, value_name = "STEPS")]
     pub val_every: Option<u64>,
+    /// Ends the run after so many validations without a lower loss.
+    #[arg(long, value_name = "N")]
+    pub early_stopping_patience: Option<u64>,
+    /// What happens to a step whose loss or gradients are not finite.
+    #[arg(long, value_enum)]
+    pub on_nan: Option<OnNan>,
     /// Steps (500) or time (10m, 2h) between checkpoints, or `never`.
     #[arg(long, value_name = "INTERVAL")]
     #[schemars(schema_with = "super::schema::save_every")]
@@ -227,12 +236,12 @@ impl Options {
             };
         }
         each_field! {
-            schema model_name train_data val_data output_dir init_adapter instruction_key output_key hash_key
+            schema model_name train_data val_data val_fraction output_dir init_adapter instruction_key output_key hash_key
             chat_template chat_date max_length batch_size gradient_accumulation_steps num_epochs max_steps shuffle
             seed loss_on on_bad_record overlong lora_r lora_alpha lora_dropout
             lora_target_modules use_rslora learning_rate lr_scheduler warmup_steps
             weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm val_every
-            save_every keep_checkpoints device dtype threads activation_memory
+            early_stopping_patience on_nan save_every keep_checkpoints device dtype threads activation_memory
         }
     }
 

@@ -6,7 +6,7 @@ use chrono::NaiveDate;
 use serde::Serialize;
 
 use super::{
-    ActivationMemory, DataSource, LossOn, LrScheduler, OnBadRecord, Options, Overlong, SaveEvery,
+    ActivationMemory, DataSource, LossOn, LrScheduler, OnBadRecord, OnNan, Options, Overlong, SaveEvery,
     TargetModules, check_compute_choices,
 };
 use crate::error::{Error, Result};
@@ -23,6 +23,8 @@ pub struct TrainingConfig {
     pub train_data: Vec<DataSource>,
     /// Files of validation data; none: no validation.
     pub val_data: Option<Vec<DataSource>>,
+    /// Share of the training samples that is held out for validation.
+    pub val_fraction: Option<f64>,
     /// Folder for everything written.
     pub output_dir: PathBuf,
     /// Adapter folder that the run starts from; none: PEFT's start.
@@ -85,6 +87,10 @@ pub struct TrainingConfig {
     pub max_grad_norm: f64,
     /// Steps between validations; none: one each epoch.
     pub val_every: Option<u64>,
+    /// Validations without a lower loss after which the run ends; none: it does not end for that.
+    pub early_stopping_patience: Option<u64>,
+    /// What happens to a step whose loss or gradients are not finite.
+    pub on_nan: OnNan,
     /// When checkpoints are saved.
     pub save_every: SaveEvery,
     /// Newest checkpoints that are kept.
@@ -112,8 +118,11 @@ impl TrainingConfig {
         let config = Self {
             model_name: options.model_name.unwrap_or_else(|| "HuggingFaceTB/SmolLM2-135M-Instruct".into()),
             train_data: options.train_data.unwrap_or_else(|| default_source("data/train_data.json")),
-            val_data: Some(options.val_data.unwrap_or_else(|| default_source("data/val_data.json")))
+            val_data: options
+                .val_data
+                .or_else(|| options.val_fraction.is_none().then(|| default_source("data/val_data.json")))
                 .filter(|sources| !sources.is_empty() && *sources != default_source("none")),
+            val_fraction: options.val_fraction,
             output_dir: options.output_dir.unwrap_or_else(|| "outputs".into()),
             init_adapter: options.init_adapter,
             instruction_key: key(options.instruction_key),
@@ -145,6 +154,8 @@ impl TrainingConfig {
             adam_epsilon: options.adam_epsilon.unwrap_or(1e-8),
             max_grad_norm: options.max_grad_norm.unwrap_or(1.0),
             val_every: options.val_every,
+            early_stopping_patience: options.early_stopping_patience,
+            on_nan: options.on_nan.unwrap_or_default(),
             save_every: options.save_every.unwrap_or(SaveEvery::Minutes(10)),
             keep_checkpoints: options.keep_checkpoints.unwrap_or(2),
             device: options.device.unwrap_or_else(|| "auto".into()),
@@ -223,6 +234,18 @@ impl TrainingConfig {
                 return Err(Error::config("the name is empty").at(key).hint("give a name, or leave it out"));
             }
         }
+        if self.val_fraction.is_some() && self.val_data.is_some() {
+            return Err(Error::config(
+                "the validation samples come from val_data or from val_fraction, not both",
+            )
+            .at("val_fraction")
+            .hint("remove one of the two"));
+        }
+        if self.early_stopping_patience.is_some() && self.val_fraction.is_none() && self.val_data.is_none() {
+            return Err(Error::config("there is no validation to judge by")
+                .at("early_stopping_patience")
+                .hint("name val_data, or give val_fraction"));
+        }
         check_compute_choices(&self.device, &self.dtype, self.threads)?;
         self.lora_target_modules.validate().map_err(|error| error.at("lora_target_modules"))?;
         for source in self.train_data.iter().chain(self.val_data.iter().flatten()) {
@@ -293,6 +316,9 @@ mod tests {
             "max_steps=0",
             "val_every=0",
             "keep_checkpoints=0",
+            "early_stopping_patience=0",
+            "val_fraction=1",
+            "val_fraction=-0.1",
             "lora_dropout=0.9999999999",
             "adam_epsilon=1e-300",
             "max_length=33554432",
@@ -318,6 +344,16 @@ mod tests {
             assert_eq!(error.kind(), ErrorKind::Config, "{pair}");
             assert_eq!(error.location(), pair.split('=').next(), "{error}");
         }
+    }
+
+    #[test]
+    fn validation_has_one_source() {
+        let config = resolve(&["val_fraction=0.1"]).unwrap();
+        assert_eq!((config.val_data, config.val_fraction), (None, Some(0.1)));
+        let error = resolve(&["val_fraction=0.1", "val_data=a.json"]).unwrap_err();
+        assert_eq!(error.location(), Some("val_fraction"));
+        let error = resolve(&["early_stopping_patience=2", "val_data=null"]).unwrap_err();
+        assert_eq!(error.location(), Some("early_stopping_patience"));
     }
 
     #[test]

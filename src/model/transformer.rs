@@ -314,6 +314,30 @@ impl<B: Backend> Transformer<B> {
         self.read_scores(batch.labelled_count())
     }
 
+    /// The first block, and of that the first row, whose output is not finite in a forward pass over `batch`; none
+    /// where all blocks' are. Runs and reads block by block, which is slow: for looking into a failure.
+    pub fn first_not_finite(
+        &mut self,
+        batch: &Batch,
+        dropout: Option<Dropout>,
+    ) -> Result<Option<(usize, usize)>> {
+        self.load_batch(Purpose::Inference, batch)?;
+        let width = self.config.hidden_size;
+        let mut output = vec![0.0; batch.token_count() * width];
+        let mut found = None;
+        self.run_blocks(batch.token_count(), dropout, |block, layer, pass, buffers| {
+            if found.is_none() {
+                let ForwardBuffers { x_in, saved, inputs, x_out } = buffers;
+                block.forward(pass, ForwardBuffers { x_in, saved, inputs, x_out: &mut *x_out })?;
+                pass.backend.read_buffer(x_out, &mut output)?;
+                found =
+                    output.iter().position(|value| !value.is_finite()).map(|place| (layer, place / width));
+            }
+            Ok(())
+        })?;
+        Ok(found)
+    }
+
     fn forward(&mut self, batch: &Batch, dropout: Option<Dropout>) -> Result<()> {
         self.run_blocks(batch.token_count(), dropout, |block, _, pass, buffers| block.forward(pass, buffers))
     }

@@ -222,7 +222,8 @@ fn mix(value: u64) -> u64 {
     value ^ (value >> 31)
 }
 
-fn shuffle(order: &mut [u32], seed: u64, epoch: u64) {
+/// The permutation of `(seed, epoch)` that the module describes.
+pub(super) fn shuffle(order: &mut [u32], seed: u64, epoch: u64) {
     let mut state = mix(mix(seed).wrapping_add(epoch));
     for last in (1..order.len()).rev() {
         state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);

@@ -5,6 +5,7 @@
 
 mod batches;
 mod chat;
+mod holdout;
 mod samples;
 mod template;
 mod tokenizer;

@@ -73,7 +73,8 @@ impl MetricsFile {
     /// # Errors
     /// A write that fails.
     pub fn step(&mut self, report: &StepReport) -> Result<()> {
-        self.write(&json!({
+        // The loss of a skipped step that is not finite is null: JSON has no NaN.
+        let mut object = json!({
             "step": report.step,
             "epoch": report.epoch,
             "loss": report.loss,
@@ -82,7 +83,11 @@ impl MetricsFile {
             "labelled_tokens": report.labelled_tokens,
             "tokens": report.tokens,
             "seconds": report.seconds,
-        }))
+        });
+        if report.is_skipped() {
+            object["skipped"] = json!(true);
+        }
+        self.write(&object)
     }
 
     /// Writes a validation's figures.

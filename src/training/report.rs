@@ -13,7 +13,7 @@ pub struct StepReport {
     pub epoch: u64,
     /// Mean loss of the labelled tokens, in nats, before the update.
     pub loss: f64,
-    /// Global norm of the gradients before clipping.
+    /// Global norm of the gradients before clipping. Where this or the loss is not finite, there was no update.
     pub grad_norm: f64,
     /// The rate of the update.
     pub learning_rate: f64,
@@ -23,6 +23,13 @@ pub struct StepReport {
     pub tokens: usize,
     /// Wall time of the step.
     pub seconds: f64,
+}
+
+impl StepReport {
+    /// Whether the step was skipped, since a number was not finite.
+    pub fn is_skipped(&self) -> bool {
+        !self.loss.is_finite() || !self.grad_norm.is_finite()
+    }
 }
 
 /// Figures of one validation.
@@ -43,9 +50,13 @@ pub struct ValidationReport {
 pub struct TrainingSummary {
     /// Optimizer steps done.
     pub steps: u64,
-    /// Loss of the first step.
+    /// Of these, the ones that updated nothing, since a number was not finite.
+    pub skipped_steps: u64,
+    /// Steps skipped since the last update.
+    pub skipped_in_a_row: u64,
+    /// Loss of the first step that was not skipped.
     pub first_loss: f64,
-    /// Loss of the last step.
+    /// Loss of the last step that was not skipped.
     pub last_loss: f64,
     /// The lowest validation loss and its step.
     pub best_validation: Option<(u64, f64)>,
@@ -53,6 +64,8 @@ pub struct TrainingSummary {
     pub last_validation_loss: Option<f64>,
     /// The step after which that was measured; 0: there was none yet.
     pub last_validation_step: u64,
+    /// Validations since the lowest loss.
+    pub validations_since_best: u64,
     /// Tokens computed in training.
     pub tokens: u64,
     /// Wall time of the training steps.
@@ -61,11 +74,17 @@ pub struct TrainingSummary {
 
 impl TrainingSummary {
     pub(super) fn record(&mut self, report: &StepReport) {
-        if self.steps == 0 {
-            self.first_loss = report.loss;
+        if report.is_skipped() {
+            self.skipped_steps += 1;
+            self.skipped_in_a_row += 1;
+        } else {
+            if self.steps == self.skipped_steps {
+                self.first_loss = report.loss;
+            }
+            self.last_loss = report.loss;
+            self.skipped_in_a_row = 0;
         }
         self.steps = report.step;
-        self.last_loss = report.loss;
         self.tokens += report.tokens as u64;
         self.training_seconds += report.seconds;
     }
@@ -73,6 +92,7 @@ impl TrainingSummary {
     pub(super) fn record_validation(&mut self, report: &ValidationReport) {
         self.last_validation_loss = report.evaluation.overall().loss();
         self.last_validation_step = report.step;
+        self.validations_since_best = if report.is_best { 0 } else { self.validations_since_best + 1 };
         if report.is_best {
             self.best_validation = self.last_validation_loss.map(|loss| (report.step, loss));
         }

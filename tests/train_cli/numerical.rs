@@ -2,8 +2,12 @@
 
 use fastlora::checkpoint::adapter::read_adapter;
 
+use serde_json::{Value, json};
+
+use crate::faulty_files::Fault;
+use crate::resume::Bits;
 use crate::support::fixture;
-use crate::workspace::Workspace;
+use crate::workspace::{Workspace, samples};
 
 const SAVED: [&str; 3] = ["adapter_model.safetensors", "adapter_config.json", "fastlora.json"];
 
@@ -77,4 +81,123 @@ fn the_best_adapter_outlives_a_run_that_fails_later() {
             .all(|tensor| tensor.values.iter().all(|&b| b == 0.0))
     );
     assert_eq!(workspace.validations("out").len(), 1);
+}
+
+/// The token that the trap waits for.
+const TRAP: u64 = 511;
+
+/// Changes the elements of some tensors of a safetensors file.
+fn change(bytes: &mut [u8], mut value: impl FnMut(&str, usize) -> Option<f32>) {
+    let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let tensors: Value = serde_json::from_slice(&bytes[8..header]).unwrap();
+    for (name, tensor) in tensors.as_object().unwrap().iter().filter(|(name, _)| *name != "__metadata__") {
+        let [start, end] = [0, 1].map(|end| header + tensor["data_offsets"][end].as_u64().unwrap() as usize);
+        for (index, element) in bytes[start..end].chunks_exact_mut(4).enumerate() {
+            if let Some(value) = value(name, index) {
+                element.copy_from_slice(&value.to_le_bytes());
+            }
+        }
+    }
+}
+
+/// A base whose feature 0 is zero but for one token, an adapter that overflows where it is not, and data in which
+/// `is_trapped` says which records (from 1) have that token, as their fourth.
+fn trap(workspace: &Workspace, is_trapped: impl Fn(usize) -> bool) {
+    let width = 64;
+    let model = workspace.path(&workspace.text_model("model")).join("model.safetensors");
+    let mut bytes = std::fs::read(&model).unwrap();
+    change(&mut bytes, |name, index| {
+        let is_first = name == "model.embed_tokens.weight" && index % width == 0;
+        is_first.then_some(if index == TRAP as usize * width { 1.0 } else { 0.0 })
+    });
+    std::fs::write(model, bytes).unwrap();
+
+    let source = fixture("tiny_qwen2/adapter_init_brand");
+    let mut bytes = std::fs::read(source.join("adapter_model.safetensors")).unwrap();
+    change(&mut bytes, |name, index| match name.split_once("layers.0.self_attn.q_proj.lora_") {
+        Some((_, "A.weight")) if index % width == 0 => Some(1e30),
+        Some((_, "B.weight")) => Some(1e10),
+        _ => Some(0.0),
+    });
+    workspace.write("trap/adapter_model.safetensors", bytes);
+    workspace.write("trap/adapter_config.json", std::fs::read(source.join("adapter_config.json")).unwrap());
+
+    let text = samples(1, 40).replace("511", "510");
+    let records = text.lines().enumerate().map(|(number, line)| {
+        let mut record: Value = serde_json::from_str(line).unwrap();
+        if is_trapped(number + 1) {
+            record["input_ids"][3] = json!(TRAP);
+        }
+        record.to_string() + "\n"
+    });
+    workspace.write("train.jsonl", records.collect::<String>());
+}
+
+const TRAPPED: [&str; 18] = [
+    "-m",
+    "model",
+    "--train-data",
+    "train.jsonl",
+    "--val-data",
+    "none",
+    "--init-adapter",
+    "trap",
+    "--shuffle",
+    "false",
+    "--lora-dropout",
+    "0",
+    "--learning-rate",
+    "1e-12",
+    "--max-steps",
+    "10",
+    "--save-every",
+    "10",
+];
+
+#[test]
+fn a_step_that_is_not_finite_names_layer_token_and_record() {
+    let workspace = Workspace::new();
+    trap(&workspace, |number| number == 6);
+    let parts = [
+        "step 2 (train.jsonl:5, train.jsonl:6",
+        "the output of layer 0 is not finite at token 3 of train.jsonl:6",
+        "nothing was updated",
+    ];
+    workspace.train(&[&TRAPPED[..], &["-o", "out"]].concat()).refused(7, &parts);
+}
+
+#[test]
+fn steps_that_are_not_finite_may_be_skipped() {
+    let workspace = Workspace::new();
+    trap(&workspace, |number| number == 6 || number == 30);
+    let arguments = |output| [&TRAPPED[..], &["--on-nan", "skip", "-o", output]].concat();
+    let log = workspace.train(&arguments("out")).succeeded().stderr;
+    for part in ["skipped: step 2 (train.jsonl:5", "skipped: step 8 (", "at token 3 of train.jsonl:30"] {
+        assert!(log.contains(part), "expected `{part}` in {log}");
+    }
+    for (number, step) in workspace.steps("out").iter().enumerate() {
+        let is_skipped = number == 1 || number == 7;
+        assert_eq!(step["loss"].is_null(), is_skipped, "{step}");
+        assert_eq!(step.get("skipped"), is_skipped.then_some(&json!(true)), "{step}");
+    }
+    let state: Value =
+        serde_json::from_slice(&std::fs::read(workspace.path("out/checkpoints/step-10/state.json")).unwrap())
+            .unwrap();
+    assert_eq!((&state["optimizer_steps"], &state["summary"]["skipped_steps"]), (&json!(8), &json!(2)));
+    // Cut between the two and resumed.
+    let fault = Fault { call: Some("write"), name: Some("metrics.jsonl"), at: 5, kind: "term" };
+    assert_eq!(workspace.train_with(fault, &arguments("cut")).code, 75);
+    workspace.train(&[&arguments("cut")[..], &["--resume"]].concat()).succeeded();
+    Bits::of(&workspace, "cut", 10).assert_eq(&Bits::of(&workspace, "out", 10), "with skipped steps");
+}
+
+#[test]
+fn a_run_of_nothing_but_skipped_steps_ends() {
+    let workspace = Workspace::new();
+    trap(&workspace, |_| true);
+    let arguments = [&TRAPPED[..], &["--on-nan", "skip", "--batch-size", "2", "-o", "out"]].concat();
+    let arguments: Vec<&str> =
+        arguments.into_iter().map(|argument| if argument == "10" { "20" } else { argument }).collect();
+    workspace.train(&arguments).refused(7, &["step 11 (", "layer 0"]);
+    assert_eq!(workspace.steps("out").len(), 10);
 }

@@ -203,3 +203,61 @@ fn the_adapter_folder_is_complete_and_names_its_origins() {
     let card = std::fs::read_to_string(workspace.path("out/README.md")).unwrap();
     assert!(card.contains("library_name: peft") && card.contains("`math`"), "{card}");
 }
+
+#[test]
+fn a_run_without_gain_ends_early_and_is_complete() {
+    let workspace = Workspace::with_data();
+    // Random tokens: after the first steps each validation is worse.
+    let arguments = [
+        "--val-data",
+        "val.jsonl",
+        "--learning-rate",
+        "0.02",
+        "--lora-target-modules",
+        "all-linear",
+        "--val-every",
+        "2",
+        "--max-steps",
+        "60",
+        "--early-stopping-patience",
+        "3",
+    ];
+    let log = workspace.train_into("out", &arguments).succeeded().stderr;
+    assert!(log.contains("3 validations without a lower loss: the run ends early"), "{log}");
+    let losses: Vec<f64> =
+        workspace.validations("out").iter().map(|object| object["loss"].as_f64().unwrap()).collect();
+    let best = losses.iter().copied().fold(f64::INFINITY, f64::min);
+    assert_eq!(losses.iter().position(|loss| *loss == best), Some(losses.len() - 4), "{losses:?}");
+    assert_eq!(workspace.steps("out").len(), 2 * losses.len());
+    let log = workspace.train_into("out", &[&arguments[..], &["--resume"]].concat()).succeeded().stderr;
+    assert!(log.contains("the run is complete"), "{log}");
+}
+
+#[test]
+fn a_share_of_the_samples_is_held_out() {
+    let workspace = Workspace::with_data();
+    let usual = Workspace::usual("out", &["--val-fraction", "0.2", "--num-epochs", "1", "--batch-size", "4"]);
+    // Without `--val-data none`, which would be a second source.
+    let place = usual.iter().position(|argument| *argument == "--val-data").unwrap();
+    let usual = [&usual[..place], &usual[place + 2..]].concat();
+    let log = workspace.train(&usual).succeeded().stderr;
+    assert!(log.contains("8 samples are held out for validation"), "{log}");
+    assert_eq!(workspace.steps("out").len(), 8, "32 samples in batches of 4");
+    assert_eq!(workspace.validations("out").len(), 1);
+    assert!(!log.contains("validation samples are also"), "{log}");
+    let both = [&usual[..], &["--val-data", "val.jsonl", "--overwrite"]].concat();
+    workspace.train(&both).refused(2, &["val_fraction", "not both"]);
+}
+
+#[test]
+fn the_log_is_kept_in_a_file_with_its_end() {
+    let workspace = Workspace::with_data();
+    workspace.train_into("out", &["--max-steps", "2", "-q", "--log-file", "run.log"]).succeeded();
+    workspace.train_into("out", &["--max-steps", "2", "--log-file", "run.log"]).refused(2, &["not empty"]);
+    let log = std::fs::read_to_string(workspace.path("run.log")).unwrap();
+    for part in ["INFO step 2/2 loss", "DEBUG", "INFO adapter: out", "error: out: the output folder"] {
+        assert!(log.contains(part), "expected `{part}` in {log}");
+    }
+    assert!(log.lines().next().unwrap().starts_with("20"), "no time in {log}");
+    workspace.train_into("new", &["--log-file", "no/such/run.log"]).refused(6, &["no/such/run.log"]);
+}

@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use tracing::info;
+use tracing::{debug, info};
 
 use crate::training::{StepReport, ValidationReport};
 
@@ -47,15 +47,19 @@ impl Progress {
             report.loss, report.learning_rate, report.grad_norm
         );
         if let Some(bar) = &self.bar {
-            bar.set_message(figures);
+            bar.set_message(figures.clone());
             bar.set_position(report.step);
-            return;
         }
         let is_due = self.last_line.is_none_or(|last| last.elapsed() >= PLAIN_INTERVAL);
         if is_due || report.step == self.total_steps {
             let seconds_a_step = self.started.elapsed().as_secs_f64() / (report.step - self.done) as f64;
             let seconds_left = (self.total_steps - report.step) as f64 * seconds_a_step;
-            info!("step {}/{} {figures} ETA {}", report.step, self.total_steps, human_time(seconds_left));
+            let line = format!("step {}/{} {figures}", report.step, self.total_steps);
+            match &self.bar {
+                // For a log in a file: the terminal has the bar.
+                Some(bar) => bar.suspend(|| debug!("{line}")),
+                None => info!("{line} ETA {}", human_time(seconds_left)),
+            }
             self.last_line = Some(Instant::now());
         }
     }
