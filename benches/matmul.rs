@@ -6,10 +6,11 @@
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use fastlora::backend::cpu::matmul::{
-    Elements, Linear, LinearBackward, LowRank, LowRankBlock, Rows, RowsMut, Weight, WeightGradient, decode,
-    linear, linear_backward, weight_gradient,
+    Elements, Linear, LinearBackward, LowRank, LowRankBlock, Rows, RowsMut, Weight, decode, linear,
+    linear_backward,
 };
 use fastlora::backend::cpu::simd::Simd;
+use fastlora::backend::cpu::team::Team;
 use fastlora::selftest::MultiplyAddChains;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -43,12 +44,11 @@ fn training(criterion: &mut Criterion) {
         for (inputs, outputs) in LINEARS {
             let shape = format!("{rows}x{inputs}x{outputs}");
             let (x, dy, s) = (values(rows * inputs), values(rows * outputs), values(rows * RANK));
-            let (a, b) = (values(RANK * inputs), values(outputs * RANK));
+            let b = values(outputs * RANK);
             let stored = halves(inputs * outputs);
             let weight = Weight::new(inputs, [Elements::F16(&stored)]);
             let mut unpacked = vec![0.0; inputs * outputs];
-            let (mut y, mut dx, mut down) =
-                (vec![0.0; rows * outputs], vec![0.0; rows * inputs], vec![0.0; rows * RANK]);
+            let (mut y, mut dx) = (vec![0.0; rows * outputs], vec![0.0; rows * inputs]);
             let (x_rows, dy_rows) =
                 (Rows { values: &x, stride: inputs }, Rows { values: &dy, stride: outputs });
             let s_rows = Rows { values: &s, stride: RANK };
@@ -142,41 +142,6 @@ fn training(criterion: &mut Criterion) {
                 });
             });
             group.finish();
-
-            let mut group = criterion.benchmark_group("adapter");
-            group.throughput(Throughput::Elements((rows * RANK * inputs) as u64));
-            group.bench_function(BenchmarkId::new("s = x·Aᵀ", &shape), |bencher| {
-                let down = &mut down;
-                bencher.iter(|| {
-                    let arguments = Linear::new(rows, x_rows, Weight::f32(inputs, &a));
-                    linear(arguments, RowsMut { values: &mut *down, stride: RANK });
-                });
-            });
-            group.bench_function(BenchmarkId::new("dA += dsᵀ·x", &shape), |bencher| {
-                let mut gradient = vec![0.0; RANK * inputs];
-                bencher.iter(|| {
-                    let arguments =
-                        WeightGradient { rows, dy: s_rows, outputs: RANK, x: &x, inputs, scale: 1.0 };
-                    weight_gradient(arguments, &mut gradient);
-                });
-            });
-            group.throughput(Throughput::Elements((rows * RANK * outputs) as u64));
-            group.bench_function(BenchmarkId::new("ds = dy·B", &shape), |bencher| {
-                let down = &mut down;
-                bencher.iter(|| {
-                    let arguments = LinearBackward::new(rows, dy_rows, Weight::f32(RANK, &b).scaled(2.0));
-                    linear_backward(arguments, RowsMut { values: &mut *down, stride: RANK });
-                });
-            });
-            group.bench_function(BenchmarkId::new("dB += dyᵀ·s", &shape), |bencher| {
-                let mut gradient = vec![0.0; outputs * RANK];
-                bencher.iter(|| {
-                    let arguments =
-                        WeightGradient { rows, dy: dy_rows, outputs, x: &s, inputs: RANK, scale: 2.0 };
-                    weight_gradient(arguments, &mut gradient);
-                });
-            });
-            group.finish();
         }
     }
 }
@@ -184,6 +149,7 @@ fn training(criterion: &mut Criterion) {
 /// Decoding reads each weight once a token: bytes a second, from memory (the copies exceed every cache).
 fn decoding(criterion: &mut Criterion) {
     const BYTES: usize = 256 << 20;
+    let team = Team::new(rayon::current_num_threads()).unwrap();
     let mut group = criterion.benchmark_group("decode");
     group.sample_size(20);
     for (inputs, outputs) in LINEARS.into_iter().chain([(576, 49152)]) {
@@ -199,7 +165,7 @@ fn decoding(criterion: &mut Criterion) {
                         for weight in stored.chunks_exact(elements) {
                             let weight = Weight::new(inputs, [Elements::F16(weight)]);
                             let arguments = Linear::new(rows, Rows { values: &x, stride: inputs }, weight);
-                            decode(arguments, RowsMut { values: &mut y, stride: outputs });
+                            decode(&team, arguments, RowsMut { values: &mut y, stride: outputs });
                         }
                     });
                 },

@@ -129,7 +129,7 @@ impl CpuBackend {
         let x = Rows { values: &x[row * head.width..][..head.width], stride: head.width };
         let product = Linear::new(1, x, head.weight.weight());
         let logits = RowsMut { values: logits, stride: head.vocabulary };
-        self.threads.pool().install(|| decode(product, logits));
+        decode(self.threads.team(), product, logits);
         Ok(())
     }
 }

@@ -6,9 +6,10 @@ use std::array;
 use std::ops::Range;
 
 use super::CpuBackend;
+use super::adapter::AdapterProducts;
 use super::matmul::{
     Linear, LinearBackward, LowRank, LowRankBlock, MAX_DECODE_ROWS, MAX_PARTS, Rows, RowsMut, Start, Weight,
-    WeightGradient, decode, linear, linear_backward, weight_gradient,
+    decode, linear, linear_backward,
 };
 use super::memory::AlignedFloats;
 use super::rows::{Place, places};
@@ -24,8 +25,8 @@ pub(super) struct LinearScratch {
     dropped: AlignedFloats,
     /// `ds [T, R]`.
     ds: AlignedFloats,
-    /// One adapter's columns of `s`.
-    s_columns: AlignedFloats,
+    /// `Aᵀ [I, R]`.
+    transposed: AlignedFloats,
     /// `dropout'(ds·A) [T, I]`.
     low_rank_dx: AlignedFloats,
 }
@@ -50,15 +51,6 @@ fn dense(values: &[f32], stride: usize) -> Rows<'_> {
     Rows { values, stride }
 }
 
-/// The product for the number of rows: decoding streams the weight, more rows are blocked.
-fn multiply(arguments: Linear<'_>, y: RowsMut<'_>) {
-    if arguments.rows <= MAX_DECODE_ROWS {
-        decode(arguments, y);
-    } else {
-        linear(arguments, y);
-    }
-}
-
 impl CpuBackend {
     pub(super) fn linear_forward(
         &self,
@@ -76,10 +68,16 @@ impl CpuBackend {
         let a = a_range(group)?;
         let rows = input.rows;
         let mut scratch = self.linear_scratch();
-        if rank > 0 {
-            let x = self.adapter_input(group, &input, &mut scratch.dropped);
-            let product = Linear::new(rows, dense(x, width), Weight::f32(width, &adapters[a]));
-            self.threads.pool().install(|| multiply(product, RowsMut { values: s, stride: rank }));
+        let LinearScratch { dropped, transposed, .. } = &mut *scratch;
+        if let Some(products) = self.adapter_products(group, rows) {
+            let x = self.adapter_input(group, &input, dropped);
+            let a = &adapters[a];
+            if rows <= MAX_DECODE_ROWS {
+                let product = Linear::new(rows, dense(x, width), Weight::f32(width, a));
+                decode(self.threads.team(), product, RowsMut { values: &mut *s, stride: rank });
+            } else {
+                products.down(x, a, transposed, s);
+            }
         }
         let mut blocks: [LowRankBlock<'_>; MAX_PARTS] =
             array::from_fn(|_| LowRankBlock { factor: &[], scale: 0.0, columns: 0..0, ranks: 0..0 });
@@ -101,7 +99,13 @@ impl CpuBackend {
             low_rank,
             ..Linear::new(rows, dense(input.x, width), group.weight.weight())
         };
-        self.threads.pool().install(|| multiply(product, RowsMut { values: y, stride: out_width }));
+        let y = RowsMut { values: y, stride: out_width };
+        // Few rows stream the weight, more are blocked.
+        if rows <= MAX_DECODE_ROWS {
+            decode(self.threads.team(), product, y);
+        } else {
+            self.threads.pool().install(|| linear(product, y));
+        }
         Ok(())
     }
 
@@ -120,33 +124,14 @@ impl CpuBackend {
         let a = a_range(group)?;
         let rows = input.rows;
         let mut scratch = self.linear_scratch();
-        let LinearScratch { dropped, ds, s_columns, low_rank_dx } = &mut *scratch;
+        let LinearScratch { dropped, ds, low_rank_dx, .. } = &mut *scratch;
         let ds = ds.at_least(rows * rank);
         let pool = self.threads.pool();
-        for adapter in group.adapters() {
-            let slot = adapter.slot;
-            let dy = dense(dy.get(adapter.out_column..).unwrap_or(&[]), out_width);
-            let b = &adapters[slot.b_offset..][..adapter.out_features * slot.rank];
-            let product = LinearBackward::new(rows, dy, Weight::f32(slot.rank, b).scaled(slot.scale));
-            let ds = RowsMut { values: ds.get_mut(adapter.rank_column..).unwrap_or(&mut []), stride: rank };
-            pool.install(|| linear_backward(product, ds));
-            let s = pack_columns(s, rows, rank, adapter.rank_column, slot.rank, s_columns);
-            let product = WeightGradient {
-                rows,
-                dy,
-                outputs: adapter.out_features,
-                x: s,
-                inputs: slot.rank,
-                scale: slot.scale,
-            };
-            let gradient = &mut gradients[slot.b_offset..][..adapter.out_features * slot.rank];
-            pool.install(|| weight_gradient(product, gradient));
-        }
-        if rank > 0 {
+        if let Some(products) = self.adapter_products(group, rows) {
+            products.down_gradient(dy, adapters, ds);
+            products.b_gradients(dy, s, gradients);
             let x = self.adapter_input(group, &input, dropped);
-            let product =
-                WeightGradient { rows, dy: dense(ds, rank), outputs: rank, x, inputs: width, scale: 1.0 };
-            pool.install(|| weight_gradient(product, &mut gradients[a.clone()]));
+            products.a_gradient(x, ds, &mut gradients[a.clone()]);
         }
         let Some(dx) = dx else { return Ok(()) };
         let dx = RowsMut { values: dx, stride: width };
@@ -171,6 +156,17 @@ impl CpuBackend {
             }
         }
         Ok(())
+    }
+
+    /// The products of a group's adapters; none without adapters or rows.
+    fn adapter_products<'a>(
+        &'a self,
+        group: &'a LinearGroup<Self>,
+        rows: usize,
+    ) -> Option<AdapterProducts<'a>> {
+        let rank = group.total_rank();
+        let products = AdapterProducts { threads: &self.threads, simd: self.simd, group, rows, rank };
+        (rank > 0 && rows > 0).then_some(products)
     }
 
     /// What the adapters read: `x`, or its copy with dropped features.
@@ -236,23 +232,4 @@ simd_fn! {
             }
         }
     }
-}
-
-/// `rank` columns of `s [rows, stride]` side by side; `s` itself where they are all.
-fn pack_columns<'a>(
-    s: &'a [f32],
-    rows: usize,
-    stride: usize,
-    first: usize,
-    rank: usize,
-    packed: &'a mut AlignedFloats,
-) -> &'a [f32] {
-    if rank == stride {
-        return &s[..rows * rank];
-    }
-    let packed = packed.at_least(rows * rank);
-    for (packed, row) in packed.chunks_exact_mut(rank).zip(s.chunks_exact(stride)) {
-        packed.copy_from_slice(&row[first..first + rank]);
-    }
-    packed
 }

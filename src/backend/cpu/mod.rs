@@ -4,6 +4,7 @@
 //! threads. Kernels are written once and compiled for each level of [`simd::Simd`].
 
 mod activation;
+mod adapter;
 mod attention;
 mod footprint;
 mod head;
@@ -15,6 +16,7 @@ mod optimizer;
 mod product;
 mod rows;
 pub mod simd;
+pub mod team;
 mod threads;
 mod weights;
 

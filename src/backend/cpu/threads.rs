@@ -10,6 +10,7 @@ use rayon::ThreadPool;
 use rayon::prelude::*;
 
 use super::memory::AlignedFloats;
+use super::team::Team;
 use crate::error::{Error, Result};
 
 /// Elements that one task of a row-wise operation works on, about: large beside the cost of a task, small beside a
@@ -19,6 +20,7 @@ const BLOCK_ELEMENTS: usize = 16 * 1024;
 /// A pool of threads with scratch memory for each.
 pub(super) struct Threads {
     pool: ThreadPool,
+    team: Team,
     scratch: Vec<Mutex<AlignedFloats>>,
 }
 
@@ -34,7 +36,9 @@ impl Threads {
             .thread_name(|index| format!("compute-{index}"))
             .build()
             .map_err(|error| Error::device(format!("cannot start {count} threads")).caused_by(error))?;
-        Ok(Self { pool, scratch: (0..count).map(|_| Mutex::default()).collect() })
+        let team = Team::new(count)
+            .map_err(|error| Error::device(format!("cannot start {count} threads")).caused_by(error))?;
+        Ok(Self { pool, team, scratch: (0..count).map(|_| Mutex::default()).collect() })
     }
 
     /// Number of threads.
@@ -45,6 +49,11 @@ impl Threads {
     /// The pool.
     pub fn pool(&self) -> &ThreadPool {
         &self.pool
+    }
+
+    /// As many threads for the shortest operations; they use no [`scratch`](Self::scratch).
+    pub fn team(&self) -> &Team {
+        &self.team
     }
 
     /// Scratch of the calling thread (which is one of the pool, or any thread that runs a task alone). Tasks take it

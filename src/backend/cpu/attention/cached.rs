@@ -1,7 +1,7 @@
 //! Attention over the cache: blocks of queries in a prompt, dot products in decoding.
 
 use super::super::CpuBackend;
-use super::super::memory::{AlignedFloats, DisjointParts};
+use super::super::memory::DisjointParts;
 use super::super::product::{Before, Left, Right, Shape, multiply};
 use super::super::simd::simd_fn;
 use super::pack::{Source, Treatment};
@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 /// From this many new rows on, packing the cache for blocked products pays.
 const BLOCKED_ROWS: usize = 8;
 /// Elements of keys below which one thread decodes faster than several.
-const PARALLEL_ELEMENTS: usize = 128 * 1024;
+const PARALLEL_ELEMENTS: usize = 16 * 1024;
 
 impl CpuBackend {
     pub(in super::super) fn attention_over_cache(
@@ -93,16 +93,15 @@ impl CpuBackend {
         let visible = heads.visible(position);
         let keys = visible.len();
         let scores = DisjointParts::new(scratch.scores.at_least(heads.query_heads * keys));
+        let queries = DisjointParts::new(scratch.queries.at_least(heads.query_heads * dim));
         let out = DisjointParts::new(out);
-        let task = |head: usize, queries: &mut AlignedFloats| {
-            let queries = queries.at_least(group * dim);
+        let task = |head: usize| {
+            let members = head * group..(head + 1) * group;
+            let elements = members.start * dim..members.end * dim;
             // SAFETY: one part of each for each key-value head.
-            let (scores, out) = unsafe {
-                let first = head * group;
-                (
-                    scores.part(first * keys..(first + group) * keys),
-                    out.part(first * dim..(first + group) * dim),
-                )
+            let (scores, queries, out) = unsafe {
+                let scores = scores.part(members.start * keys..members.end * keys);
+                (scores, queries.part(elements.clone()), out.part(elements))
             };
             let stride = heads.key_value_heads * dim;
             let first = visible.start * stride + head * dim;
@@ -125,10 +124,9 @@ impl CpuBackend {
             );
         };
         if keys * heads.query_heads * dim < PARALLEL_ELEMENTS {
-            let mut queries = self.threads.scratch();
-            (0..heads.key_value_heads).for_each(|head| task(head, &mut queries));
+            (0..heads.key_value_heads).for_each(task);
         } else {
-            self.threads.for_each(heads.key_value_heads, |head| task(head, &mut self.threads.scratch()));
+            self.threads.team().for_each(heads.key_value_heads, task);
         }
     }
 }

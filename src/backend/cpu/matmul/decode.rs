@@ -5,23 +5,22 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::element::Element;
 use super::{Linear, MAX_DECODE_ROWS, Rows, Start, with_elements};
 use crate::backend::cpu::simd::{Kernel, Simd, Vector};
+use crate::backend::cpu::team::Team;
 
 /// Weight rows of a task.
-const TASK_ROWS: usize = 64;
+const TASK_ROWS: usize = 32;
 
 /// Computes a decoding product.
 ///
 /// # Safety
 /// `y` is valid for the product's rows at `y_stride` and exclusively its own; the arguments are checked.
-pub(super) unsafe fn compute(simd: Simd, linear: &Linear<'_>, y: *mut f32, y_stride: usize) {
+pub(super) unsafe fn compute(team: &Team, simd: Simd, linear: &Linear<'_>, y: *mut f32, y_stride: usize) {
     let outputs = linear.weight.rows();
     let decode = Decode { simd, linear, y, y_stride };
-    (0..outputs.div_ceil(TASK_ROWS)).into_par_iter().for_each(|task| {
+    team.for_each(outputs.div_ceil(TASK_ROWS), |task| {
         let columns = task * TASK_ROWS..((task + 1) * TASK_ROWS).min(outputs);
         // SAFETY: passed on to the caller; tasks have disjoint columns.
         unsafe { decode.compute(columns) };

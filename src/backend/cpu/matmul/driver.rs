@@ -35,7 +35,7 @@ const MAX_GROUP: usize = 4;
 /// Packing of fewer left elements is not worth waking threads.
 const PARALLEL_PACK_ELEMENTS: usize = 64 * 1024;
 
-/// Which of an operand's axes is contiguous in memory.
+/// Which of the right operand's axes is contiguous in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Contiguous {
     /// The summed axis.
@@ -51,9 +51,8 @@ pub(super) struct Product<'a> {
     pub columns: usize,
     /// Length of the summed axis.
     pub depth: usize,
-    /// `[rows, depth]`, or `[depth, rows]` where the kept axis is contiguous.
+    /// `[rows, depth]`.
     pub left: Rows<'a>,
-    pub left_contiguous: Contiguous,
     /// `[columns, depth]`, or `[depth, columns]` where the kept axis is contiguous.
     pub right: &'a Weight<'a>,
     pub right_contiguous: Contiguous,
@@ -157,23 +156,13 @@ impl Pass<'_> {
         let (width, depth) = (rows.len(), self.depth.len());
         let Rows { values, stride } = self.product.left;
         let destination = Destination { to: &mut *packed, width, offset: 0, scale: 1.0 };
-        match self.product.left_contiguous {
-            Contiguous::Summed => self.product.simd.run(Transposed {
-                from: &values[rows.start * stride + self.depth.start..],
-                stride,
-                count: width,
-                depth,
-                destination,
-            }),
-            Contiguous::Kept => self.product.simd.run(Straight {
-                from: &values[self.depth.start * stride + rows.start..],
-                stride,
-                count: width,
-                available: self.product.rows - rows.start,
-                depth,
-                destination,
-            }),
-        }
+        self.product.simd.run(Transposed {
+            from: &values[rows.start * stride + self.depth.start..],
+            stride,
+            count: width,
+            depth,
+            destination,
+        });
         if let (Some(term), 1..) = (self.product.low_rank, self.rank) {
             self.product.simd.run(Transposed {
                 from: &term.s.values[rows.start * term.s.stride..],

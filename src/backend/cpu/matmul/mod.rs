@@ -2,9 +2,8 @@
 //!
 //! | function | product | for |
 //! |---|---|---|
-//! | [`linear`] | `y = start + bias + x·Wᵀ + Σ s_p·(scale·B_p)ᵀ` | forward; `s = x·Aᵀ`; logits |
-//! | [`linear_backward`] | `dx = start + dy·W + Σ ds·(scale·A)` | backward; `ds = scale·dy·B` |
-//! | [`weight_gradient`] | `g += scale · dyᵀ·x` | `dB = scale·dyᵀ·s`, `dA = dsᵀ·x` |
+//! | [`linear`] | `y = start + bias + x·Wᵀ + Σ s_p·(scale·B_p)ᵀ` | forward; logits |
+//! | [`linear_backward`] | `dx = start + dy·W + Σ ds·(scale·A)` | backward |
 //! | [`decode`] | as [`linear`], few rows | decoding: streams the stored weight once |
 //!
 //! All matrices are row-major. A weight is f32, f16 or bf16, in up to [`MAX_PARTS`] parts whose rows count one after the
@@ -14,8 +13,9 @@
 //! lengths of the summed axes and the instruction set: never on the number of threads or of other rows. ([`decode`] sums
 //! in another order than [`linear`], but the same whatever its number of rows.)
 //!
-//! **Threads.** The products run on the current rayon pool: wrap calls in `ThreadPool::install`. Scratch belongs to the
-//! threads and is kept, so nothing is allocated once the largest shape has been seen.
+//! **Threads.** The products run on the current rayon pool: wrap calls in `ThreadPool::install`. [`decode`] takes a
+//! [`Team`], which starts faster. Scratch belongs to the threads and is kept, so nothing is allocated once the largest
+//! shape has been seen.
 //!
 //! **Speed** (2 cores of Zen 5, AVX-512, f16 weights of SmolLM2-135M, November 2026, by processor time on a busy machine;
 //! the peak is 524 GFLOP/s on registers alone). Forward and backward reach 86–90 % of the peak with 128 rows, 84–94 %
@@ -38,6 +38,7 @@ use std::sync::OnceLock;
 use half::{bf16, f16};
 
 use crate::backend::cpu::simd::Simd;
+use crate::backend::cpu::team::Team;
 use crate::dtype::DType;
 use crate::tensor::WeightTensor;
 use driver::{Contiguous, Product};
@@ -336,23 +337,6 @@ impl<'a> LinearBackward<'a> {
     }
 }
 
-/// What [`weight_gradient`] reads: `dy [rows, O]`, `x [rows, I]`.
-#[derive(Clone, Copy, Debug)]
-pub struct WeightGradient<'a> {
-    /// Rows of `dy` and `x`, the summed axis.
-    pub rows: usize,
-    /// `[rows, outputs]`.
-    pub dy: Rows<'a>,
-    /// `O`.
-    pub outputs: usize,
-    /// `[rows, inputs]`, without gaps.
-    pub x: &'a [f32],
-    /// `I`.
-    pub inputs: usize,
-    /// Factor on the product.
-    pub scale: f32,
-}
-
 /// `y [rows, O] = start + bias + x·Wᵀ + low-rank term`.
 ///
 /// # Panics
@@ -370,7 +354,6 @@ fn linear_with(simd: Simd, arguments: Linear<'_>, y: RowsMut<'_>) {
         columns: weight.rows(),
         depth: weight.columns(),
         left: x,
-        left_contiguous: Contiguous::Summed,
         right: &weight,
         right_contiguous: Contiguous::Summed,
         low_rank,
@@ -406,7 +389,6 @@ fn linear_backward_with(simd: Simd, arguments: LinearBackward<'_>, dx: RowsMut<'
         columns: inputs,
         depth: outputs,
         left: dy,
-        left_contiguous: Contiguous::Summed,
         right: &weight,
         right_contiguous: Contiguous::Kept,
         low_rank,
@@ -419,51 +401,16 @@ fn linear_backward_with(simd: Simd, arguments: LinearBackward<'_>, dx: RowsMut<'
     unsafe { product.compute() };
 }
 
-/// `gradient [O, I] += scale · dyᵀ·x`, summed over the rows in order.
-///
-/// # Panics
-/// Where a slice is shorter than its shape.
-pub fn weight_gradient(arguments: WeightGradient<'_>, gradient: &mut [f32]) {
-    weight_gradient_with(best_simd(), arguments, gradient);
-}
-
-fn weight_gradient_with(simd: Simd, arguments: WeightGradient<'_>, gradient: &mut [f32]) {
-    let WeightGradient { rows, dy, outputs, x, inputs, scale } = arguments;
-    check_rows("dy", dy.values.len(), dy.stride, rows, outputs);
-    check_rows("x", x.len(), inputs, rows, inputs);
-    check_rows("gradient", gradient.len(), inputs, outputs, inputs);
-    if inputs == 0 {
-        return;
-    }
-    let product = Product {
-        simd,
-        rows: outputs,
-        columns: inputs,
-        depth: rows,
-        left: dy,
-        left_contiguous: Contiguous::Kept,
-        right: &Weight::f32(inputs, &x[..rows * inputs]).scaled(scale),
-        right_contiguous: Contiguous::Kept,
-        low_rank: None,
-        bias: None,
-        start: Start::Output,
-        output: gradient.as_mut_ptr(),
-        output_stride: inputs,
-    };
-    // SAFETY: the shapes are checked, `gradient` is borrowed exclusively.
-    unsafe { product.compute() };
-}
-
 /// `y [rows, O] = start + bias + x·Wᵀ + low-rank term` for at most [`MAX_DECODE_ROWS`] rows: reads the weight once, as
 /// stored, at memory speed. Sums in another order than [`linear`].
 ///
 /// # Panics
 /// Where a slice is shorter than its shape, and with more rows.
-pub fn decode(arguments: Linear<'_>, y: RowsMut<'_>) {
-    decode_with(best_simd(), arguments, y);
+pub fn decode(team: &Team, arguments: Linear<'_>, y: RowsMut<'_>) {
+    decode_with(team, best_simd(), arguments, y);
 }
 
-fn decode_with(simd: Simd, arguments: Linear<'_>, y: RowsMut<'_>) {
+fn decode_with(team: &Team, simd: Simd, arguments: Linear<'_>, y: RowsMut<'_>) {
     arguments.check(&y);
     assert!(
         arguments.rows <= MAX_DECODE_ROWS,
@@ -471,7 +418,7 @@ fn decode_with(simd: Simd, arguments: Linear<'_>, y: RowsMut<'_>) {
         arguments.rows
     );
     // SAFETY: the shapes are checked, `y` is borrowed exclusively.
-    unsafe { decode::compute(simd, &arguments, y.values.as_mut_ptr(), y.stride) };
+    unsafe { decode::compute(team, simd, &arguments, y.values.as_mut_ptr(), y.stride) };
 }
 
 /// The best instructions of this CPU, detected once.
