@@ -274,10 +274,14 @@ fn shards_are_fetched_as_the_index_says() {
         "{fetched:?}"
     );
 
-    let outside = r#"{"weight_map": {"a": "../secret"}}"#;
     files.retain(|(name, _)| !name.starts_with("model"));
-    files.push(("model.safetensors.index.json", Served::new(outside.into())));
-    assert_mentions(&Hub::new(files).error(ID, ErrorKind::Model), &["\"../secret\"", "plain file name"]);
+    let outside = r#"{"weight_map": {"a": "../secret"}}"#;
+    let twice = r#"{"weight_map": {"a": "1.safetensors", "a": "2.safetensors"}}"#;
+    for (index, mentions) in [(outside, ["\"../secret\"", "plain file name"]), (twice, ["`a`", "twice"])] {
+        files.push(("model.safetensors.index.json", Served::new(index.into())));
+        assert_mentions(&Hub::new(files.clone()).error(ID, ErrorKind::Model), &mentions);
+        files.pop();
+    }
 }
 
 #[test]

@@ -4,30 +4,25 @@
 //! be checked without computing: headers, names, shapes against the configuration, and that every weight is finite.
 
 use std::collections::{HashMap, HashSet};
-use std::fmt;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
-use serde::Deserialize;
-use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use sha2::{Digest, Sha256};
 
 use super::finite::check_finite;
 use super::folder::file_in_folder;
 use super::safetensors::SafetensorsFile;
+use super::shard_index::{INDEX, LONGEST_MESSAGE, read_index, shard_names};
 use crate::dtype::DType;
 use crate::error::{Error, Result, shorten};
 use crate::model::config::ModelConfig;
 use crate::tensor::WeightTensor;
 
 const WEIGHTS: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 /// In front of every tensor but the head; absent where the decoder was saved without its head.
 const PREFIX: &str = "model.";
-/// Characters of a message that quotes a file.
-const LONGEST_MESSAGE: usize = 400;
 /// Names listed in one message.
 const LISTED: usize = 5;
 
@@ -218,9 +213,7 @@ fn open_shards(folder: &Path) -> Result<Shards> {
     }
     let Some(index_path) = file_in_folder(folder, INDEX)? else { return Err(no_weights(folder)) };
     let weight_map = read_index(&index_path)?;
-    let mut names: Vec<&str> = weight_map.values().map(String::as_str).collect();
-    names.sort_unstable();
-    names.dedup();
+    let names = shard_names(&weight_map);
 
     let place = || index_path.display().to_string();
     let mut paths = Vec::with_capacity(names.len());
@@ -250,53 +243,6 @@ fn open_shards(folder: &Path) -> Result<Shards> {
     let weight_map =
         weight_map.iter().map(|(tensor, shard)| (tensor.clone(), numbers[shard.as_str()])).collect();
     Ok(Shards { files, weight_map: Some(weight_map) })
-}
-
-/// `weight_map` of an index file: tensor → shard.
-fn read_index(path: &Path) -> Result<HashMap<String, String>> {
-    #[derive(Deserialize)]
-    struct Index {
-        weight_map: UniqueMap,
-    }
-    let bytes = std::fs::read(path).map_err(|error| Error::file("read", path, error))?;
-    let place = path.display().to_string();
-    let index: Index = serde_json::from_slice(&bytes).map_err(|error| {
-        let message = format!("not a valid index of shards: {error}");
-        Error::model(shorten(&message, LONGEST_MESSAGE)).at(&place)
-    })?;
-    match index.weight_map.0.is_empty() {
-        true => Err(Error::model("`weight_map` is empty").at(place)),
-        false => Ok(index.weight_map.0),
-    }
-}
-
-/// An object of strings in which no key may come twice.
-struct UniqueMap(HashMap<String, String>);
-
-impl<'de> Deserialize<'de> for UniqueMap {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Entries;
-
-        impl<'de> Visitor<'de> for Entries {
-            type Value = UniqueMap;
-
-            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-                formatter.write_str("an object of tensor names and shard files")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let mut entries = HashMap::new();
-                while let Some((name, file)) = map.next_entry::<String, String>()? {
-                    if let Some(earlier) = entries.insert(name.clone(), file) {
-                        return Err(A::Error::custom(format!("`{name}` is there twice, first in {earlier}")));
-                    }
-                }
-                Ok(UniqueMap(entries))
-            }
-        }
-
-        deserializer.deserialize_map(Entries)
-    }
 }
 
 /// The error for a folder without safetensors: other formats are named with the way out.

@@ -10,4 +10,5 @@ pub mod mapped;
 pub mod model_folder;
 pub mod run;
 pub mod safetensors;
+mod shard_index;
 pub mod volume;

@@ -4,10 +4,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::{HubSettings, ModelId, is_plain};
+use crate::checkpoint::shard_index::{INDEX, read_index, shard_names};
 use crate::error::{Error, Result};
 
 pub(super) const WEIGHTS: &str = "model.safetensors";
-pub(super) const INDEX: &str = "model.safetensors.index.json";
 pub(super) const CONFIG: &str = "config.json";
 pub(super) const TOKENIZER: &str = "tokenizer.json";
 
@@ -98,19 +98,13 @@ pub(super) fn create_parent(path: &Path) -> Result<()> {
 
 /// The shards that an index file names, each a plain file name.
 pub(super) fn shards(index: &Path) -> Result<Vec<String>> {
-    #[derive(serde::Deserialize)]
-    struct Index {
-        weight_map: std::collections::BTreeMap<String, String>,
-    }
-    let text = fs::read(index).map_err(|error| Error::file("read", index, error))?;
-    let place = || index.display().to_string();
-    let index: Index = serde_json::from_slice(&text)
-        .map_err(|error| Error::model("not a valid index of shards").at(place()).caused_by(error))?;
-    let mut names: Vec<String> = index.weight_map.into_values().collect();
-    names.sort_unstable();
-    names.dedup();
+    let weight_map = read_index(index)?;
+    let names = shard_names(&weight_map);
     match names.iter().find(|name| !is_plain(name)) {
-        Some(name) => Err(Error::model(format!("shard {name:?} is not a plain file name")).at(place())),
-        None => Ok(names),
+        Some(name) => {
+            let error = format!("shard {name:?} is not a plain file name");
+            Err(Error::model(error).at(index.display().to_string()))
+        }
+        None => Ok(names.into_iter().map(str::to_owned).collect()),
     }
 }

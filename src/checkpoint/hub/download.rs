@@ -9,9 +9,10 @@ use sha2::{Digest, Sha256};
 use ureq::Body;
 use ureq::http::Response;
 
-use super::cache::{CONFIG, INDEX, ModelCache, Snapshot, TOKENIZER, WEIGHTS, create_parent, shards};
+use super::cache::{CONFIG, ModelCache, Snapshot, TOKENIZER, WEIGHTS, create_parent, shards};
 use super::client::{Client, FileMetadata, pause};
 use super::{HubSettings, ModelId};
+use crate::checkpoint::shard_index::INDEX;
 use crate::error::{Error, Result};
 
 /// What is fetched besides the weights, where there is such a file.
