@@ -216,7 +216,7 @@ mod tests {
         let outputs = PROJECTIONS.iter().map(|projection| projection.0).sum();
         let weight = WeightTensor::from_f32("w", vec![outputs, INPUTS], &vec![0.0; outputs * INPUTS]);
         let weight = backend.matrix(&[weight]).unwrap();
-        (LinearGroup { input_index: 0, weight, bias: None, in_features: INPUTS, projections }, b_offset)
+        (LinearGroup::new(backend, 0, weight, None, INPUTS, projections).unwrap(), b_offset)
     }
 
     /// `s`, `ds` and all gradients on `threads` threads.
