@@ -194,6 +194,18 @@ impl TrainingConfig {
             ("max_steps", format!("{:?}", self.max_steps), self.max_steps != Some(0), "1 or more"),
             ("val_every", format!("{:?}", self.val_every), self.val_every != Some(0), "1 or more"),
             ("keep_checkpoints", self.keep_checkpoints.to_string(), self.keep_checkpoints >= 1, "1 or more"),
+            (
+                "early_stopping_patience",
+                format!("{:?}", self.early_stopping_patience),
+                self.early_stopping_patience != Some(0),
+                "1 or more",
+            ),
+            (
+                "val_fraction",
+                format!("{:?}", self.val_fraction),
+                self.val_fraction.is_none_or(|share| 0.0 < share && share < 1.0),
+                "above 0 and below 1",
+            ),
             ("lora_r", self.lora_r.to_string(), (1..=4096).contains(&self.lora_r), "1 to 4096"),
             ("lora_alpha", self.lora_alpha.to_string(), positive(self.lora_alpha), "above 0"),
             (

@@ -28,7 +28,7 @@ fn fault_43_unknown_keys_and_flags() {
     refused(&workspace, &["config.json"], 2, &["config.json", "`batchsize`", "did you mean `batch_size`"]);
     workspace.write("config.json", r#"{"val_data": {"path": "val.jsonl", "wieght": 1}}"#);
     refused(&workspace, &["config.json"], 2, &["config.json:1", "`wieght`"]);
-    workspace.write("config.json", "{\"seed\": 1,\n}");
+    workspace.write("config.json", "{\"seed\": 1,\n]");
     refused(&workspace, &["config.json"], 2, &["config.json:2:1"]);
     refused(&workspace, &["missing.json"], 2, &["missing.json", "fastlora train CONFIG"]);
     refused(&workspace, &["--set", "seed"], 2, &["`seed` has no `=`"]);
