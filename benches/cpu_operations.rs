@@ -4,10 +4,10 @@
 //! `cargo bench --bench cpu_operations -- --quick`
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use fastlora::backend::cpu::{AlignedFloats, CpuBackend};
+use fastlora::backend::cpu::{AlignedFloats, CpuBackend, CpuBatch};
 use fastlora::backend::{
     AdamWStep, Attention, Backend, Dropout, Head, KvCache, LinearGroup, LinearInput, LoraSlot,
-    OptimizerState, Projection, RmsNorm,
+    OptimizerState, PassSettings, Projection, RmsNorm,
 };
 use fastlora::batch::Batch;
 use fastlora::dtype::DType;
@@ -15,12 +15,14 @@ use fastlora::tensor::WeightTensor;
 
 const HIDDEN: usize = 576;
 
-fn batch_of(samples: usize, length: usize) -> Batch {
+fn batch_of(backend: &CpuBackend, samples: usize, length: usize, dropout: Option<Dropout>) -> CpuBatch {
     let mut batch = Batch::default();
     for sample in 0..samples {
         batch.push(sample, &vec![1; length], &vec![1; length]);
     }
-    batch
+    let mut resident = backend.new_batch().unwrap();
+    backend.load_batch(&mut resident, &batch, PassSettings { gradient_scale: 0.1, dropout }).unwrap();
+    resident
 }
 
 fn floats(count: usize) -> AlignedFloats {
@@ -39,7 +41,7 @@ fn attention(criterion: &mut Criterion) {
         (1, 1, 1024, [8, 2, 128]),
     ] {
         let backend = CpuBackend::new(Some(threads)).unwrap();
-        let batch = batch_of(samples, length);
+        let batch = batch_of(&backend, samples, length, None);
         let rows = batch.token_count();
         let qkv = floats(rows * (query_heads + 2 * key_value_heads) * head_dim);
         let dout = floats(rows * query_heads * head_dim);
@@ -99,7 +101,6 @@ fn attention(criterion: &mut Criterion) {
 fn rows(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("rows");
     let backend = CpuBackend::new(Some(2)).unwrap();
-    let batch = batch_of(8, 128);
     let (rows, width) = (1024, HIDDEN);
     let weight = floats(width);
     let norm = RmsNorm { weight: &weight, epsilon: 1e-5, width };
@@ -132,9 +133,10 @@ fn rows(criterion: &mut Criterion) {
     group.throughput(Throughput::Elements((2 * rows * 1536 * HIDDEN) as u64));
     for (name, dropout) in [("", None), (" dropout", Some(Dropout { probability: 0.05, seed: 1, epoch: 0 }))]
     {
+        let batch = batch_of(&backend, 8, 128, dropout);
         group.bench_function(format!("linear 1024x1536x576{name}"), |bencher| {
             bencher.iter(|| {
-                let input = LinearInput { x: &act, rows, batch: &batch, dropout };
+                let input = LinearInput { x: &act, rows, batch: &batch };
                 backend.linear(&linear, &adapters, input, None, &mut s, &mut y).unwrap();
             });
         });
@@ -153,13 +155,13 @@ fn head(criterion: &mut Criterion) {
     let tensor = WeightTensor::new("head", DType::F16, shape, std::sync::Arc::new(bytes), range);
     let weight = backend.matrix(&[tensor]).unwrap();
     for rows in [32, 170, 1020] {
-        let batch = batch_of(1, rows + 1);
+        let batch = batch_of(&backend, 1, rows + 1, None);
         let (x, mut dx, mut losses) = (floats(rows * HIDDEN), floats(rows * HIDDEN), floats(2 * rows));
         group.throughput(Throughput::Elements((4 * rows * vocabulary * HIDDEN) as u64));
         group.bench_function(BenchmarkId::new("loss with gradient", rows), |bencher| {
             bencher.iter(|| {
                 let head = Head { weight: &weight, vocabulary, width: HIDDEN };
-                backend.head_loss(head, &batch, &x, 0.1, &mut losses, Some(&mut dx)).unwrap();
+                backend.head_loss(head, &batch, &x, &mut losses, Some(&mut dx)).unwrap();
             });
         });
     }

@@ -25,6 +25,7 @@ DEVICE void attention_forward(const T* __restrict__ q, const T* __restrict__ k, 
     T* v_tiles = k_tiles + stages * tile_elements;
 
     const SampleTile tile = find_sample_tile(tiles);
+    if (tile.rows() == 0) return;  // fills up the number of tiles
     const int head = blockIdx.y, key_head = key_head_of(head, query_heads, key_value_heads);
     const int first_key = window ? max(tile.begin, tile.first - window + 1) : tile.begin;
     const int end_key = tile.first + tile.rows(), blocks = (end_key - first_key + keys - 1) / keys;

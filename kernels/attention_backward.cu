@@ -75,6 +75,7 @@ DEVICE void attention_backward_queries(const AttentionInputs<T>& in, T* __restri
     T* k_tile = dout_tile + outer_rows * pitch<D>;
     T* v_tile = k_tile + keys * pitch<D>;
     const SampleTile tile = find_sample_tile(in.tiles);
+    if (tile.rows() == 0) return;  // fills up the number of tiles
     const int head = blockIdx.y, key_head = key_head_of(head, in.query_heads, in.key_value_heads);
     const int first_key = in.window ? max(tile.begin, tile.first - in.window + 1) : tile.begin;
     const int end_key = tile.first + tile.rows();
@@ -138,6 +139,7 @@ DEVICE void attention_backward_keys(const AttentionInputs<T>& in, T* __restrict_
     T* q_tile = v_tile + outer_rows * pitch<D>;
     T* dout_tile = q_tile + queries * pitch<D>;
     const SampleTile tile = find_sample_tile(in.tiles);
+    if (tile.rows() == 0) return;  // fills up the number of tiles
     const int key_head = blockIdx.y, first_column = blockIdx.z * columns;
     const int heads_per_group = in.query_heads / in.key_value_heads;
     // The last query that sees the last key.

@@ -1,7 +1,8 @@
 // Output head and cross-entropy over a chunk of labelled rows; the logits of all rows never exist.
 //
 //   head_logits           z = x · Wᵀ                        x [L, H], W [V, H], z [L, V̄]
-//   cross_entropy         loss = log Σ_v exp(z_v) − z_target,   dz = (softmax(z) − onehot(target)) · gradient_scale   over z
+//   cross_entropy         loss = log Σ_v exp(z_v) − z_target,   dz = (softmax(z) − onehot(target)) · scale   over z;
+//                         for a target that is no_target, loss and dz are 0
 //   head_backward_input   dx = dz · W                       dx [L, H]
 //
 // T is f16 or bf16; z is rounded to T, as the layer's output would be; H is a multiple of 8, V arbitrary, V̄ = V rounded up to
@@ -14,6 +15,8 @@
 constexpr int head_tile = 128, head_threads = 256;
 template <class T, Major B_MAJOR>
 using HeadTile = MatmulTile<T, Major::k, B_MAJOR, head_tile, head_tile, 2, 4>;
+
+constexpr unsigned no_target = 0xffffffffu;  // of a row that only fills up a batch
 
 DEVICE int head_tiles(int extent) { return (extent + head_tile - 1) / head_tile; }
 
@@ -51,14 +54,22 @@ DEVICE void head_backward_input(const T* __restrict__ dz, const T* __restrict__ 
     });
 }
 
-// One block a row: its loss, whether its target is the first of the highest logits, and, if write_gradient, dz over z.
+// One block a row: its loss, whether its target is the first of the highest logits, and, where a scale is given, dz over z.
+// The scale is read from memory, so that a graph that was recorded serves every step.
 template <class T>
 DEVICE void cross_entropy(T* z, const unsigned* __restrict__ targets, float* __restrict__ losses,
-                          float* __restrict__ correct, int vocabulary, int vocabulary_leading, float gradient_scale,
-                          int write_gradient) {
+                          float* __restrict__ correct, const float* __restrict__ gradient_scale, int vocabulary,
+                          int vocabulary_leading) {
     SHARED_ARRAY(float, partials, [max_warps_per_block]);
     T* row = z + static_cast<long long>(blockIdx.x) * vocabulary_leading;
     const int target = static_cast<int>(targets[blockIdx.x]), stride = head_threads * vector_width;
+    if (targets[blockIdx.x] == no_target) {
+        if (threadIdx.x == 0) losses[blockIdx.x] = correct[blockIdx.x] = 0.f;
+        const float zeros[vector_width] = {};
+        if (gradient_scale)
+            for (int column = threadIdx.x * vector_width; column < vocabulary; column += stride) store8(row + column, zeros);
+        return;
+    }
     const float at_target = to_float(row[target]);
 
     float greatest = -INFINITY, sum = 0.f, beaten = 0.f;
@@ -88,16 +99,16 @@ DEVICE void cross_entropy(T* z, const unsigned* __restrict__ targets, float* __r
         losses[blockIdx.x] = row_maximum - at_target + logf(total);
         correct[blockIdx.x] = is_beaten ? 0.f : 1.f;
     }
-    if (!write_gradient) return;
+    if (!gradient_scale) return;
 
-    const float factor = gradient_scale / total;
+    const float scale = *gradient_scale, factor = scale / total;
     for (int column = threadIdx.x * vector_width; column < vocabulary; column += stride) {
         float values[vector_width];
         load8(values, row + column);
 #pragma unroll
         for (int i = 0; i < vector_width; i++) {
             values[i] = exp_fast(values[i] - row_maximum) * factor;
-            if (column + i == target) values[i] -= gradient_scale;
+            if (column + i == target) values[i] -= scale;
         }
         store8(row + column, values);
     }
@@ -111,6 +122,6 @@ EXPORT_HALF_KERNELS(head_backward_input, head_threads,
                     (dz, w, dx, rows, width, vocabulary, vocabulary_leading))
 // Grid: L blocks.
 EXPORT_HALF_KERNELS(cross_entropy, head_threads,
-                    (T* z, const unsigned* targets, float* losses, float* correct, int vocabulary, int vocabulary_leading,
-                     float gradient_scale, int write_gradient),
-                    (z, targets, losses, correct, vocabulary, vocabulary_leading, gradient_scale, write_gradient))
+                    (T* z, const unsigned* targets, float* losses, float* correct, const float* gradient_scale,
+                     int vocabulary, int vocabulary_leading),
+                    (z, targets, losses, correct, gradient_scale, vocabulary, vocabulary_leading))

@@ -112,7 +112,7 @@ EXPORT_HALF_KERNELS(linear_forward, linear_threads,
 EXPORT_HALF_KERNELS(linear_backward_input, linear_threads,
                     (const T* dy, const T* w, const T* ds, const T* a, T* dx, int tokens, int in_features,
                      int out_features, int rank, int rank_leading, const unsigned* positions, const unsigned* samples,
-                     unsigned seed_low, unsigned seed_high, unsigned input_and_epoch, unsigned threshold,
-                     float keep_scale),
+                     unsigned seed_low, unsigned seed_high, const unsigned* epoch, unsigned input,
+                     unsigned threshold, float keep_scale),
                     (dy, w, ds, a, dx, tokens, in_features, out_features, rank, rank_leading,
-                     DropoutMask{positions, samples, seed_low, seed_high, input_and_epoch, threshold, keep_scale}))
+                     DropoutMask{positions, samples, seed_low, seed_high, epoch, input, threshold, keep_scale}))

@@ -168,7 +168,7 @@ DEVICE void lora_dropout(const T* __restrict__ x, T* __restrict__ dropped, int t
 }
 EXPORT_HALF_KERNELS(lora_dropout, element_threads,
                     (const T* x, T* dropped, int tokens, int in_features, const unsigned* positions,
-                     const unsigned* samples, unsigned seed_low, unsigned seed_high, unsigned input_and_epoch,
+                     const unsigned* samples, unsigned seed_low, unsigned seed_high, const unsigned* epoch, unsigned input,
                      unsigned threshold, float keep_scale),
                     (x, dropped, tokens, in_features,
-                     DropoutMask{positions, samples, seed_low, seed_high, input_and_epoch, threshold, keep_scale}))
+                     DropoutMask{positions, samples, seed_low, seed_high, epoch, input, threshold, keep_scale}))

@@ -1,7 +1,8 @@
 // Rows by index: the embedding's gather, and the labelled rows' gather and scatter; and columns of rows, into a cache.
 //
-//   gather         out[i] = table[index[i]]
-//   scatter        out[index[i]] = in[i]; the other rows keep what they hold (zero them first), indices must differ
+//   gather         out[i] = table[index[i]], zeros where index[i] is no_row
+//   scatter        out[index[i]] = in[i] unless index[i] is no_row; the other rows keep what they hold (zero them first),
+//                  indices must differ
 //   copy_columns   out[i][0 … width) = in[i][0 … width), rows of `in` and `out` being longer
 //
 // in, out [count, width], table [*, width] in 16-bit elements, width a multiple of 8; no arithmetic, so f16 and bf16 share
@@ -9,6 +10,7 @@
 #include "common/halves.h"
 
 constexpr int rows_threads = 256;
+constexpr unsigned no_row = 0xffffffffu;  // an entry that only fills up a batch
 
 struct RowVector {
     bool inside;
@@ -29,8 +31,9 @@ extern "C" __global__ void __launch_bounds__(rows_threads)
     const int vectors_per_row = width / vector_width;
     const RowVector at = find_row_vector(count, vectors_per_row);
     if (!at.inside) return;
+    const unsigned row = index[at.row];
     out[at.row * vectors_per_row + at.vector] =
-        table[static_cast<long long>(index[at.row]) * vectors_per_row + at.vector];
+        row == no_row ? uint4{} : table[static_cast<long long>(row) * vectors_per_row + at.vector];
 }
 REGISTER_KERNEL(gather_rows);
 
@@ -40,8 +43,9 @@ extern "C" __global__ void __launch_bounds__(rows_threads)
     const int vectors_per_row = width / vector_width;
     const RowVector at = find_row_vector(count, vectors_per_row);
     if (!at.inside) return;
-    out[static_cast<long long>(index[at.row]) * vectors_per_row + at.vector] =
-        in[at.row * vectors_per_row + at.vector];
+    const unsigned row = index[at.row];
+    if (row == no_row) return;
+    out[static_cast<long long>(row) * vectors_per_row + at.vector] = in[at.row * vectors_per_row + at.vector];
 }
 REGISTER_KERNEL(scatter_rows);
 

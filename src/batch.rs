@@ -18,6 +18,18 @@ pub struct Batch {
     pub targets: Vec<u32>,
 }
 
+/// Rows of a batch, and of those that carry loss.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchRows {
+    /// `T`.
+    pub tokens: usize,
+    /// `L`.
+    pub labelled: usize,
+}
+
+/// A labelled row, and its target, that are none: see [`Batch::pad`].
+pub const NO_ROW: u32 = u32::MAX;
+
 impl Batch {
     /// Number of tokens, `T`.
     pub fn token_count(&self) -> usize {
@@ -56,6 +68,34 @@ impl Batch {
         self.sample_ids.push(sample_id);
     }
 
+    /// `T` and `L`.
+    pub fn rows(&self) -> BatchRows {
+        BatchRows { tokens: self.token_count(), labelled: self.labelled_count() }
+    }
+
+    /// Fills a batch that has tokens up to `rows` with what changes no loss and no gradient: copies of its first sample,
+    /// whose activations are as tame as those of the data, and [`NO_ROW`]s.
+    pub fn pad(&mut self, rows: BatchRows) {
+        let first = self.sample_starts[1];
+        while self.token_count() < rows.tokens {
+            let length = first.min(rows.tokens - self.token_count());
+            self.token_ids.extend_from_within(..length);
+            self.sample_starts.push(self.token_ids.len());
+            self.sample_ids.push(NO_ROW as usize);
+        }
+        self.labelled_rows.resize(rows.labelled.max(self.labelled_count()), NO_ROW);
+        self.targets.resize(self.labelled_count(), NO_ROW);
+    }
+
+    /// Becomes a copy of `other` and keeps its memory, which a derived `clone_from` would not.
+    pub fn copy_from(&mut self, other: &Batch) {
+        self.token_ids.clone_from(&other.token_ids);
+        self.sample_starts.clone_from(&other.sample_starts);
+        self.sample_ids.clone_from(&other.sample_ids);
+        self.labelled_rows.clone_from(&other.labelled_rows);
+        self.targets.clone_from(&other.targets);
+    }
+
     /// Empties the batch and keeps its memory.
     pub fn clear(&mut self) {
         self.token_ids.clear();
@@ -79,5 +119,16 @@ mod tests {
         assert_eq!(batch.labelled_rows, [1, 3]);
         assert_eq!(batch.targets, [12, 21]);
         assert_eq!(batch.sample_ids, [7, 9]);
+    }
+
+    #[test]
+    fn padding_is_more_of_the_first_sample_without_labels() {
+        let mut batch = Batch::default();
+        batch.push(7, &[10, 11, 12], &[-100, -100, 12]);
+        batch.push(9, &[20, 21], &[20, 21]);
+        batch.pad(BatchRows { tokens: 9, labelled: 3 });
+        assert_eq!(batch.token_ids, [10, 11, 12, 20, 21, 10, 11, 12, 10]);
+        assert_eq!(batch.sample_starts, [0, 3, 5, 8, 9]);
+        assert_eq!((batch.labelled_rows, batch.targets), (vec![1, 3, NO_ROW], vec![12, 21, NO_ROW]));
     }
 }

@@ -3,11 +3,11 @@
 mod backend_suite;
 
 use backend_suite::{
-    Precision, batch_cuts_agree, batch_of, buffer, read, read_floats, resident, run, values,
+    Precision, batch_cuts_agree, batch_of, buffer, read, read_floats, resident_with, run, values,
 };
 use fastlora::backend::cpu::CpuBackend;
 use fastlora::backend::cpu::simd::Simd;
-use fastlora::backend::{Backend, Head};
+use fastlora::backend::{Backend, Head, PassSettings};
 use fastlora::tensor::WeightTensor;
 
 #[test]
@@ -46,8 +46,9 @@ fn chunks_of_logits_leave_no_seam() {
         let mut losses = backend.floats(&vec![0.0; 2 * count]).unwrap();
         let mut dx = backend.buffer(x.len()).unwrap();
         let head = Head { weight: &weight, vocabulary, width };
-        let batch = resident(&backend, &batch);
-        backend.head_loss(head, &batch, &buffer(&backend, x), 0.5, &mut losses, Some(&mut dx)).unwrap();
+        let settings = PassSettings { gradient_scale: 0.5, dropout: None };
+        let batch = resident_with(&backend, &batch, settings);
+        backend.head_loss(head, &batch, &buffer(&backend, x), &mut losses, Some(&mut dx)).unwrap();
         let losses = read_floats(&backend, &losses, count);
         losses
             .into_iter()

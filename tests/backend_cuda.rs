@@ -6,9 +6,9 @@ mod backend_suite;
 
 use std::sync::Arc;
 
-use backend_suite::{Precision, run};
+use backend_suite::{Precision, batch_of, run};
 use fastlora::backend::cuda::{ComputeType, CudaBackend};
-use fastlora::backend::{Backend, Footprint};
+use fastlora::backend::{Backend, Dropout, Footprint};
 use fastlora::checkpoint::base::BaseModel;
 use fastlora::config::{ActivationMemory, TargetModules};
 use fastlora::device::Device;
@@ -16,6 +16,7 @@ use fastlora::device::driver::Driver;
 use fastlora::device::emulator::{Emulator, Flavour};
 use fastlora::error::Error;
 use fastlora::model::{Limits, LoraConfig, MemoryPlan, Recompute, Transformer};
+use fastlora::optim::{AdamW, AdamWSettings};
 
 const COMPUTE_TYPES: [ComputeType; 2] = [ComputeType::F16, ComputeType::Bf16];
 
@@ -86,7 +87,7 @@ fn fault_59_what_does_not_fit_is_refused_at_the_start_with_what_would() {
     let error = plan(just_enough(&small) - 1, Auto).unwrap_err();
     assert_eq!(error.kind().exit_code(), 5);
     assert!(error.message().contains("activations of the longest batch"), "{error}");
-    assert!(error.hint_text().unwrap().contains("batches of up to 19999 tokens fit"), "{error}");
+    assert!(error.hint_text().unwrap().contains("batches of up to 19456 tokens fit"), "{error}");
     let error = plan(just_enough(&small), Fast).unwrap_err();
     assert!(error.hint_text().unwrap().contains("set activation_memory to small"), "{error}");
 }
@@ -108,4 +109,53 @@ fn what_the_kernels_cannot_read_is_refused() {
     let error = backend.matrix(&[odd]).err().unwrap();
     assert!(error.message().contains("multiple of 8"), "{error}");
     assert_eq!(error.location(), Some("w"));
+}
+
+/// A few steps over batches of two shapes, with dropout, validation and a change of the parameters by the host; every
+/// figure that comes out, and how much of the work was started from recordings.
+fn figures_of_a_run(is_recorded: bool) -> (Vec<f32>, u64) {
+    let device = Emulator::new(Flavour::Fast, 0).unwrap();
+    let backend = Arc::new(CudaBackend::new(device.clone(), ComputeType::Bf16));
+    // In a profiler's window nothing is started from a recording.
+    backend.profile(!is_recorded).unwrap();
+    let base = BaseModel::open("tests/fixtures/tiny_qwen2").unwrap();
+    let target_modules = TargetModules::Pattern(TargetModules::ALL_LINEAR.into());
+    let lora = LoraConfig { rank: 8, alpha: 16.0, use_rslora: false, target_modules };
+    let mut model = Transformer::load(Arc::clone(&backend), &base, Some(&lora)).unwrap();
+    let start = model.layout().initial_parameters(5);
+    model.set_parameters(&start).unwrap();
+    let settings =
+        AdamWSettings { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0, max_grad_norm: 1.0 };
+    let mut optimizer = AdamW::new(&*backend, start.len(), settings).unwrap();
+    // The first two are filled up to one shape.
+    let batches = [&[9, 30, 1][..], &[25, 12], &[70, 3]].map(|lengths| batch_of(lengths, 200));
+    let mut figures = Vec::new();
+    let mut replays = 0;
+    for epoch in 0..4 {
+        if epoch == 2 {
+            replays = device.replay_count();
+        }
+        for batch in &batches {
+            model.zero_gradients().unwrap();
+            let dropout = Some(Dropout { probability: 0.2, seed: 3, epoch });
+            let scale = 1.0 / batch.labelled_count() as f32;
+            figures.extend(&model.accumulate_gradients(batch, scale, dropout).unwrap().losses);
+            let (backend, parameters, gradients) = model.trainable();
+            figures.push(optimizer.update(backend, parameters, gradients, 1e-3).unwrap() as f32);
+            figures.extend(&model.evaluate(batch).unwrap().losses);
+        }
+    }
+    figures.extend(model.parameters().unwrap());
+    model.set_parameters(&start).unwrap();
+    figures.extend(&model.evaluate(&batches[0]).unwrap().losses);
+    (figures, device.replay_count() - replays)
+}
+
+#[test]
+fn recorded_work_has_the_bits_of_work_that_is_enqueued() {
+    let (plain, none) = figures_of_a_run(false);
+    let (recorded, replays) = figures_of_a_run(true);
+    assert_same_bits("a recording", &[("run".into(), plain)], &[("run".into(), recorded)]);
+    // Three pieces of work for each batch of the last two epochs, when everything was recorded; and the last evaluation.
+    assert_eq!((none, replays), (0, 2 * 3 * 3 + 1));
 }

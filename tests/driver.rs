@@ -186,3 +186,33 @@ fn a_large_upload_arrives_whole() {
         assert_eq!(text, "whole");
     }
 }
+
+fn record_and_refuse() -> Result<String> {
+    let driver = Driver::new(0)?;
+    let memory = driver.allocate(64)?;
+    let allocations = driver.allocation_count();
+    let graph = driver.record(|| driver.fill(&memory, 0..64, 1))?;
+    // SAFETY: the memory lives.
+    unsafe { driver.replay(&graph) }?;
+    let mut landing = Default::default();
+    let refused = [
+        driver.record(|| driver.upload(&[1], &memory, 0)).err(),
+        driver.record(|| driver.download(&memory, 0, &mut [0])).err(),
+        driver.record(|| driver.start_download(&memory, 0, 1, &mut landing)).err(),
+        driver.record(|| driver.allocate(1).map(|_| ())).err(),
+        driver.record(|| driver.record(|| Ok(())).map(|_| ())).err(),
+    ];
+    // And afterwards all of it works again.
+    driver.upload(&[7; 64], &memory, 0)?;
+    driver.start_download(&memory, 8, 3, &mut landing)?;
+    let landed = driver.finish_download(&landing)?;
+    let refused = refused.iter().flatten().filter(|error| error.message().contains("being recorded")).count();
+    Ok(format!("{refused} refused, {} allocations, {landed:?}", driver.allocation_count() - allocations))
+}
+
+#[test]
+fn recorded_work_holds_nothing_of_the_host() {
+    if let Some(text) = in_fake("recorded_work_holds_nothing_of_the_host", "", record_and_refuse) {
+        assert_eq!(text, "5 refused, 0 allocations, [7, 7, 7]");
+    }
+}

@@ -27,13 +27,14 @@ struct DropoutMask {
     const unsigned* positions;  // [T] of each token inside its sample
     const unsigned* samples;    // [T] low 32 bits of each token's sample index
     unsigned seed_low, seed_high;
-    unsigned input_and_epoch;  // input index in the low 16 bits, epoch in the high 16
-    unsigned threshold;        // a word at or above it keeps the element
-    float keep_scale;          // 1 / (1 − p)
+    const unsigned* epoch;      // in memory, so that a graph that was recorded serves every epoch
+    unsigned input;             // the input's index
+    unsigned threshold;         // a word at or above it keeps the element
+    float keep_scale;           // 1 / (1 − p)
 
     // The words of features 4·group … 4·group + 3.
     __device__ __forceinline__ PhiloxWords words(int token, int group) const {
-        return philox4x32_10(group, positions[token], samples[token], input_and_epoch, seed_low, seed_high);
+        return philox4x32_10(group, positions[token], samples[token], (input & 0xffff) | *epoch << 16, seed_low, seed_high);
     }
     // One feature's word. Spelled out: an array indexed at run time would live in memory.
     __device__ __forceinline__ uint32_t word(int token, int feature) const {

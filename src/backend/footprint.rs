@@ -1,5 +1,6 @@
 //! How much memory a model takes on a backend, told before any of it is allocated.
 
+use crate::batch::BatchRows;
 use crate::dtype::DType;
 use crate::error::Result;
 
@@ -37,8 +38,13 @@ pub struct OperationShapes {
     pub is_training: bool,
 }
 
-/// Bytes that things take on a backend, rounded up as its allocator rounds them.
+/// Rows and bytes that things take on a backend, rounded up as it rounds them.
 pub trait Footprint {
+    /// The rows to which a batch of `rows` is to be filled up, so that shapes come again:
+    /// [`Backend::repeat`](super::Backend::repeat).
+    fn padded(&self, rows: BatchRows) -> BatchRows {
+        rows
+    }
     /// Activations of `elements`.
     fn buffer_bytes(&self, elements: usize) -> u64;
     /// f32 values.

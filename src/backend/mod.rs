@@ -149,16 +149,23 @@ pub struct Dropout {
     pub epoch: u32,
 }
 
+/// What a pass over a batch is computed with, besides the batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct PassSettings {
+    /// Factor on the gradient of the summed loss.
+    pub gradient_scale: f32,
+    /// Dropout on the adapters' inputs; none in evaluation.
+    pub dropout: Option<Dropout>,
+}
+
 /// What a linear group reads besides its weights.
 pub struct LinearInput<'a, B: Backend + ?Sized> {
     /// `[T, I]`.
     pub x: &'a B::Buffer,
     /// `T`.
     pub rows: usize,
-    /// The rows' samples and positions, which key the dropout mask.
+    /// The rows' samples and positions, which key the dropout mask, and the dropout.
     pub batch: &'a B::Batch,
-    /// Dropout on the adapters' input; none in evaluation.
-    pub dropout: Option<Dropout>,
 }
 
 /// Causal attention with grouped heads over `qkv [T, (Q + 2K)·D]` (queries, keys, values side by side).
@@ -259,8 +266,12 @@ pub trait Backend: Footprint + Send + Sync {
     type Buffer: Send + Sync;
     /// f32 values: adapters, gradients, moments, losses, tables.
     type Floats: Send + Sync;
-    /// A [`Batch`] on the device.
+    /// A [`Batch`] on the device, with its [`PassSettings`].
     type Batch: Send + Sync;
+    /// Where values read from the device arrive.
+    type Landing: Default + Send + Sync;
+    /// Work that was recorded, to be started as one.
+    type Recordings: Default + Send + Sync;
     /// What a [`LinearGroup`] keeps for its adapters.
     type Group: Send + Sync;
 
@@ -272,6 +283,27 @@ pub trait Backend: Footprint + Send + Sync {
         Self: Sized,
     {
         work()
+    }
+    /// Runs `work`, which asks for the same operations on the same buffers whenever `name` and `shape` (of the batch that is
+    /// loaded, as [`shape_of`](Self::shape_of) tells it) are the same. A backend may record them, and start the recording
+    /// the next time without calling `work`.
+    fn repeat(
+        &self,
+        recordings: &mut Self::Recordings,
+        name: &'static str,
+        shape: [u64; 5],
+        work: impl FnOnce() -> Result<()>,
+    ) -> Result<()>
+    where
+        Self: Sized,
+    {
+        let _ = (recordings, name, shape);
+        work()
+    }
+    /// All that the shapes and constants of operations over a resident batch depend on.
+    fn shape_of(&self, batch: &Self::Batch) -> [u64; 5] {
+        let _ = batch;
+        [0; 5]
     }
     /// Runs `make`, whose buffers are then cut from one allocation of `bytes` where the backend cuts memory itself.
     fn in_arena<R>(&self, bytes: u64, make: impl FnOnce() -> Result<R>) -> Result<R>
@@ -317,6 +349,10 @@ pub trait Backend: Footprint + Send + Sync {
     fn write_floats(&self, floats: &mut Self::Floats, values: &[f32]) -> Result<()>;
     /// Reads the first `into.len()` elements.
     fn read_floats(&self, floats: &Self::Floats, into: &mut [f32]) -> Result<()>;
+    /// Starts to read the first `count` elements, in the order of the work, and returns.
+    fn start_reading(&self, floats: &Self::Floats, count: usize, landing: &mut Self::Landing) -> Result<()>;
+    /// Waits for that read alone, while work behind it goes on, and copies the first `into.len()` elements.
+    fn finish_reading(&self, landing: &Self::Landing, into: &mut [f32]) -> Result<()>;
     /// Sets every element to zero.
     fn zero_floats(&self, floats: &mut Self::Floats) -> Result<()>;
     /// Replaces the first `values.len()` elements (tests, and values made on the host).
@@ -327,8 +363,8 @@ pub trait Backend: Footprint + Send + Sync {
     fn zero_buffer(&self, buffer: &mut Self::Buffer, elements: usize) -> Result<()>;
     /// An empty resident batch.
     fn new_batch(&self) -> Result<Self::Batch>;
-    /// Replaces the resident batch.
-    fn load_batch(&self, resident: &mut Self::Batch, batch: &Batch) -> Result<()>;
+    /// Replaces the resident batch and its settings.
+    fn load_batch(&self, resident: &mut Self::Batch, batch: &Batch, settings: PassSettings) -> Result<()>;
 
     /// `x[t] = table[token_ids[t]]`: `x [T, H]` from `table [V, H]`.
     fn embedding(
@@ -432,7 +468,7 @@ pub trait Backend: Footprint + Send + Sync {
         gate_up: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// The labelled rows of `x [T, width]`, packed: `[L, width]`.
+    /// The labelled rows of `x [T, width]`, packed: `[L, width]`; zeros for [`NO_ROW`](crate::batch::NO_ROW).
     fn gather_labelled(
         &self,
         batch: &Self::Batch,
@@ -449,14 +485,13 @@ pub trait Backend: Footprint + Send + Sync {
         dx: &mut Self::Buffer,
     ) -> Result<()>;
     /// Cross-entropy of the labelled rows `x [L, H]`: `losses [2, L]` gets each row's loss in nats, then 1 where the
-    /// target has the highest logit and else 0 (as rows of length `L`). With `dx`, writes
+    /// target has the highest logit and else 0 (as rows of length `L`; both 0 for a target that is none). With `dx`, writes
     /// `gradient_scale · d(Σ loss)/dx`. The `[L, V]` logits never exist as a whole.
     fn head_loss(
         &self,
         head: Head<'_, Self>,
         batch: &Self::Batch,
         x: &Self::Buffer,
-        gradient_scale: f32,
         losses: &mut Self::Floats,
         dx: Option<&mut Self::Buffer>,
     ) -> Result<()>;

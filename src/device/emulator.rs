@@ -4,13 +4,13 @@
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use libloading::Library;
 
-use super::{Argument, Device, Launch, Limits, Memory, check_range};
+use super::{Argument, Device, Launch, Limits, Memory, check_range, not_while_recording};
 use crate::error::{Error, Result};
 
 /// Which of the two libraries.
@@ -38,7 +38,41 @@ pub struct Emulator {
     flavour: Flavour,
     seed: u64,
     memory: Option<Arc<Limited>>,
+    state: Arc<State>,
 }
+
+/// What the clones of a device share.
+#[derive(Default)]
+struct State {
+    allocations: AtomicU64,
+    replays: AtomicU64,
+    /// Set while work is recorded.
+    recording: Mutex<Option<Vec<Work>>>,
+}
+
+/// One piece of work.
+enum Work {
+    Launch {
+        kernel: String,
+        grid: [u32; 3],
+        threads: u32,
+        dynamic_shared_bytes: u32,
+        arguments: Vec<Argument>,
+    },
+    Fill {
+        at: u64,
+        bytes: usize,
+        byte: u8,
+    },
+    Copy {
+        from: u64,
+        to: u64,
+        bytes: usize,
+    },
+}
+
+/// Work to be run again and again.
+pub struct Recording(Vec<Work>);
 
 /// Memory of a made-up size.
 #[derive(Debug)]
@@ -111,7 +145,7 @@ impl Emulator {
         let functions = Functions::load(path).map_err(|error| {
             Error::device("cannot load the emulator").at(path).hint("build again").caused_by(error)
         })?;
-        Ok(Self { functions: Arc::new(functions), flavour, seed, memory: None })
+        Ok(Self { functions: Arc::new(functions), flavour, seed, memory: None, state: Arc::default() })
     }
 
     /// A device with `total` bytes of memory, which is cut from large allocations as on a GPU: for tests of what fits.
@@ -122,6 +156,71 @@ impl Emulator {
     /// The same device with another schedule.
     pub fn with_seed(&self, seed: u64) -> Self {
         Self { seed, ..self.clone() }
+    }
+
+    /// How often recorded work was run.
+    pub fn replay_count(&self) -> u64 {
+        self.state.replays.load(Ordering::Relaxed)
+    }
+
+    fn recording(&self) -> MutexGuard<'_, Option<Vec<Work>>> {
+        self.state.recording.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn not_while_recording(&self, action: &str) -> Result<()> {
+        not_while_recording(self.recording().is_some(), action)
+    }
+
+    /// Runs `work` now, or keeps it for later while work is recorded.
+    fn enqueue(&self, work: Work) -> Result<()> {
+        if let Some(recorded) = &mut *self.recording() {
+            recorded.push(work);
+            return Ok(());
+        }
+        self.run(&work)
+    }
+
+    fn run(&self, work: &Work) -> Result<()> {
+        // SAFETY: of ranges, whoever enqueued the work checked that they are inside their allocations; of launches, see `start`.
+        match work {
+            Work::Launch { kernel, grid, threads, dynamic_shared_bytes, arguments } => {
+                let (grid, threads, dynamic_shared_bytes) = (*grid, *threads, *dynamic_shared_bytes);
+                self.start(&Launch { kernel, grid, threads, dynamic_shared_bytes, arguments })
+            }
+            &Work::Fill { at, bytes, byte } => {
+                copied(unsafe { (self.functions.fill)(pointer(at), c_int::from(byte), bytes) })
+            }
+            &Work::Copy { from, to, bytes } => {
+                copied(unsafe { (self.functions.copy)(pointer(to), pointer(from), bytes) })
+            }
+        }
+    }
+
+    fn start(&self, launch: &Launch<'_>) -> Result<()> {
+        let kernel = self.find(launch)?;
+        let mut arguments: Vec<_> = launch.arguments.iter().map(Argument::value_pointer).collect();
+        let mut message = vec![0u8; 16 << 10];
+        let block = [launch.threads, 1, 1];
+        // SAFETY: the arguments' kinds were compared with the kernel's parameters; a kernel that leaves its memory is
+        // stopped by guard pages and reported; message is writable for its whole length.
+        let done = unsafe {
+            (self.functions.launch)(
+                kernel,
+                launch.grid.as_ptr(),
+                block.as_ptr(),
+                launch.dynamic_shared_bytes,
+                self.seed,
+                arguments.as_mut_ptr(),
+                message.as_mut_ptr().cast(),
+                message.len(),
+            )
+        };
+        if done {
+            return Ok(());
+        }
+        let text =
+            CStr::from_bytes_until_nul(&message).unwrap_or_default().to_string_lossy().trim_end().to_owned();
+        Err(Error::device(text).at(format!("{launch} on {}", self.description())))
     }
 
     /// The names of all kernels.
@@ -187,8 +286,8 @@ impl std::fmt::Debug for EmulatorMemory {
 }
 
 impl EmulatorMemory {
-    fn at(&self, offset: usize) -> *mut c_void {
-        self.address.wrapping_byte_add(offset)
+    fn at(&self, offset: usize) -> u64 {
+        self.address() + offset as u64
     }
 }
 
@@ -213,6 +312,10 @@ impl Drop for EmulatorMemory {
     }
 }
 
+fn pointer(address: u64) -> *mut c_void {
+    address as *mut c_void
+}
+
 fn copied(done: bool) -> Result<()> {
     if done { Ok(()) } else { Err(Error::internal("the emulator refused a copy outside its memory")) }
 }
@@ -220,6 +323,8 @@ fn copied(done: bool) -> Result<()> {
 impl Device for Emulator {
     type Memory = EmulatorMemory;
     type Event = Instant;
+    type Graph = Recording;
+    type Landing = Vec<u8>;
 
     fn description(&self) -> String {
         format!("emulator ({:?}, seed {})", self.flavour, self.seed)
@@ -245,6 +350,10 @@ impl Device for Emulator {
         self.memory.is_none()
     }
 
+    fn allocation_count(&self) -> u64 {
+        self.state.allocations.load(Ordering::Relaxed)
+    }
+
     fn allocate(&self, bytes: usize) -> Result<EmulatorMemory> {
         if let Some(limited) = &self.memory {
             let used = limited.used.fetch_add(bytes as u64, Ordering::Relaxed);
@@ -253,6 +362,8 @@ impl Device for Emulator {
                 return Err(Error::device(format!("cannot allocate {bytes} bytes: out of memory")));
             }
         }
+        self.not_while_recording("allocate")?;
+        self.state.allocations.fetch_add(1, Ordering::Relaxed);
         // SAFETY: any size is allowed.
         let address = unsafe { (self.functions.allocate)(bytes) };
         if address.is_null() {
@@ -268,20 +379,40 @@ impl Device for Emulator {
 
     fn upload(&self, bytes: &[u8], memory: &EmulatorMemory, offset: usize) -> Result<()> {
         check_range(memory, offset, bytes.len())?;
+        self.not_while_recording("take bytes from the host")?;
         // SAFETY: the range is inside the allocation, and the slice is readable.
-        copied(unsafe { (self.functions.upload)(memory.at(offset), bytes.as_ptr().cast(), bytes.len()) })
+        copied(unsafe {
+            (self.functions.upload)(pointer(memory.at(offset)), bytes.as_ptr().cast(), bytes.len())
+        })
     }
 
     fn download(&self, memory: &EmulatorMemory, offset: usize, into: &mut [u8]) -> Result<()> {
         check_range(memory, offset, into.len())?;
+        self.not_while_recording("be read")?;
         // SAFETY: the range is inside the allocation, and the slice is writable.
-        copied(unsafe { (self.functions.download)(into.as_mut_ptr().cast(), memory.at(offset), into.len()) })
+        copied(unsafe {
+            (self.functions.download)(into.as_mut_ptr().cast(), pointer(memory.at(offset)), into.len())
+        })
+    }
+
+    fn start_download(
+        &self,
+        memory: &EmulatorMemory,
+        offset: usize,
+        bytes: usize,
+        landing: &mut Vec<u8>,
+    ) -> Result<()> {
+        landing.resize(bytes, 0);
+        self.download(memory, offset, landing)
+    }
+
+    fn finish_download<'a>(&self, landing: &'a Vec<u8>) -> Result<&'a [u8]> {
+        Ok(landing)
     }
 
     fn fill(&self, memory: &EmulatorMemory, range: Range<usize>, byte: u8) -> Result<()> {
         check_range(memory, range.start, range.len())?;
-        // SAFETY: the range is inside the allocation.
-        copied(unsafe { (self.functions.fill)(memory.at(range.start), c_int::from(byte), range.len()) })
+        self.enqueue(Work::Fill { at: memory.at(range.start), bytes: range.len(), byte })
     }
 
     fn copy(
@@ -293,35 +424,28 @@ impl Device for Emulator {
     ) -> Result<()> {
         check_range(from, range.start, range.len())?;
         check_range(to, offset, range.len())?;
-        // SAFETY: both ranges are inside their allocations.
-        copied(unsafe { (self.functions.copy)(to.at(offset), from.at(range.start), range.len()) })
+        self.enqueue(Work::Copy { from: from.at(range.start), to: to.at(offset), bytes: range.len() })
     }
 
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()> {
-        let kernel = self.find(launch)?;
-        let mut arguments: Vec<_> = launch.arguments.iter().map(Argument::value_pointer).collect();
-        let mut message = vec![0u8; 16 << 10];
-        let block = [launch.threads, 1, 1];
-        // SAFETY: the arguments' kinds were compared with the kernel's parameters; a kernel that leaves its memory is
-        // stopped by guard pages and reported; message is writable for its whole length.
-        let done = unsafe {
-            (self.functions.launch)(
-                kernel,
-                launch.grid.as_ptr(),
-                block.as_ptr(),
-                launch.dynamic_shared_bytes,
-                self.seed,
-                arguments.as_mut_ptr(),
-                message.as_mut_ptr().cast(),
-                message.len(),
-            )
-        };
-        if done {
-            return Ok(());
-        }
-        let text =
-            CStr::from_bytes_until_nul(&message).unwrap_or_default().to_string_lossy().trim_end().to_owned();
-        Err(Error::device(text).at(format!("{launch} on {}", self.description())))
+        self.find(launch)?;
+        let &Launch { kernel, grid, threads, dynamic_shared_bytes, arguments } = launch;
+        let (kernel, arguments) = (kernel.to_owned(), arguments.to_vec());
+        self.enqueue(Work::Launch { kernel, grid, threads, dynamic_shared_bytes, arguments })
+    }
+
+    fn record(&self, work: impl FnOnce() -> Result<()>) -> Result<Recording> {
+        self.not_while_recording("be recorded itself")?;
+        *self.recording() = Some(Vec::new());
+        let done = work();
+        let recorded = self.recording().take().unwrap_or_default();
+        done.map(|()| Recording(recorded))
+    }
+
+    unsafe fn replay(&self, recording: &Recording) -> Result<()> {
+        self.not_while_recording("replay")?;
+        self.state.replays.fetch_add(1, Ordering::Relaxed);
+        recording.0.iter().try_for_each(|work| self.run(work))
     }
 
     fn record_event(&self) -> Result<Instant> {

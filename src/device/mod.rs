@@ -111,6 +111,10 @@ pub trait Device: Clone + Send + Sync + 'static {
     type Memory: Memory;
     /// A point in its work.
     type Event;
+    /// Recorded work.
+    type Graph: Send + Sync;
+    /// Where a copy to the host arrives.
+    type Landing: Default + Send + Sync;
 
     /// The device's name, for the log.
     fn description(&self) -> String;
@@ -120,6 +124,8 @@ pub trait Device: Clone + Send + Sync + 'static {
     fn free_memory_bytes(&self) -> Result<Option<u64>>;
     /// Whether the device notices an access outside an allocation: many buffers cut from one would hide it.
     fn guards_allocations(&self) -> bool;
+    /// Allocations so far: recorded work names addresses, so it is void once anything was allocated anew.
+    fn allocation_count(&self) -> u64;
     /// New memory with undefined contents. Zero bytes are allowed.
     fn allocate(&self, bytes: usize) -> Result<Self::Memory>;
     /// Copies `bytes` to `memory` from byte `offset` on, in the order of the work; `bytes` may be reused when it returns,
@@ -127,6 +133,16 @@ pub trait Device: Clone + Send + Sync + 'static {
     fn upload(&self, bytes: &[u8], memory: &Self::Memory, offset: usize) -> Result<()>;
     /// Waits for the work so far and copies from byte `offset` of `memory`.
     fn download(&self, memory: &Self::Memory, offset: usize, into: &mut [u8]) -> Result<()>;
+    /// Starts to copy `bytes` from byte `offset` of `memory` to `landing`, in the order of the work, and returns.
+    fn start_download(
+        &self,
+        memory: &Self::Memory,
+        offset: usize,
+        bytes: usize,
+        landing: &mut Self::Landing,
+    ) -> Result<()>;
+    /// Waits for that copy alone, while work behind it goes on.
+    fn finish_download<'a>(&self, landing: &'a Self::Landing) -> Result<&'a [u8]>;
     /// Sets every byte of a range.
     fn fill(&self, memory: &Self::Memory, range: Range<usize>, byte: u8) -> Result<()>;
     /// Copies `range` of `from` to byte `offset` of `to`.
@@ -137,6 +153,16 @@ pub trait Device: Clone + Send + Sync + 'static {
     /// The arguments' addresses must be of live memory of this device that covers what the kernel reads and writes, and
     /// stay so until the work is done.
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()>;
+    /// Records the launches, fills and copies inside the device that `work` asks for, instead of running them.
+    ///
+    /// # Errors
+    /// Those of `work`, which may neither allocate nor exchange bytes with the host.
+    fn record(&self, work: impl FnOnce() -> Result<()>) -> Result<Self::Graph>;
+    /// Runs recorded work, started as one.
+    ///
+    /// # Safety
+    /// As [`launch`](Self::launch), for every address that the recording names.
+    unsafe fn replay(&self, graph: &Self::Graph) -> Result<()>;
     /// Marks the end of the work so far.
     fn record_event(&self) -> Result<Self::Event>;
     /// Waits for `end` and tells the device's time since `start`.
@@ -145,6 +171,15 @@ pub trait Device: Clone + Send + Sync + 'static {
     fn profile(&self, is_open: bool) -> Result<()>;
     /// Waits for all work.
     fn synchronize(&self) -> Result<()>;
+}
+
+/// Refuses what recorded work cannot hold.
+fn not_while_recording(is_recording: bool, action: &str) -> Result<()> {
+    if is_recording {
+        Err(Error::internal(format!("work is being recorded, and cannot {action}")))
+    } else {
+        Ok(())
+    }
 }
 
 /// Refuses a copy that leaves its memory, before it reaches the device.

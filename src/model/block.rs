@@ -11,7 +11,7 @@
 use super::config::{LinearModule, ModelConfig};
 use super::lora::{AdapterLayout, LoraConfig};
 use super::workspace::Allocator;
-use crate::backend::{Attention, Backend, Dropout, KvCache, LinearGroup, LinearInput, Projection, RmsNorm};
+use crate::backend::{Attention, Backend, KvCache, LinearGroup, LinearInput, Projection, RmsNorm};
 use crate::checkpoint::base::BaseModel;
 use crate::error::Result;
 
@@ -156,7 +156,6 @@ pub(super) struct Pass<'a, B: Backend> {
     pub batch: &'a B::Batch,
     pub rope: &'a B::Floats,
     pub tokens: usize,
-    pub dropout: Option<Dropout>,
 }
 
 impl<B: Backend> Clone for Pass<'_, B> {
@@ -169,7 +168,7 @@ impl<B: Backend> Copy for Pass<'_, B> {}
 
 impl<'a, B: Backend> Pass<'a, B> {
     fn input(&self, x: &'a B::Buffer) -> LinearInput<'a, B> {
-        LinearInput { x, rows: self.tokens, batch: self.batch, dropout: self.dropout }
+        LinearInput { x, rows: self.tokens, batch: self.batch }
     }
 }
 

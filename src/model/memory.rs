@@ -161,10 +161,11 @@ impl ModelShape {
         needs: Needs,
         recompute: Recompute,
     ) -> Result<MemoryPlan> {
-        let Needs { purpose, limits, .. } = needs;
+        let limits = needs.limits.padded(backend);
+        let needs = Needs { limits, ..needs };
         let mut counter = Allocator::counting(backend);
-        Workspace::new(&mut counter, self, purpose, recompute, limits)?;
-        let moments = if purpose == Purpose::Training { 2 } else { 0 };
+        Workspace::new(&mut counter, self, needs.purpose, recompute, limits)?;
+        let moments = if needs.purpose == Purpose::Training { 2 } else { 0 };
         Ok(MemoryPlan {
             weights: backend.weight_bytes(self.frozen_count, stored),
             adapters: backend.adapter_bytes(self.parameter_count, &self.groups),

@@ -1,23 +1,24 @@
-//! The whole model: embedding, blocks, final norm and head; forward, backward, and decoding over a cache.
+//! The whole model: embedding, blocks, final norm and head; forward and backward.
+
+mod decoding;
 
 use std::sync::Arc;
+
+pub use decoding::Cache;
 
 use super::block::{Block, BlockShape, ForwardBuffers, Pass};
 use super::config::{LinearModule, ModelConfig};
 use super::lora::{AdapterLayout, LoraConfig};
 use super::memory::{MemoryPlan, ModelShape, Needs, choose_plan};
 use super::workspace::{Allocator, Gradient, HeadBuffers, Limits, Purpose, Workspace};
-use crate::backend::{Backend, Dropout, Head, KvCache, RmsNorm};
-use crate::batch::Batch;
+use crate::backend::{Backend, Dropout, Head, PassSettings, RmsNorm};
+use crate::batch::{Batch, BatchRows, NO_ROW};
 use crate::checkpoint::base::BaseModel;
 use crate::config::ActivationMemory;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::range;
 use crate::tensor::NamedTensor;
-
-/// Rows that a prompt is read in at once, which bounds the memory of long ones.
-const PREFILL_ROWS: usize = 512;
 
 /// A frozen base model with adapters.
 pub struct Transformer<B: Backend> {
@@ -39,6 +40,10 @@ pub struct Transformer<B: Backend> {
     rope: B::Floats,
     rope_positions: usize,
     batch: B::Batch,
+    /// A batch filled up to a shape that comes again.
+    padded: Batch,
+    recordings: B::Recordings,
+    losses: B::Landing,
     workspace: Option<Workspace<B>>,
     plan: Option<MemoryPlan>,
     scores: TokenScores,
@@ -60,43 +65,21 @@ impl TokenScores {
         self.losses.iter().map(|loss| f64::from(*loss)).sum()
     }
 
-    fn read<B: Backend>(&mut self, backend: &B, losses: &B::Floats, rows: usize) -> Result<()> {
+    /// Takes the figures of `labelled` rows from what was read of `rows`.
+    fn read<B: Backend>(
+        &mut self,
+        backend: &B,
+        landing: &B::Landing,
+        labelled: usize,
+        rows: usize,
+    ) -> Result<()> {
         self.host.resize(2 * rows, 0.0);
-        backend.read_floats(losses, &mut self.host)?;
+        backend.finish_reading(landing, &mut self.host)?;
         self.losses.clear();
-        self.losses.extend_from_slice(&self.host[..rows]);
+        self.losses.extend_from_slice(&self.host[..labelled]);
         self.correct.clear();
-        self.correct.extend(self.host[rows..].iter().map(|hit| *hit > 0.5));
+        self.correct.extend(self.host[rows..][..labelled].iter().map(|hit| *hit > 0.5));
         Ok(())
-    }
-}
-
-/// Keys and values of one text so far, for decoding.
-pub struct Cache<B: Backend> {
-    layers: Vec<KvCache<B>>,
-    length: usize,
-    capacity: usize,
-}
-
-impl<B: Backend> Cache<B> {
-    /// Tokens seen so far.
-    pub fn len(&self) -> usize {
-        self.length
-    }
-
-    /// Whether nothing was read yet.
-    pub fn is_empty(&self) -> bool {
-        self.length == 0
-    }
-
-    /// Tokens that fit.
-    pub fn capacity(&self) -> usize {
-        self.capacity
-    }
-
-    /// Forgets the tokens from `length` on.
-    pub fn truncate(&mut self, length: usize) {
-        self.length = self.length.min(length);
     }
 }
 
@@ -152,6 +135,9 @@ impl<B: Backend> Transformer<B> {
             rope: backend.floats(&[])?,
             rope_positions: 0,
             batch: backend.new_batch()?,
+            padded: Batch::default(),
+            recordings: B::Recordings::default(),
+            losses: B::Landing::default(),
             workspace: None,
             plan: None,
             scores: TokenScores::default(),
@@ -241,7 +227,8 @@ impl<B: Backend> Transformer<B> {
             self.rope_positions = limits.positions;
         }
         let fits = self.workspace.as_ref().is_some_and(|workspace| {
-            workspace.purpose >= purpose && workspace.limits.union(limits) == workspace.limits
+            workspace.purpose >= purpose
+                && workspace.limits.union(limits.padded(&*self.backend)) == workspace.limits
         });
         if !fits {
             // The old one goes first: the two need not fit together.
@@ -253,7 +240,8 @@ impl<B: Backend> Transformer<B> {
             let needs = Needs { purpose, limits, has_dropout: self.has_dropout };
             let backend = &*self.backend;
             let plan = choose_plan(backend, &self.model_shape, self.stored, needs, self.activation_memory)?;
-            backend.reserve_scratch(&self.model_shape.operations(needs))?;
+            let limits = limits.padded(backend);
+            backend.reserve_scratch(&self.model_shape.operations(Needs { limits, ..needs }))?;
             let make = || {
                 let mut memory = Allocator::new(backend);
                 Workspace::new(&mut memory, &self.model_shape, purpose, plan.recompute, limits)
@@ -269,11 +257,11 @@ impl<B: Backend> Transformer<B> {
         self.plan
     }
 
-    fn load_batch(&mut self, purpose: Purpose, batch: &Batch) -> Result<()> {
-        if let Some(id) =
-            batch.token_ids.iter().chain(&batch.targets).find(|id| **id as usize >= self.config.vocabulary)
-        {
-            let message = format!("token id {id}, but the embedding has {} rows", self.config.vocabulary);
+    fn load_batch(&mut self, purpose: Purpose, batch: &Batch, settings: PassSettings) -> Result<()> {
+        let vocabulary = self.config.vocabulary;
+        let targets = batch.targets.iter().filter(|target| **target != NO_ROW);
+        if let Some(id) = batch.token_ids.iter().chain(targets).find(|id| **id as usize >= vocabulary) {
+            let message = format!("token id {id}, but the embedding has {vocabulary} rows");
             return Err(Error::data(message));
         }
         let sample_lengths = batch.sample_starts.windows(2).map(|pair| pair[1] - pair[0]);
@@ -283,35 +271,71 @@ impl<B: Backend> Transformer<B> {
             positions: sample_lengths.max().unwrap_or(0),
         };
         self.reserve(purpose, limits)?;
-        self.backend.load_batch(&mut self.batch, batch)
+        self.backend.load_batch(&mut self.batch, batch, settings)
+    }
+
+    /// Loads a batch that has tokens, filled up to a shape that comes again, and tells its rows.
+    fn load_padded(&mut self, purpose: Purpose, batch: &Batch, settings: PassSettings) -> Result<BatchRows> {
+        let rows = self.backend.padded(batch.rows());
+        if rows == batch.rows() {
+            self.load_batch(purpose, batch, settings)?;
+            return Ok(rows);
+        }
+        let mut padded = std::mem::take(&mut self.padded);
+        padded.copy_from(batch);
+        padded.pad(rows);
+        let loaded = self.load_batch(purpose, &padded, settings);
+        self.padded = padded;
+        loaded.map(|()| rows)
+    }
+
+    /// Runs `work` over the loaded batch, or what was recorded of it.
+    fn repeat(&mut self, name: &'static str, work: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        let backend = Arc::clone(&self.backend);
+        let mut recordings = std::mem::take(&mut self.recordings);
+        let done = backend.repeat(&mut recordings, name, backend.shape_of(&self.batch), || work(self));
+        self.recordings = recordings;
+        done
     }
 
     /// Forward without gradients: loss and hit of every labelled row.
     pub fn evaluate(&mut self, batch: &Batch) -> Result<&TokenScores> {
-        self.load_batch(Purpose::Inference, batch)?;
-        self.forward(batch, None)?;
-        self.head_loss(batch, None)?;
-        self.read_scores(batch.labelled_count())
+        if batch.labelled_count() == 0 {
+            self.scores = TokenScores::default();
+            return Ok(&self.scores);
+        }
+        let rows = self.load_padded(Purpose::Inference, batch, PassSettings::default())?;
+        self.repeat("evaluation", |model| {
+            model.forward(rows.tokens)?;
+            model.head_loss(rows.labelled, false)
+        })?;
+        self.start_reading(rows)?;
+        self.read_scores(batch, rows)
     }
 
     /// Forward and backward: adds `gradient_scale · d(Σ loss)/d(adapters)` to the gradients. With one over the
     /// labelled tokens of a whole step as the scale, the sum over its micro-batches is the mean's gradient.
+    ///
+    /// Returns when the losses are known, while the backward may still run: what follows is enqueued behind it.
     pub fn accumulate_gradients(
         &mut self,
         batch: &Batch,
         gradient_scale: f32,
         dropout: Option<Dropout>,
     ) -> Result<&TokenScores> {
-        self.load_batch(Purpose::Training, batch)?;
         if batch.labelled_count() == 0 {
             self.scores = TokenScores::default();
             return Ok(&self.scores);
         }
-        self.forward(batch, dropout)?;
-        self.head_loss(batch, Some(gradient_scale))?;
-        self.backward(batch, dropout)?;
-        // Last, when everything is enqueued: reading waits.
-        self.read_scores(batch.labelled_count())
+        let settings = PassSettings { gradient_scale, dropout };
+        let rows = self.load_padded(Purpose::Training, batch, settings)?;
+        self.repeat("forward", |model| {
+            model.forward(rows.tokens)?;
+            model.head_loss(rows.labelled, true)
+        })?;
+        self.start_reading(rows)?;
+        self.repeat("backward", |model| model.backward(rows.tokens))?;
+        self.read_scores(batch, rows)
     }
 
     /// The first block, and of that the first row, whose output is not finite in a forward pass over `batch`; none
@@ -321,11 +345,11 @@ impl<B: Backend> Transformer<B> {
         batch: &Batch,
         dropout: Option<Dropout>,
     ) -> Result<Option<(usize, usize)>> {
-        self.load_batch(Purpose::Inference, batch)?;
+        self.load_batch(Purpose::Inference, batch, PassSettings { dropout, ..PassSettings::default() })?;
         let width = self.config.hidden_size;
         let mut output = vec![0.0; batch.token_count() * width];
         let mut found = None;
-        self.run_blocks(batch.token_count(), dropout, |block, layer, pass, buffers| {
+        self.run_blocks(batch.token_count(), |block, layer, pass, buffers| {
             if found.is_none() {
                 let ForwardBuffers { x_in, saved, inputs, x_out } = buffers;
                 block.forward(pass, ForwardBuffers { x_in, saved, inputs, x_out: &mut *x_out })?;
@@ -338,29 +362,21 @@ impl<B: Backend> Transformer<B> {
         Ok(found)
     }
 
-    fn forward(&mut self, batch: &Batch, dropout: Option<Dropout>) -> Result<()> {
-        self.run_blocks(batch.token_count(), dropout, |block, _, pass, buffers| block.forward(pass, buffers))
+    fn forward(&mut self, tokens: usize) -> Result<()> {
+        self.run_blocks(tokens, |block, _, pass, buffers| block.forward(pass, buffers))
     }
 
     /// Embeds the loaded batch and hands every block, with its place and buffers, to `run`.
     fn run_blocks(
         &mut self,
         tokens: usize,
-        dropout: Option<Dropout>,
         mut run: impl FnMut(&Block<B>, usize, Pass<'_, B>, ForwardBuffers<'_, B>) -> Result<()>,
     ) -> Result<()> {
         let workspace = self.workspace.as_mut().expect("reserved with the batch");
         let backend = &*self.backend;
         let x = workspace.first_residual();
         backend.embedding(&self.batch, &self.embedding, self.config.hidden_size, x)?;
-        let pass = Pass {
-            backend,
-            adapters: &self.parameters,
-            batch: &self.batch,
-            rope: &self.rope,
-            tokens,
-            dropout,
-        };
+        let pass = Pass { backend, adapters: &self.parameters, batch: &self.batch, rope: &self.rope, tokens };
         for (layer, block) in self.blocks.iter().enumerate() {
             let _range = range!("layer", number = layer);
             run(block, layer, pass, workspace.layer(layer))?;
@@ -368,11 +384,11 @@ impl<B: Backend> Transformer<B> {
         Ok(())
     }
 
-    /// Loss of the labelled rows and, with a scale, the gradient at the last block's output.
-    fn head_loss(&mut self, batch: &Batch, gradient_scale: Option<f32>) -> Result<()> {
+    /// Loss of the labelled `rows` and, where wanted, the gradient at the last block's output.
+    fn head_loss(&mut self, rows: usize, wants_gradient: bool) -> Result<()> {
         let _range = range!("head");
         let backend = &*self.backend;
-        let (width, rows) = (self.config.hidden_size, batch.labelled_count());
+        let width = self.config.hidden_size;
         let norm = RmsNorm { weight: &self.final_norm, epsilon: self.shape.epsilon, width };
         let head = Head {
             weight: self.head.as_ref().unwrap_or(&self.embedding),
@@ -383,10 +399,10 @@ impl<B: Backend> Transformer<B> {
         let (last, HeadBuffers { packed, normed, losses }, gradient) = workspace.after_blocks();
         backend.gather_labelled(&self.batch, width, last, packed)?;
         backend.rms_norm(norm, rows, packed, normed)?;
-        match gradient_scale.zip(gradient) {
-            None => backend.head_loss(head, &self.batch, normed, 0.0, losses, None)?,
-            Some((scale, Gradient { dx, dpacked, dnormed, .. })) => {
-                backend.head_loss(head, &self.batch, normed, scale, losses, Some(dnormed))?;
+        match gradient.filter(|_| wants_gradient) {
+            None => backend.head_loss(head, &self.batch, normed, losses, None)?,
+            Some(Gradient { dx, dpacked, dnormed, .. }) => {
+                backend.head_loss(head, &self.batch, normed, losses, Some(dnormed))?;
                 backend.zero_buffer(dpacked, rows * width)?;
                 backend.rms_norm_backward(norm, rows, packed, dnormed, dpacked)?;
                 backend.scatter_labelled(&self.batch, width, dpacked, dx)?;
@@ -395,23 +411,26 @@ impl<B: Backend> Transformer<B> {
         Ok(())
     }
 
-    fn read_scores(&mut self, rows: usize) -> Result<&TokenScores> {
+    fn start_reading(&mut self, rows: BatchRows) -> Result<()> {
         let workspace = self.workspace.as_mut().expect("reserved with the batch");
         let (_, HeadBuffers { losses, .. }, _) = workspace.after_blocks();
-        self.scores.read(&*self.backend, losses, rows)?;
+        self.backend.start_reading(losses, 2 * rows.labelled, &mut self.losses)
+    }
+
+    fn read_scores(&mut self, batch: &Batch, rows: BatchRows) -> Result<&TokenScores> {
+        self.scores.read(&*self.backend, &self.losses, batch.labelled_count(), rows.labelled)?;
         Ok(&self.scores)
     }
 
     /// From the gradient at the last block's output down to the lowest adapter.
-    fn backward(&mut self, batch: &Batch, dropout: Option<Dropout>) -> Result<()> {
+    fn backward(&mut self, tokens: usize) -> Result<()> {
         let workspace = self.workspace.as_mut().expect("reserved with the batch");
         let pass = Pass {
             backend: &*self.backend,
             adapters: &self.parameters,
             batch: &self.batch,
             rope: &self.rope,
-            tokens: batch.token_count(),
-            dropout,
+            tokens,
         };
         let lowest = workspace.first_kept();
         for (layer, block) in self.blocks.iter().enumerate().skip(lowest).rev() {
@@ -421,75 +440,6 @@ impl<B: Backend> Transformer<B> {
             }
             block.backward(pass, layer > lowest, workspace.layer_backward(layer), &mut self.gradients)?;
         }
-        Ok(())
-    }
-
-    /// An empty cache for `capacity` tokens.
-    pub fn new_cache(&mut self, capacity: usize) -> Result<Cache<B>> {
-        let width = self.shape.key_value_width();
-        let layer = |_| {
-            Ok(KvCache {
-                keys: self.backend.buffer(capacity * width)?,
-                values: self.backend.buffer(capacity * width)?,
-                capacity,
-            })
-        };
-        let layers = (0..self.config.layer_count).map(layer).collect::<Result<_>>()?;
-        let rows = capacity.min(PREFILL_ROWS);
-        self.reserve(Purpose::Inference, Limits { tokens: rows, labelled_rows: 0, positions: capacity })?;
-        Ok(Cache { layers, length: 0, capacity })
-    }
-
-    /// Reads `tokens` after those in `cache`; `logits [V]` gets the last one's.
-    ///
-    /// # Errors
-    /// No tokens, an id outside the vocabulary, or a cache without room.
-    pub fn forward_cached(
-        &mut self,
-        tokens: &[u32],
-        cache: &mut Cache<B>,
-        logits: &mut Vec<f32>,
-    ) -> Result<()> {
-        if tokens.is_empty() {
-            return Err(Error::data("the prompt is empty: at least one token is needed"));
-        }
-        if cache.length + tokens.len() > cache.capacity {
-            let message =
-                format!("{} tokens do not fit the cache of {}", cache.length + tokens.len(), cache.capacity);
-            return Err(Error::internal(message));
-        }
-        for rows in tokens.chunks(PREFILL_ROWS) {
-            self.read_rows(rows, cache)?;
-        }
-        let backend = &*self.backend;
-        let workspace = self.workspace.as_mut().expect("reserved with the cache");
-        let width = self.config.hidden_size;
-        let rows = (tokens.len() - 1) % PREFILL_ROWS + 1;
-        let norm = RmsNorm { weight: &self.final_norm, epsilon: self.shape.epsilon, width };
-        let (last, HeadBuffers { normed, .. }, _) = workspace.after_blocks();
-        backend.rms_norm(norm, rows, last, normed)?;
-        logits.resize(self.config.vocabulary, 0.0);
-        let head = Head {
-            weight: self.head.as_ref().unwrap_or(&self.embedding),
-            vocabulary: self.config.vocabulary,
-            width,
-        };
-        backend.head_logits(head, normed, rows - 1, logits)
-    }
-
-    fn read_rows(&mut self, tokens: &[u32], cache: &mut Cache<B>) -> Result<()> {
-        let batch = Batch {
-            token_ids: tokens.to_vec(),
-            sample_starts: vec![0, tokens.len()],
-            sample_ids: vec![0],
-            ..Batch::default()
-        };
-        self.load_batch(Purpose::Inference, &batch)?;
-        let position = cache.length;
-        self.run_blocks(tokens.len(), None, |block, layer, pass, buffers| {
-            block.forward_cached(pass, position, &mut cache.layers[layer], buffers)
-        })?;
-        cache.length += tokens.len();
         Ok(())
     }
 }

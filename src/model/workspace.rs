@@ -2,7 +2,8 @@
 
 use super::block::{BackwardBuffers, ForwardBuffers, GROUP_COUNT, GradientScratch, Inputs, Saved};
 use super::memory::{ModelShape, Recompute};
-use crate::backend::Backend;
+use crate::backend::{Backend, Footprint};
+use crate::batch::BatchRows;
 use crate::error::Result;
 
 /// The largest shapes that a workspace serves.
@@ -17,6 +18,13 @@ pub struct Limits {
 }
 
 impl Limits {
+    /// With the rows to which `backend` fills up batches.
+    pub(super) fn padded(self, backend: &impl Footprint) -> Self {
+        let BatchRows { tokens, labelled } =
+            backend.padded(BatchRows { tokens: self.tokens, labelled: self.labelled_rows });
+        Self { tokens, labelled_rows: labelled, ..self }
+    }
+
     /// The larger of both in every respect.
     pub fn union(self, other: Self) -> Self {
         Self {

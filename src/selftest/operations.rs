@@ -12,7 +12,8 @@ pub(super) use linear::large_product;
 
 use super::comparison::Outcome;
 use super::precision::Precision;
-use crate::backend::Backend;
+use crate::backend::{Backend, PassSettings};
+use crate::batch::Batch;
 use crate::error::Result;
 
 /// What one run of an operation takes at least.
@@ -196,9 +197,9 @@ fn read_floats<B: Backend>(backend: &B, floats: &B::Floats, elements: usize) -> 
 }
 
 /// A batch on the backend.
-fn resident<B: Backend>(backend: &B, batch: &crate::batch::Batch) -> Result<B::Batch> {
+fn resident<B: Backend>(backend: &B, batch: &Batch, settings: PassSettings) -> Result<B::Batch> {
     let mut resident = backend.new_batch()?;
-    backend.load_batch(&mut resident, batch)?;
+    backend.load_batch(&mut resident, batch, settings)?;
     Ok(resident)
 }
 

@@ -1,6 +1,7 @@
 //! Norm, gated activation, embedding, and moves of rows.
 
 use fastlora::backend::{Backend, RmsNorm};
+use fastlora::batch::BatchRows;
 use fastlora::dtype::DType;
 use fastlora::tensor::WeightTensor;
 
@@ -14,6 +15,8 @@ pub fn run<B: Backend>(backend: &B, record: &mut Record) {
     }
     embedding(backend, record);
     labelled_rows(backend, record.precision);
+    rows_that_are_none(backend, record.precision);
+    reading(backend);
     transfers(backend, record.precision);
 }
 
@@ -116,6 +119,43 @@ fn labelled_rows<B: Backend>(backend: &B, precision: Precision) {
         expected[part.clone()].copy_from_slice(&x[part]);
     }
     assert_eq!(read(backend, &dx, x.len()), expected, "scatter_labelled");
+}
+
+/// Labelled rows that are none are packed as zeros, and nothing is written for them.
+fn rows_that_are_none<B: Backend>(backend: &B, precision: Precision) {
+    let width = precision.width(24);
+    let mut host = batch_of(&[4, 3], 50);
+    let labelled = host.labelled_count();
+    host.pad(BatchRows { tokens: host.token_count(), labelled: labelled + 9 });
+    let batch = resident(backend, &host);
+    let x = precision.values(host.token_count() * width, 9);
+    let mut packed = buffer(backend, &vec![f32::NAN; host.labelled_count() * width]);
+    backend.gather_labelled(&batch, width, &buffer(backend, &x), &mut packed).unwrap();
+    let row = |&row: &u32| x[row as usize * width..][..width].to_vec();
+    let mut expected: Vec<f32> = host.labelled_rows[..labelled].iter().flat_map(row).collect();
+    expected.resize(host.labelled_count() * width, 0.0);
+    assert_eq!(read(backend, &packed, expected.len()), expected, "gather_labelled");
+    let mut dx = buffer(backend, &x);
+    let ones = buffer(backend, &vec![1.0; expected.len()]);
+    backend.scatter_labelled(&batch, width, &ones, &mut dx).unwrap();
+    let sum: f32 = read(backend, &dx, x.len()).iter().sum();
+    assert_eq!(sum, (labelled * width) as f32, "scatter_labelled");
+}
+
+/// A read that was started holds the values of its place in the work.
+fn reading<B: Backend>(backend: &B) {
+    let mut floats = backend.floats(&values(40, 3)).unwrap();
+    let mut landing = B::Landing::default();
+    for (count, seed) in [(7, 4), (40, 5), (3, 6)] {
+        let written = values(40, seed);
+        backend.write_floats(&mut floats, &written).unwrap();
+        backend.start_reading(&floats, count, &mut landing).unwrap();
+        backend.zero_floats(&mut floats).unwrap();
+        let mut found = vec![f32::NAN; count];
+        backend.finish_reading(&landing, &mut found).unwrap();
+        assert_eq!(found, written[..count]);
+    }
+    assert!(backend.finish_reading(&landing, &mut [0.0; 4]).is_err(), "more than was read");
 }
 
 fn transfers<B: Backend>(backend: &B, precision: Precision) {

@@ -1,12 +1,13 @@
 //! Output head: losses, hits and gradients; logits of one row.
 
-use fastlora::backend::{Backend, Head};
+use fastlora::backend::{Backend, Head, PassSettings};
+use fastlora::batch::BatchRows;
 use fastlora::dtype::DType;
 
 use super::reference::{cross_entropy, dot, product_transposed};
 use super::{
-    Precision, Record, batch_of, buffer, finite_differences, read, read_floats, resident, stored, values,
-    widen,
+    Precision, Record, batch_of, buffer, finite_differences, read, read_floats, resident, resident_with,
+    stored, values, widen,
 };
 
 pub fn run<B: Backend>(backend: &B, record: &mut Record) {
@@ -23,14 +24,15 @@ fn check<B: Backend>(backend: &B, record: &mut Record, vocabulary: usize, width:
     let weight = backend.matrix(&[tensor]).unwrap();
     let head = || Head { weight: &weight, vocabulary, width };
     let host = batch_of(&[6, 1, 9], vocabulary as u32);
-    let batch = resident(backend, &host);
+    let gradient_scale = 0.37;
+    let settings = PassSettings { gradient_scale, dropout: None };
+    let batch = resident_with(backend, &host, settings);
     let count = host.labelled_count();
     let x = record.precision.values(count * width, 51);
     let x_buffer = buffer(backend, &x);
-    let gradient_scale = 0.37;
     let mut losses = backend.floats(&vec![0.0; 2 * count + 3]).unwrap();
     let mut dx = backend.buffer(count * width).unwrap();
-    backend.head_loss(head(), &batch, &x_buffer, gradient_scale, &mut losses, Some(&mut dx)).unwrap();
+    backend.head_loss(head(), &batch, &x_buffer, &mut losses, Some(&mut dx)).unwrap();
     let wide = widen(&x);
     let row_loss =
         |x: &[f64], target: u32| cross_entropy(&product_transposed(x, &table, width), target as usize);
@@ -60,8 +62,23 @@ fn check<B: Backend>(backend: &B, record: &mut Record, vocabulary: usize, width:
     record.check(&format!("{case} dx"), &read(backend, &dx, count * width), &expected, vocabulary);
 
     let mut again = backend.floats(&vec![0.0; 2 * count]).unwrap();
-    backend.head_loss(head(), &batch, &x_buffer, gradient_scale, &mut again, None).unwrap();
+    backend.head_loss(head(), &batch, &x_buffer, &mut again, None).unwrap();
     assert_eq!(read_floats(backend, &again, 2 * count), found, "{case}: without dx");
+
+    // Entries that fill up a batch have neither loss nor hit nor gradient, and change no other.
+    let mut padded = host.clone();
+    padded.pad(BatchRows { tokens: host.token_count() + 5, labelled: count + 3 });
+    let batch = resident_with(backend, &padded, settings);
+    let mut x = x;
+    x.extend(record.precision.values(3 * width, 52));
+    let mut all = backend.floats(&vec![f32::NAN; 2 * (count + 3)]).unwrap();
+    let mut all_dx = buffer(backend, &vec![f32::NAN; x.len()]);
+    backend.head_loss(head(), &batch, &buffer(backend, &x), &mut all, Some(&mut all_dx)).unwrap();
+    let all = read_floats(backend, &all, 2 * (count + 3));
+    let parts = [&found[..count], &[0.0; 3], &found[count..], &[0.0; 3]].concat();
+    assert_eq!(all, parts, "{case}: losses and hits of a batch filled up");
+    let parts = [&read(backend, &dx, count * width)[..], &vec![0.0; 3 * width]].concat();
+    assert_eq!(read(backend, &all_dx, x.len()), parts, "{case}: dx of a batch filled up");
 
     let mut logits = vec![0.0; vocabulary];
     backend.head_logits(head(), &x_buffer, 2, &mut logits).unwrap();
@@ -87,13 +104,13 @@ fn ties<B: Backend>(backend: &B, precision: Precision) {
         host.push(0, &[1, target], &[-100, target as i32]);
         let mut losses = backend.floats(&[0.0; 2]).unwrap();
         let head = Head { weight: &weight, vocabulary, width };
-        backend.head_loss(head, &resident(backend, &host), &x, 1.0, &mut losses, None).unwrap();
+        backend.head_loss(head, &resident(backend, &host), &x, &mut losses, None).unwrap();
         assert_eq!(read_floats(backend, &losses, 2)[1], hit, "target {target}");
     }
     let mut host = fastlora::batch::Batch::default();
     host.push(0, &[1, 20], &[-100, 20]);
     let head = Head { weight: &weight, vocabulary, width };
     let mut losses = backend.floats(&[0.0; 2]).unwrap();
-    let error = backend.head_loss(head, &resident(backend, &host), &x, 1.0, &mut losses, None).unwrap_err();
+    let error = backend.head_loss(head, &resident(backend, &host), &x, &mut losses, None).unwrap_err();
     assert!(error.message().contains("20"), "{error}");
 }

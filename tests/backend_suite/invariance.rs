@@ -1,11 +1,13 @@
 //! A sample's values do not depend on the samples beside it.
 
-use fastlora::backend::{Backend, Dropout, Head, LinearInput};
+use fastlora::backend::{Backend, Dropout, Head, LinearInput, PassSettings};
 use fastlora::batch::Batch;
 use fastlora::dtype::DType;
 
 use super::attention::{Case, Inputs};
-use super::{Precision, batch_of, buffer, linear, read, read_floats, resident, stored, values};
+use super::{
+    Precision, batch_of, buffer, linear, read, read_floats, resident, resident_with, stored, values,
+};
 
 const LENGTHS: &[usize] = &[
     9, 1, 70, 3, 30, 12, 8, 2, 51, 17, 5, 64, 1, 33, 6, 20, 4, 11, 7, 26, 40, 15, 3, 9, 2, 48, 13, 10, 22,
@@ -102,10 +104,10 @@ fn linear_group<B: Backend>(backend: &B, whole: &Batch, cuts: &[Batch]) {
     let zeros = vec![0.0; setup.adapters.len()];
     let run = |batch: &Batch, x: &[f32], dy: &[f32], gradients: &mut B::Floats| {
         let rows = batch.token_count();
-        let resident = resident(backend, batch);
-        let (x, dy) = (buffer(backend, x), buffer(backend, dy));
         let dropout = Some(Dropout { probability: case.dropout, seed: 3, epoch: 1 });
-        let input = || LinearInput { x: &x, rows, batch: &resident, dropout };
+        let resident = resident_with(backend, batch, PassSettings { dropout, ..PassSettings::default() });
+        let (x, dy) = (buffer(backend, x), buffer(backend, dy));
+        let input = || LinearInput { x: &x, rows, batch: &resident };
         let mut s = backend.buffer(rows * ranks).unwrap();
         let mut y = backend.buffer(rows * outs).unwrap();
         let mut dx = backend.buffer(rows * width).unwrap();
@@ -149,8 +151,8 @@ fn head_loss<B: Backend>(backend: &B, whole: &Batch, cuts: &[Batch]) {
         let mut losses = backend.floats(&vec![0.0; 2 * count]).unwrap();
         let mut dx = backend.buffer(count * width).unwrap();
         let head = Head { weight: &weight, vocabulary, width };
-        let resident = resident(backend, batch);
-        backend.head_loss(head, &resident, &buffer(backend, x), 0.5, &mut losses, Some(&mut dx)).unwrap();
+        let resident = resident_with(backend, batch, PassSettings { gradient_scale: 0.5, dropout: None });
+        backend.head_loss(head, &resident, &buffer(backend, x), &mut losses, Some(&mut dx)).unwrap();
         let mut losses = read_floats(backend, &losses, 2 * count);
         losses.truncate(count);
         (losses, read(backend, &dx, count * width))

@@ -1,14 +1,16 @@
 //! Linear groups: adapters on any projections, bias, residual, dropout, stored types.
 
-use fastlora::backend::{Backend, Dropout, LinearGroup, LinearInput, LoraSlot, PlacedAdapter, Projection};
+use fastlora::backend::{
+    Backend, Dropout, LinearGroup, LinearInput, LoraSlot, PassSettings, PlacedAdapter, Projection,
+};
 use fastlora::batch::Batch;
 use fastlora::dtype::DType;
 use fastlora::tensor::WeightTensor;
 
 use super::reference::{self, dot, dropout_factors};
 use super::{
-    Precision, Record, batch_of, buffer, finite_differences, read, read_floats, resident, stored, values,
-    widen,
+    Precision, Record, batch_of, buffer, finite_differences, read, read_floats, resident_with, stored,
+    values, widen,
 };
 
 /// One shape.
@@ -176,7 +178,8 @@ pub fn run<B: Backend>(backend: &B, record: &mut Record) {
 fn check<B: Backend>(backend: &B, record: &mut Record, setup: Setup<B>) {
     let case = setup.case;
     let host_batch = batch_of(case.lengths, 9);
-    let batch = resident(backend, &host_batch);
+    let settings = PassSettings { dropout: setup.dropout, ..PassSettings::default() };
+    let batch = resident_with(backend, &host_batch, settings);
     let (rows, width) = (host_batch.token_count(), case.in_features);
     let (outs, ranks) = (setup.group.out_features(), setup.group.total_rank());
     let precision = setup.precision;
@@ -184,7 +187,7 @@ fn check<B: Backend>(backend: &B, record: &mut Record, setup: Setup<B>) {
     let residual = precision.values(rows * outs, 44);
     let adapters = backend.floats(&setup.adapters).unwrap();
     let (x_buffer, dy_buffer) = (buffer(backend, &x), buffer(backend, &dy));
-    let input = || LinearInput { x: &x_buffer, rows, batch: &batch, dropout: setup.dropout };
+    let input = || LinearInput { x: &x_buffer, rows, batch: &batch };
     let stride = backend.low_rank_stride(ranks);
     let untouched = vec![7.5; rows * stride.max(1)];
     let mut s = buffer(backend, &untouched);

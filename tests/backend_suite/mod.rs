@@ -13,7 +13,7 @@ mod invariance;
 mod linear;
 mod optimizer;
 
-use fastlora::backend::Backend;
+use fastlora::backend::{Backend, Dropout, PassSettings};
 use fastlora::batch::Batch;
 #[allow(unused_imports)] // Each backend's test uses its part.
 pub use fastlora::selftest::inputs::{batch_of, rope_table, stored, values, widen};
@@ -122,9 +122,15 @@ pub fn read_floats<B: Backend>(backend: &B, floats: &B::Floats, count: usize) ->
 }
 
 pub fn resident<B: Backend>(backend: &B, batch: &Batch) -> B::Batch {
+    resident_with(backend, batch, PassSettings::default())
+}
+
+pub fn resident_with<B: Backend>(backend: &B, batch: &Batch, settings: PassSettings) -> B::Batch {
     let mut resident = backend.new_batch().unwrap();
     // A larger one first: nothing of it may stay.
-    backend.load_batch(&mut resident, &batch_of(&[9, 30], 7)).unwrap();
-    backend.load_batch(&mut resident, batch).unwrap();
+    let before = Dropout { probability: 0.9, seed: 8, epoch: 3 };
+    let before = PassSettings { gradient_scale: 5.0, dropout: Some(before) };
+    backend.load_batch(&mut resident, &batch_of(&[9, 30], 7), before).unwrap();
+    backend.load_batch(&mut resident, batch, settings).unwrap();
     resident
 }

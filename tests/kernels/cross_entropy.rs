@@ -30,6 +30,7 @@ fn run(
     let shape = [rows, width, vocabulary, leading].map(i32_of);
     let bytes = run_everywhere(&name, |device| {
         let (x, w, targets) = (upload(device, x), upload(device, w), upload(device, targets));
+        let scale = upload(device, &[scale]);
         let z = poisoned::<u16>(device, rows * leading);
         let (losses, correct) = (poisoned::<f32>(device, rows), poisoned::<f32>(device, rows));
         let dx = poisoned::<u16>(device, rows * width);
@@ -43,10 +44,9 @@ fn run(
             Argument::of(&targets),
             Argument::of(&losses),
             Argument::of(&correct),
+            Argument::of(&scale),
             shape[2],
             shape[3],
-            Argument::F32(scale),
-            Argument::I32(1),
         ];
         launch(device, &kernel("cross_entropy"), rows, 256, &arguments);
         let mut arguments = vec![Argument::of(&z), Argument::of(&w), Argument::of(&dx)];

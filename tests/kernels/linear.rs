@@ -88,12 +88,12 @@ fn backward_input(half: Half, group: &Group, with_dropout: bool) {
     let mask = Mask::new(tokens);
     let dx = run_everywhere(&name, |device| {
         let memories = [&dy, &w, &ds, &a].map(|values| upload(device, values));
-        let (positions, samples) = (upload(device, &mask.positions), upload(device, &mask.samples));
+        let mask_memories = mask.upload(device);
         let dx = poisoned::<u16>(device, tokens * inputs);
         let mut arguments: Vec<Argument> = memories.iter().map(Argument::of).collect();
         arguments.push(Argument::of(&dx));
         arguments.extend([tokens, inputs, outputs, rank, leading].map(i32_of));
-        arguments.extend(mask.arguments(with_dropout.then_some((&positions, &samples))));
+        arguments.extend(mask.arguments(with_dropout.then_some(&mask_memories)));
         let kernel = format!("linear_backward_input_{}", half.suffix());
         launch_grid(device, &kernel, blocks(group, inputs), 256, SHARED_BYTES, &arguments);
         download::<u16>(device, &dx)

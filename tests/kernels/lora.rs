@@ -200,9 +200,9 @@ fn the_device_drops_what_the_cpu_drops() {
         let name = format!("lora_dropout_{}", half.suffix());
         let dropped = run_everywhere(&name, |device| {
             let (x, out) = (upload(device, &x), poisoned::<u16>(device, tokens * inputs));
-            let (positions, samples) = (upload(device, &mask.positions), upload(device, &mask.samples));
+            let memories = mask.upload(device);
             let mut arguments = vec![Argument::of(&x), Argument::of(&out), i32_of(tokens), i32_of(inputs)];
-            arguments.extend(mask.arguments(Some((&positions, &samples))));
+            arguments.extend(mask.arguments(Some(&memories)));
             launch(device, &name, (tokens * inputs / 4).div_ceil(256), 256, &arguments);
             download::<u16>(device, &out)
         });

@@ -152,15 +152,21 @@ impl Mask {
         1.0 / (1.0 - self.dropout.probability)
     }
 
-    /// The kernels' last arguments; null positions for no dropout.
-    pub fn arguments(&self, positions: Option<(&PlaceMemory, &PlaceMemory)>) -> [Argument; 7] {
-        let address = |memory: Option<&PlaceMemory>| memory.map_or(Argument::Address(0), Argument::of);
+    /// Positions, samples and epoch on the device.
+    pub fn upload(&self, place: &Place) -> [PlaceMemory; 3] {
+        [&self.positions[..], &self.samples, &[self.dropout.epoch]].map(|values| upload(place, values))
+    }
+
+    /// The kernels' last arguments; null pointers for no dropout.
+    pub fn arguments(&self, memories: Option<&[PlaceMemory; 3]>) -> [Argument; 8] {
+        let address = |place: usize| memories.map_or(Argument::Address(0), |of| Argument::of(&of[place]));
         [
-            address(positions.map(|pair| pair.0)),
-            address(positions.map(|pair| pair.1)),
+            address(0),
+            address(1),
             Argument::U32(self.dropout.seed as u32),
             Argument::U32((self.dropout.seed >> 32) as u32),
-            Argument::U32(self.input_index | self.dropout.epoch << 16),
+            address(2),
+            Argument::U32(self.input_index),
             Argument::U32(dropout::threshold(self.dropout.probability) as u32),
             Argument::F32(self.keep_scale()),
         ]

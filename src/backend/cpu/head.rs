@@ -2,12 +2,12 @@
 
 use rayon::prelude::*;
 
-use super::CpuBackend;
 use super::matmul::{Linear, LinearBackward, Rows, RowsMut, decode, linear, linear_backward};
 use super::simd::{exp, simd_fn};
 use super::weights::check_ids;
+use super::{CpuBackend, CpuBatch};
 use crate::backend::Head;
-use crate::batch::Batch;
+use crate::batch::NO_ROW;
 use crate::error::{Error, Result};
 
 /// Elements of a chunk of logits (32 MiB).
@@ -75,20 +75,19 @@ impl CpuBackend {
     pub(super) fn cross_entropy(
         &self,
         head: Head<'_, Self>,
-        batch: &Batch,
+        batch: &CpuBatch,
         x: &[f32],
-        gradient_scale: f32,
         losses: &mut [f32],
         mut dx: Option<&mut [f32]>,
     ) -> Result<()> {
         let Head { weight, vocabulary, width } = head;
-        check_ids("target", &batch.targets, vocabulary)?;
+        check_ids("target", batch.targets.iter().filter(|&&target| target != NO_ROW), vocabulary)?;
         let count = batch.labelled_count();
         let rows_per_chunk = chunk_rows(vocabulary, count);
         let (losses, correct) = losses[..2 * count].split_at_mut(count);
         let mut logits = self.logits_scratch();
         let logits = logits.at_least(rows_per_chunk * vocabulary);
-        let scale = dx.is_some().then_some(gradient_scale);
+        let scale = dx.is_some().then_some(batch.settings.gradient_scale);
         for first in (0..count).step_by(rows_per_chunk) {
             let rows = rows_per_chunk.min(count - first);
             let x = Rows { values: &x[first * width..], stride: width };
@@ -103,6 +102,11 @@ impl CpuBackend {
                     .zip(&batch.targets[first..first + rows])
                     .zip(outcomes)
                     .for_each(|((logits, &target), (loss, correct))| {
+                        if target == NO_ROW {
+                            logits.fill(0.0);
+                            (*loss, *correct) = (0.0, 0.0);
+                            return;
+                        }
                         let row = row_loss(self.simd, logits, target as usize, scale);
                         *loss = row.loss;
                         *correct = if row.correct { 1.0 } else { 0.0 };

@@ -137,7 +137,7 @@ impl CpuBackend {
         let dx = RowsMut { values: dx, stride: width };
         let frozen = LinearBackward::new(rows, dense(dy, out_width), group.weight.weight());
         let a = &adapters[a];
-        match input.dropout {
+        match input.batch.settings.dropout {
             Some(dropout) if rank > 0 => {
                 let through = low_rank_dx.at_least(rows * width);
                 let product = LinearBackward::new(rows, dense(ds, rank), Weight::f32(width, a));
@@ -177,7 +177,7 @@ impl CpuBackend {
         dropped: &'a mut AlignedFloats,
     ) -> &'a [f32] {
         let elements = input.rows * group.in_features;
-        match input.dropout {
+        match input.batch.settings.dropout {
             None => &input.x[..elements],
             Some(dropout) => {
                 let dropped = dropped.at_least(elements);

@@ -26,8 +26,8 @@ pub use memory::AlignedFloats;
 pub use weights::CpuMatrix;
 
 use crate::backend::{
-    AdamWStep, Attention, Backend, Head, KvCache, LinearGroup, LinearInput, OptimizerState, Projection,
-    RmsNorm,
+    AdamWStep, Attention, Backend, Head, KvCache, LinearGroup, LinearInput, OptimizerState, PassSettings,
+    Projection, RmsNorm,
 };
 use crate::batch::Batch;
 use crate::error::{Error, Result};
@@ -85,6 +85,21 @@ impl CpuBackend {
     }
 }
 
+/// A [`Batch`] with what a pass over it is computed with.
+#[derive(Debug, Default)]
+pub struct CpuBatch {
+    batch: Batch,
+    settings: PassSettings,
+}
+
+impl std::ops::Deref for CpuBatch {
+    type Target = Batch;
+
+    fn deref(&self) -> &Batch {
+        &self.batch
+    }
+}
+
 /// Scratch has no invariant that a panic could break.
 fn lock<T>(scratch: &Mutex<T>) -> MutexGuard<'_, T> {
     scratch.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
@@ -103,8 +118,10 @@ impl Backend for CpuBackend {
     type Vector = AlignedFloats;
     type Buffer = AlignedFloats;
     type Floats = AlignedFloats;
-    type Batch = Batch;
+    type Batch = CpuBatch;
     type Group = ();
+    type Landing = Vec<f32>;
+    type Recordings = ();
 
     fn description(&self) -> String {
         let count = self.threads.count();
@@ -149,6 +166,17 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn start_reading(&self, floats: &Self::Floats, count: usize, landing: &mut Vec<f32>) -> Result<()> {
+        landing.clear();
+        landing.extend_from_slice(&floats[first_elements(count, floats.len())?]);
+        Ok(())
+    }
+
+    fn finish_reading(&self, landing: &Vec<f32>, into: &mut [f32]) -> Result<()> {
+        into.copy_from_slice(&landing[first_elements(into.len(), landing.len())?]);
+        Ok(())
+    }
+
     fn zero_floats(&self, floats: &mut Self::Floats) -> Result<()> {
         floats.fill(0.0);
         Ok(())
@@ -169,16 +197,12 @@ impl Backend for CpuBackend {
     }
 
     fn new_batch(&self) -> Result<Self::Batch> {
-        Ok(Batch::default())
+        Ok(CpuBatch::default())
     }
 
-    fn load_batch(&self, resident: &mut Self::Batch, batch: &Batch) -> Result<()> {
-        // Field by field, which keeps the memory: a derived `clone_from` would not.
-        resident.token_ids.clone_from(&batch.token_ids);
-        resident.sample_starts.clone_from(&batch.sample_starts);
-        resident.sample_ids.clone_from(&batch.sample_ids);
-        resident.labelled_rows.clone_from(&batch.labelled_rows);
-        resident.targets.clone_from(&batch.targets);
+    fn load_batch(&self, resident: &mut Self::Batch, batch: &Batch, settings: PassSettings) -> Result<()> {
+        resident.batch.copy_from(batch);
+        resident.settings = settings;
         Ok(())
     }
 
@@ -325,11 +349,10 @@ impl Backend for CpuBackend {
         head: Head<'_, Self>,
         batch: &Self::Batch,
         x: &Self::Buffer,
-        gradient_scale: f32,
         losses: &mut Self::Floats,
         dx: Option<&mut Self::Buffer>,
     ) -> Result<()> {
-        self.cross_entropy(head, batch, x, gradient_scale, losses, dx.map(|dx| &mut dx[..]))
+        self.cross_entropy(head, batch, x, losses, dx.map(|dx| &mut dx[..]))
     }
 
     fn head_logits(

@@ -1,7 +1,7 @@
 //! Rows of a batch: whose they are, packing of the labelled ones, and the opposite.
 
 use super::CpuBackend;
-use crate::batch::Batch;
+use crate::batch::{Batch, NO_ROW};
 
 /// Whose token a row is.
 #[derive(Clone, Copy)]
@@ -29,7 +29,10 @@ impl CpuBackend {
         let packed = &mut packed[..batch.labelled_count() * width];
         self.threads.for_row_blocks(packed, width, |first, packed| {
             for (&row, packed) in batch.labelled_rows[first..].iter().zip(packed.chunks_exact_mut(width)) {
-                packed.copy_from_slice(&x[row as usize * width..][..width]);
+                match row {
+                    NO_ROW => packed.fill(0.0),
+                    row => packed.copy_from_slice(&x[row as usize * width..][..width]),
+                }
             }
         });
     }

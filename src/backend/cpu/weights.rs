@@ -105,9 +105,9 @@ impl CpuBackend {
 }
 
 /// Refuses ids beyond the rows of a table.
-pub(super) fn check_ids(kind: &str, ids: &[u32], rows: usize) -> Result<()> {
-    match ids.iter().position(|&id| id as usize >= rows) {
+pub(super) fn check_ids<'a>(kind: &str, ids: impl IntoIterator<Item = &'a u32>, rows: usize) -> Result<()> {
+    match ids.into_iter().enumerate().find(|(_, id)| **id as usize >= rows) {
         None => Ok(()),
-        Some(place) => check_id(kind, ids[place], place, rows),
+        Some((place, &id)) => check_id(kind, id, place, rows),
     }
 }

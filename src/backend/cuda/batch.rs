@@ -2,13 +2,19 @@
 
 use super::CudaBackend;
 use super::memory::{FLOAT_BYTES, Growing, Region};
-use crate::backend::check_id;
-use crate::batch::Batch;
+use super::recordings::bucket_of_tiles;
+use crate::backend::{Dropout, PassSettings, check_id};
+use crate::batch::{Batch, NO_ROW};
 use crate::device::{Argument, Device};
 use crate::error::{Error, Result};
 
 /// Queries or keys of one tile (`outer_rows` in attention_tile.h).
 const TILE_ROWS: usize = 64;
+
+/// What stands before the arrays: the gradient's scale and the epoch, which recorded work reads from memory.
+const HEADER: usize = 4;
+const GRADIENT_SCALE: usize = 0;
+const EPOCH: usize = 1;
 
 /// Places of the arrays inside one stretch of 32-bit elements.
 #[derive(Clone, Copy, Debug, Default)]
@@ -25,6 +31,7 @@ pub struct CudaBatch<D: Device> {
     memory: Growing<D>,
     host: Vec<u32>,
     places: Places,
+    pub(super) dropout: Option<Dropout>,
     pub(super) tokens: usize,
     pub(super) labelled: usize,
     pub(super) tiles: usize,
@@ -37,8 +44,11 @@ pub struct CudaBatch<D: Device> {
 /// An element's bytes: ids, positions and places are 32 bits wide, as floats are.
 const BYTES: usize = FLOAT_BYTES;
 
-fn largest(ids: &[u32]) -> Option<(u32, usize)> {
-    ids.iter().enumerate().map(|(place, &id)| (id, place)).max_by_key(|&(id, place)| (id, usize::MAX - place))
+fn largest<'a>(ids: impl IntoIterator<Item = &'a u32>) -> Option<(u32, usize)> {
+    ids.into_iter()
+        .enumerate()
+        .map(|(place, &id)| (id, place))
+        .max_by_key(|&(id, place)| (id, usize::MAX - place))
 }
 
 impl<D: Device> CudaBatch<D> {
@@ -47,6 +57,7 @@ impl<D: Device> CudaBatch<D> {
             memory: Growing::default(),
             host: Vec::new(),
             places: Places::default(),
+            dropout: None,
             tokens: 0,
             labelled: 0,
             tiles: 0,
@@ -57,9 +68,13 @@ impl<D: Device> CudaBatch<D> {
     }
 
     /// Replaces what is there.
-    pub(super) fn load(&mut self, device: &D, batch: &Batch) -> Result<()> {
+    pub(super) fn load(&mut self, device: &D, batch: &Batch, settings: PassSettings) -> Result<()> {
         let (tokens, labelled) = (batch.token_count(), batch.labelled_count());
         self.host.clear();
+        self.host.resize(HEADER, 0);
+        self.host[GRADIENT_SCALE] = settings.gradient_scale.to_bits();
+        self.host[EPOCH] = settings.dropout.map_or(0, |dropout| dropout.epoch);
+        self.dropout = settings.dropout;
         self.host.extend_from_slice(&batch.token_ids);
         self.places.positions = self.host.len();
         let samples = || batch.sample_starts.windows(2).map(|pair| (pair[0] as u32, pair[1] as u32));
@@ -80,14 +95,24 @@ impl<D: Device> CudaBatch<D> {
         for &(start, end) in &by_length {
             self.host.extend((start..end).step_by(TILE_ROWS).flat_map(|first| [start, end, first]));
         }
+        // Empty tiles, which cost nothing, so that fewer numbers of tiles come up.
+        let tiles = (self.host.len() - self.places.tiles) / 3;
+        self.host.resize(self.places.tiles + 3 * bucket_of_tiles(tiles), 0);
         self.tokens = tokens;
         self.labelled = labelled;
-        self.tiles = (self.host.len() - self.places.tiles) / 3;
+        self.tiles = bucket_of_tiles(tiles);
         self.longest_sample = by_length.first().map_or(0, |(start, end)| (end - start) as usize);
         self.largest_token = largest(&batch.token_ids);
-        self.largest_target = largest(&batch.targets);
+        self.largest_target = largest(batch.targets.iter().filter(|&&target| target != NO_ROW));
         let bytes = bytemuck::cast_slice(&self.host);
         self.memory.reserve(device, bytes.len())?.upload(device, bytes, 0)
+    }
+
+    /// What recorded work over it depends on.
+    pub(super) fn shape(&self) -> [u64; 5] {
+        let [probability, seed] =
+            self.dropout.map_or([0, 0], |dropout| [dropout.probability.to_bits().into(), dropout.seed]);
+        [self.tokens as u64, self.labelled as u64, self.tiles as u64, probability, seed]
     }
 
     fn array(&self, start: usize, count: usize) -> Result<Argument> {
@@ -97,13 +122,23 @@ impl<D: Device> CudaBatch<D> {
         }
     }
 
+    /// The factor on the gradient.
+    pub(super) fn gradient_scale(&self) -> Result<Argument> {
+        self.array(GRADIENT_SCALE, 1)
+    }
+
+    /// The epoch of the dropout masks.
+    pub(super) fn epoch(&self) -> Result<Argument> {
+        self.array(EPOCH, 1)
+    }
+
     /// `[T]` token ids, all below `rows`.
     ///
     /// # Errors
     /// One that is not.
     pub(super) fn token_ids(&self, rows: usize) -> Result<Argument> {
         check_largest("token", self.largest_token, rows)?;
-        self.array(0, self.tokens)
+        self.array(HEADER, self.tokens)
     }
 
     /// `[T]` of each token inside its sample.

@@ -3,8 +3,10 @@
 use super::head::chunk_rows;
 use super::linear::{rank_leading, stretch_count};
 use super::memory::{FLOAT_BYTES, HALF_BYTES, Region};
+use super::recordings::bucket_of;
 use super::{CudaBackend, Scratch, lock};
 use crate::backend::{Footprint, GroupShape, OperationShapes};
+use crate::batch::BatchRows;
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -67,6 +69,10 @@ impl ScratchSizes {
 }
 
 impl<D: Device> Footprint for CudaBackend<D> {
+    fn padded(&self, rows: BatchRows) -> BatchRows {
+        bucket_of(rows)
+    }
+
     fn buffer_bytes(&self, elements: usize) -> u64 {
         aligned(elements * HALF_BYTES) as u64
     }

@@ -1,6 +1,6 @@
 //! Output head and cross-entropy by chunks of labelled rows (cross_entropy.cu).
 
-use super::launch::{Shape, int};
+use super::launch::{NULL, Shape, int};
 use super::linear::tile_shape;
 use super::memory::{CudaBuffer, CudaFloats, HALF_BYTES};
 use super::weights::check_width;
@@ -32,7 +32,6 @@ impl<D: Device> CudaBackend<D> {
         head: Head<'_, Self>,
         batch: &CudaBatch<D>,
         x: &CudaBuffer<D>,
-        gradient_scale: f32,
         losses: &CudaFloats<D>,
         dx: Option<&CudaBuffer<D>>,
     ) -> Result<()> {
@@ -50,10 +49,9 @@ impl<D: Device> CudaBackend<D> {
                 targets,
                 row_losses,
                 correct,
+                if dx.is_some() { batch.gradient_scale()? } else { NULL },
                 int(vocabulary)?,
                 int(leading)?,
-                Argument::F32(gradient_scale),
-                Argument::I32(dx.is_some().into()),
             ];
             // SAFETY: z [rows, V̄], one target, loss and hit a row.
             unsafe {

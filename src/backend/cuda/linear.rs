@@ -4,7 +4,7 @@ use super::launch::{NULL, Shape, int};
 use super::memory::{CudaBuffer, CudaFloats, FLOAT_BYTES, HALF_BYTES, Region};
 use super::weights::{WIDTH_MULTIPLE, check_width};
 use super::{CudaBackend, CudaBatch, Scratch};
-use crate::backend::{Dropout, LinearGroup, LinearInput, Projection, dropout, placed_adapters};
+use crate::backend::{LinearGroup, LinearInput, Projection, dropout, placed_adapters};
 use crate::device::{Argument, Device};
 use crate::error::{Error, Result};
 
@@ -105,21 +105,18 @@ fn upload<D: Device, T: bytemuck::NoUninit>(device: &D, values: &[T]) -> Result<
     Ok(region)
 }
 
-/// Positions, samples, seed, input and epoch, threshold and factor: `DropoutMask` in philox.h.
-fn mask_arguments<D: Device>(
-    batch: &CudaBatch<D>,
-    input_index: u32,
-    dropout: Option<Dropout>,
-) -> Result<[Argument; 7]> {
+/// Positions, samples, seed, epoch, input, threshold and factor: `DropoutMask` in philox.h.
+fn mask_arguments<D: Device>(batch: &CudaBatch<D>, input_index: u32) -> Result<[Argument; 8]> {
     let [zero, none] = [Argument::U32(0), Argument::F32(0.0)];
-    let Some(given) = dropout else { return Ok([NULL, NULL, zero, zero, zero, zero, none]) };
+    let Some(given) = batch.dropout else { return Ok([NULL, NULL, zero, zero, NULL, zero, zero, none]) };
     let probability = f64::from(given.probability);
     Ok([
         batch.positions()?,
         batch.samples()?,
         Argument::U32(given.seed as u32),
         Argument::U32((given.seed >> 32) as u32),
-        Argument::U32(input_index & 0xFFFF | given.epoch << 16),
+        batch.epoch()?,
+        Argument::U32(input_index),
         // The probability is below one, so the threshold fits.
         Argument::U32(dropout::threshold(given.probability) as u32),
         Argument::F32((1.0 / (1.0 - probability)) as f32),
@@ -217,13 +214,13 @@ impl<D: Device> CudaBackend<D> {
     ) -> Result<Argument> {
         let (tokens, inputs) = (input.rows, group.in_features);
         let x = input.x.first(tokens * inputs)?;
-        if input.dropout.is_none() {
+        if input.batch.dropout.is_none() {
             return Ok(x);
         }
         let bytes = tokens * inputs * HALF_BYTES;
         let dropped = scratch.dropped.reserve(self.device(), bytes)?.first(bytes)?;
         let mut arguments = vec![x, dropped, int(tokens)?, int(inputs)?];
-        arguments.extend(mask_arguments(input.batch, group.input_index, input.dropout)?);
+        arguments.extend(mask_arguments(input.batch, group.input_index)?);
         let shape = Shape::blocks((tokens * inputs / 4).div_ceil(ELEMENT_THREADS), ELEMENT_THREADS as u32);
         // SAFETY: both hold [T, I], and the batch has T tokens.
         unsafe { self.kernels.launch_half("lora_dropout", shape, &arguments)? };
@@ -276,7 +273,7 @@ impl<D: Device> CudaBackend<D> {
         let mut arguments =
             vec![dy, group.weight.shaped(outputs, inputs)?, ds, a, dx.first(tokens * inputs)?];
         arguments.extend([int(tokens)?, int(inputs)?, int(outputs)?, int(rank)?, int(leading)?]);
-        arguments.extend(mask_arguments(input.batch, group.input_index, input.dropout)?);
+        arguments.extend(mask_arguments(input.batch, group.input_index)?);
         // SAFETY: every stretch was asked for by its shape.
         unsafe { self.kernels.launch_half("linear_backward_input", tile_shape(tokens, inputs), &arguments) }
     }

@@ -1,7 +1,7 @@
 //! What lies on the device: stretches of memory, and the tensors cut from them.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use crate::device::{Argument, Device, Memory};
 use crate::error::{Error, Result};
@@ -80,11 +80,26 @@ impl<D: Device> Region<D> {
         device.download(&self.memory, self.range.start, into)
     }
 
+    /// Starts to copy the first `bytes`.
+    pub fn start_download(&self, device: &D, bytes: usize, landing: &mut D::Landing) -> Result<()> {
+        self.check(0, bytes)?;
+        device.start_download(&self.memory, self.range.start, bytes, landing)
+    }
+
     /// Sets the first `bytes` to zero.
     pub fn zero(&self, device: &D, bytes: usize) -> Result<()> {
         self.check(0, bytes)?;
         device.fill(&self.memory, self.range.start..self.range.start + bytes, 0)
     }
+}
+
+/// Copies the first `into.len()` bytes that arrived.
+pub(super) fn take(arrived: &[u8], into: &mut [u8]) -> Result<()> {
+    let first = arrived.get(..into.len()).ok_or_else(|| {
+        Error::internal(format!("{} bytes were read, {} are wanted", arrived.len(), into.len()))
+    })?;
+    into.copy_from_slice(first);
+    Ok(())
 }
 
 /// Activations, or frozen weights, in the compute type.
@@ -129,18 +144,13 @@ impl<D: Device> CudaMatrix<D> {
 /// f32 values. Adapters also have a copy in the compute type, which the products read.
 pub struct CudaFloats<D: Device> {
     pub(super) region: Region<D>,
-    pub(super) half: Mutex<HalfCopy<D>>,
-}
-
-/// A copy of f32 values in the compute type, made when it is first asked for.
-pub(super) struct HalfCopy<D: Device> {
-    pub region: Option<Region<D>>,
-    pub is_current: bool,
+    /// The copy, made when it is first asked for and up to date from then on.
+    pub(super) half: Mutex<Option<Region<D>>>,
 }
 
 impl<D: Device> CudaFloats<D> {
     pub(super) fn new(region: Region<D>) -> Self {
-        Self { region, half: Mutex::new(HalfCopy { region: None, is_current: false }) }
+        Self { region, half: Mutex::new(None) }
     }
 
     /// The first `elements` as a kernel's argument.
@@ -156,11 +166,6 @@ impl<D: Device> CudaFloats<D> {
     /// Values that fit.
     pub(super) fn elements(&self) -> usize {
         self.region.bytes() / FLOAT_BYTES
-    }
-
-    /// After the host wrote the values.
-    pub(super) fn outdate_half(&self) {
-        self.half.lock().unwrap_or_else(PoisonError::into_inner).is_current = false;
     }
 }
 

@@ -13,8 +13,10 @@ mod launch;
 mod linear;
 mod memory;
 mod optimizer;
+mod recordings;
 mod weights;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub use attention::HEAD_DIMS;
@@ -22,10 +24,11 @@ pub use batch::CudaBatch;
 pub use launch::ComputeType;
 pub use linear::CudaGroup;
 pub use memory::{CudaBuffer, CudaFloats, CudaMatrix, Region};
+pub use recordings::CudaRecordings;
 
 use crate::backend::{
-    AdamWStep, Attention, Backend, Head, KvCache, LinearGroup, LinearInput, OptimizerState, Projection,
-    RmsNorm,
+    AdamWStep, Attention, Backend, Head, KvCache, LinearGroup, LinearInput, OptimizerState, PassSettings,
+    Projection, RmsNorm,
 };
 use crate::batch::Batch;
 use crate::device::Device;
@@ -42,6 +45,7 @@ pub struct CudaBackend<D: Device> {
     scratch: Mutex<Scratch<D>>,
     /// Set while buffers are cut from it.
     arena: Mutex<Option<Arena<D>>>,
+    is_profiled: AtomicBool,
 }
 
 /// Memory that one operation uses and the next may overwrite: the stream runs them in turn.
@@ -60,6 +64,8 @@ struct Scratch<D: Device> {
     logits: Growing<D>,
     /// Scalars, flag and partial sums of the optimizer.
     norm: Growing<D>,
+    /// Where the gradients' norm arrives.
+    norm_landing: D::Landing,
     /// 0, 1, …
     counting: Growing<D>,
 }
@@ -74,6 +80,7 @@ impl<D: Device> Default for Scratch<D> {
             delta: Growing::default(),
             logits: Growing::default(),
             norm: Growing::default(),
+            norm_landing: D::Landing::default(),
             counting: Growing::default(),
         }
     }
@@ -87,7 +94,12 @@ fn lock<T>(scratch: &Mutex<T>) -> MutexGuard<'_, T> {
 impl<D: Device> CudaBackend<D> {
     /// The kernels of `compute` on `device`.
     pub fn new(device: D, compute: ComputeType) -> Self {
-        Self { kernels: Kernels { device, compute }, scratch: Mutex::default(), arena: Mutex::new(None) }
+        Self {
+            kernels: Kernels { device, compute },
+            scratch: Mutex::default(),
+            arena: Mutex::new(None),
+            is_profiled: AtomicBool::new(false),
+        }
     }
 
     /// Where the work runs.
@@ -98,6 +110,10 @@ impl<D: Device> CudaBackend<D> {
     /// What activations and weights are.
     pub fn compute(&self) -> ComputeType {
         self.kernels.compute
+    }
+
+    fn is_profiled(&self) -> bool {
+        self.is_profiled.load(Ordering::Relaxed)
     }
 
     fn zero(&self, buffer: &CudaBuffer<D>, elements: usize) -> Result<()> {
@@ -122,6 +138,8 @@ impl<D: Device> Backend for CudaBackend<D> {
     type Floats = CudaFloats<D>;
     type Batch = CudaBatch<D>;
     type Group = CudaGroup<D>;
+    type Landing = D::Landing;
+    type Recordings = CudaRecordings<D>;
 
     fn description(&self) -> String {
         format!("{}, {}", self.device().description(), self.compute())
@@ -131,7 +149,22 @@ impl<D: Device> Backend for CudaBackend<D> {
         self.cut_from_arena(bytes, make)
     }
 
+    fn repeat(
+        &self,
+        recordings: &mut CudaRecordings<D>,
+        name: &'static str,
+        shape: [u64; 5],
+        work: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        self.repeat_work(recordings, (name, shape), work)
+    }
+
+    fn shape_of(&self, batch: &CudaBatch<D>) -> [u64; 5] {
+        batch.shape()
+    }
+
     fn profile(&self, is_open: bool) -> Result<()> {
+        self.is_profiled.store(is_open, Ordering::Relaxed);
         self.device().profile(is_open)
     }
 
@@ -174,17 +207,25 @@ impl<D: Device> Backend for CudaBackend<D> {
     }
 
     fn write_floats(&self, floats: &mut Self::Floats, values: &[f32]) -> Result<()> {
-        floats.outdate_half();
-        floats.region.upload(self.device(), bytemuck::cast_slice(values), 0)
+        floats.region.upload(self.device(), bytemuck::cast_slice(values), 0)?;
+        self.renew_half(floats)
     }
 
     fn read_floats(&self, floats: &Self::Floats, into: &mut [f32]) -> Result<()> {
         floats.region.download(self.device(), bytemuck::cast_slice_mut(into))
     }
 
+    fn start_reading(&self, floats: &Self::Floats, count: usize, landing: &mut D::Landing) -> Result<()> {
+        floats.region.start_download(self.device(), count * FLOAT_BYTES, landing)
+    }
+
+    fn finish_reading(&self, landing: &D::Landing, into: &mut [f32]) -> Result<()> {
+        memory::take(self.device().finish_download(landing)?, bytemuck::cast_slice_mut(into))
+    }
+
     fn zero_floats(&self, floats: &mut Self::Floats) -> Result<()> {
-        floats.outdate_half();
-        floats.region.zero(self.device(), floats.elements() * FLOAT_BYTES)
+        floats.region.zero(self.device(), floats.elements() * FLOAT_BYTES)?;
+        self.renew_half(floats)
     }
 
     fn write_buffer(&self, buffer: &mut Self::Buffer, values: &[f32]) -> Result<()> {
@@ -205,8 +246,8 @@ impl<D: Device> Backend for CudaBackend<D> {
         Ok(CudaBatch::new())
     }
 
-    fn load_batch(&self, resident: &mut Self::Batch, batch: &Batch) -> Result<()> {
-        resident.load(self.device(), batch)
+    fn load_batch(&self, resident: &mut Self::Batch, batch: &Batch, settings: PassSettings) -> Result<()> {
+        resident.load(self.device(), batch, settings)
     }
 
     fn embedding(
@@ -358,12 +399,11 @@ impl<D: Device> Backend for CudaBackend<D> {
         head: Head<'_, Self>,
         batch: &Self::Batch,
         x: &Self::Buffer,
-        gradient_scale: f32,
         losses: &mut Self::Floats,
         dx: Option<&mut Self::Buffer>,
     ) -> Result<()> {
         let _range = range!("head loss");
-        self.cross_entropy(head, batch, x, gradient_scale, losses, dx.map(|dx| &*dx))
+        self.cross_entropy(head, batch, x, losses, dx.map(|dx| &*dx))
     }
 
     fn head_logits(

@@ -1,8 +1,8 @@
 //! Gradient norm, clip and AdamW on the device (adamw.cu).
 
-use super::CudaBackend;
 use super::launch::{Shape, int};
-use super::memory::FLOAT_BYTES;
+use super::memory::{FLOAT_BYTES, take};
+use super::{CudaBackend, Scratch};
 use crate::backend::{AdamWStep, OptimizerState};
 use crate::device::{Argument, Device};
 use crate::error::Result;
@@ -15,6 +15,7 @@ const SCALARS: usize = 6;
 const NORM: usize = 4;
 
 impl<D: Device> CudaBackend<D> {
+    /// Returns when the norm is known, while the update still runs: the next step can be enqueued behind it in time.
     pub(super) fn adamw_update(&self, state: OptimizerState<'_, Self>, step: AdamWStep) -> Result<f64> {
         let count = state.parameters.elements();
         let gradients = state.gradients.first(count)?;
@@ -31,8 +32,9 @@ impl<D: Device> CudaBackend<D> {
         let half = self.half_copy(state.parameters)?;
 
         let mut scratch = super::lock(&self.scratch);
+        let Scratch { norm, norm_landing, .. } = &mut *scratch;
         let bytes = (SCALARS + 1 + partial_count) * FLOAT_BYTES;
-        let region = scratch.norm.reserve(self.device(), bytes)?;
+        let region = norm.reserve(self.device(), bytes)?;
         region.upload(self.device(), bytemuck::cast_slice(&known), 0)?;
         let scalars = region.first(SCALARS * FLOAT_BYTES)?;
         let flag = region.at(SCALARS * FLOAT_BYTES, FLOAT_BYTES)?;
@@ -45,6 +47,7 @@ impl<D: Device> CudaBackend<D> {
             self.kernels.launch("grad_norm_partials", shape, &[gradients, scalars, partials, elements])?;
             let arguments = [partials, scalars, flag, int(partial_count)?, clip];
             self.kernels.launch("grad_norm_finish", Shape::blocks(1, 32), &arguments)?;
+            region.start_download(self.device(), size_of::<[f32; NORM + 1]>(), norm_landing)?;
             let arguments = [
                 state.parameters.first(count)?,
                 state.first_moment.first(count)?,
@@ -67,7 +70,7 @@ impl<D: Device> CudaBackend<D> {
             )?;
         }
         let mut found = [0.0f32; NORM + 1];
-        region.download(self.device(), bytemuck::cast_slice_mut(&mut found))?;
+        take(self.device().finish_download(norm_landing)?, bytemuck::cast_slice_mut(&mut found))?;
         Ok(f64::from(found[NORM]))
     }
 }

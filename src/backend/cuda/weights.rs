@@ -75,22 +75,28 @@ impl<D: Device> CudaBackend<D> {
         Ok(CudaMatrix { elements: self.upload_weights(parts)?, rows, columns })
     }
 
-    /// The values of `floats` in the compute type, up to date: what the products read of adapters.
+    /// The values of `floats` in the compute type: what the products read of adapters.
     pub(super) fn half_copy(&self, floats: &super::CudaFloats<D>) -> Result<CudaBuffer<D>> {
         let mut half = super::lock(&floats.half);
+        if half.is_none() {
+            let region = Region::allocate(self.device(), floats.elements() * HALF_BYTES)?;
+            self.convert(floats, &region)?;
+            *half = Some(region);
+        }
+        Ok(CudaBuffer { region: half.clone().expect("just made") })
+    }
+
+    /// After the host wrote values: at once, since recorded work takes the copy as it is.
+    pub(super) fn renew_half(&self, floats: &super::CudaFloats<D>) -> Result<()> {
+        super::lock(&floats.half).as_ref().map_or(Ok(()), |half| self.convert(floats, half))
+    }
+
+    fn convert(&self, floats: &super::CudaFloats<D>, half: &Region<D>) -> Result<()> {
         let count = floats.elements();
-        if half.region.is_none() {
-            half.region = Some(Region::allocate(self.device(), count * HALF_BYTES)?);
-        }
-        let region = half.region.clone().expect("just made");
-        if !half.is_current {
-            let name = format!("convert_{}_to_{}", DType::F32, self.compute());
-            let target = region.first(count * HALF_BYTES)?;
-            let arguments = [floats.first(count)?, target, Argument::I64(count as i64)];
-            // SAFETY: both stretches hold `count` elements.
-            unsafe { self.kernels.launch(&name, self.stride_shape(count), &arguments)? };
-            half.is_current = true;
-        }
-        Ok(CudaBuffer { region })
+        let name = format!("convert_{}_to_{}", DType::F32, self.compute());
+        let target = half.first(count * HALF_BYTES)?;
+        let arguments = [floats.first(count)?, target, Argument::I64(count as i64)];
+        // SAFETY: both stretches hold `count` elements.
+        unsafe { self.kernels.launch(&name, self.stride_shape(count), &arguments) }
     }
 }

@@ -3,21 +3,28 @@
 //! The only folder that names `cudarc`. Its functions panic where the driver library or a symbol is missing, so
 //! `check_library` asks first.
 
+mod graph;
+mod landing;
 mod library;
+mod memory;
 mod staging;
 mod survey;
 
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute};
 
+pub use graph::DriverGraph;
+pub use landing::DriverLanding;
+pub use memory::{DriverEvent, DriverMemory};
 pub use survey::{GpuSummary, KernelBuild, Survey, kernel_build, survey};
 
-use super::{Argument, Device, Launch, Limits, Memory, check_range};
+use super::{Argument, Device, Launch, Limits, check_range};
 use crate::error::{Error, Result};
 use library::{check_library, check_version, failed};
 use staging::Staging;
@@ -50,6 +57,8 @@ struct Inner {
     /// The latest launch: a fault inside a kernel surfaces in a later call, whose error names it.
     last_launch: Mutex<LastLaunch>,
     staging: Mutex<Staging>,
+    allocations: AtomicU64,
+    is_recording: AtomicBool,
     name: String,
     limits: Limits,
 }
@@ -209,6 +218,8 @@ fn open(device: sys::CUdevice, name: String, limits: Limits) -> Result<Inner> {
         functions: Mutex::default(),
         last_launch: Mutex::default(),
         staging: Mutex::default(),
+        allocations: AtomicU64::new(0),
+        is_recording: AtomicBool::new(false),
         name,
         limits,
     };
@@ -264,60 +275,11 @@ impl Drop for Inner {
     }
 }
 
-/// Memory of a GPU.
-pub struct DriverMemory {
-    inner: Arc<Inner>,
-    address: sys::CUdeviceptr,
-    bytes: usize,
-}
-
-impl std::fmt::Debug for DriverMemory {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(formatter, "{} bytes at {:#x}", self.bytes, self.address)
-    }
-}
-
-impl Memory for DriverMemory {
-    fn address(&self) -> u64 {
-        self.address
-    }
-
-    fn bytes(&self) -> usize {
-        self.bytes
-    }
-}
-
-impl Drop for DriverMemory {
-    fn drop(&mut self) {
-        // SAFETY: the address came from cuMemAlloc and is freed once; the driver waits for work that uses it.
-        unsafe {
-            if self.inner.enter().is_ok() {
-                let _ = result::free_sync(self.address);
-            }
-        }
-    }
-}
-
-/// A CUDA event.
-pub struct DriverEvent {
-    inner: Arc<Inner>,
-    event: sys::CUevent,
-}
-
-impl Drop for DriverEvent {
-    fn drop(&mut self) {
-        // SAFETY: the event is ours and used nowhere after this.
-        unsafe {
-            if self.inner.enter().is_ok() {
-                let _ = result::event::destroy(self.event);
-            }
-        }
-    }
-}
-
 impl Device for Driver {
     type Memory = DriverMemory;
     type Event = DriverEvent;
+    type Graph = DriverGraph;
+    type Landing = DriverLanding;
 
     fn description(&self) -> String {
         let (major, minor) = self.inner.limits.compute_capability;
@@ -337,7 +299,13 @@ impl Device for Driver {
         false
     }
 
+    fn allocation_count(&self) -> u64 {
+        self.inner.allocations.load(Ordering::Relaxed)
+    }
+
     fn allocate(&self, bytes: usize) -> Result<DriverMemory> {
+        self.not_while_recording("allocate")?;
+        self.inner.allocations.fetch_add(1, Ordering::Relaxed);
         self.enter()?;
         // The driver refuses zero bytes.
         // SAFETY: the context is current.
@@ -349,6 +317,7 @@ impl Device for Driver {
 
     fn upload(&self, bytes: &[u8], memory: &DriverMemory, offset: usize) -> Result<()> {
         check_range(memory, offset, bytes.len())?;
+        self.not_while_recording("take bytes from the host")?;
         self.enter()?;
         let mut staging = self.inner.staging.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: the range is inside the allocation, the context is current, and the stream is alive.
@@ -358,6 +327,7 @@ impl Device for Driver {
 
     fn download(&self, memory: &DriverMemory, offset: usize, into: &mut [u8]) -> Result<()> {
         check_range(memory, offset, into.len())?;
+        self.not_while_recording("be read")?;
         self.enter()?;
         // SAFETY: as in upload.
         unsafe {
@@ -365,6 +335,26 @@ impl Device for Driver {
                 .and_then(|()| result::stream::synchronize(self.inner.stream))
         }
         .map_err(|error| self.failed_after_launch("copy from the GPU", error))
+    }
+
+    fn start_download(
+        &self,
+        memory: &DriverMemory,
+        offset: usize,
+        bytes: usize,
+        landing: &mut DriverLanding,
+    ) -> Result<()> {
+        check_range(memory, offset, bytes)?;
+        self.not_while_recording("be read")?;
+        self.enter()?;
+        // SAFETY: the range is inside the allocation, and the context is current.
+        unsafe { landing.copy(&self.inner, memory.address + offset as u64, bytes) }
+            .map_err(|error| self.failed_after_launch("copy from the GPU", error))
+    }
+
+    fn finish_download<'a>(&self, landing: &'a DriverLanding) -> Result<&'a [u8]> {
+        self.enter()?;
+        landing.wait().map_err(|error| self.failed_after_launch("copy from the GPU", error))
     }
 
     fn fill(&self, memory: &DriverMemory, range: Range<usize>, byte: u8) -> Result<()> {
@@ -405,6 +395,17 @@ impl Device for Driver {
         .map_err(|error| failed("launch", error).at(launch.to_string()))?;
         self.inner.last_launch.lock().unwrap_or_else(PoisonError::into_inner).set(launch);
         Ok(())
+    }
+
+    fn record(&self, work: impl FnOnce() -> Result<()>) -> Result<DriverGraph> {
+        self.record_graph(work)
+    }
+
+    unsafe fn replay(&self, graph: &DriverGraph) -> Result<()> {
+        self.enter()?;
+        // SAFETY: both are alive; the caller vouches for the addresses recorded.
+        unsafe { result::graph::launch(graph.executable, self.inner.stream) }
+            .map_err(|error| self.failed_after_launch("start recorded work", error))
     }
 
     fn record_event(&self) -> Result<DriverEvent> {

@@ -7,7 +7,7 @@ use super::super::reference;
 use super::{
     Operation, Prepared, Work, expect, poisoned, poisoned_floats, read, read_floats, ready, resident, upload,
 };
-use crate::backend::{Attention, Backend, KvCache, RmsNorm};
+use crate::backend::{Attention, Backend, KvCache, PassSettings, RmsNorm};
 use crate::batch::Batch;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -266,7 +266,7 @@ impl<B: Backend + 'static> Operation<B> for Packed {
         let (inputs, rows, heads) = (&self.inputs, self.inputs.rows(), self.inputs.reference.query_heads);
         let mut state = State::<B> {
             tables: Tables::new(backend, inputs)?,
-            batch: resident(backend, &self.batch)?,
+            batch: resident(backend, &self.batch, PassSettings::default())?,
             qkv: upload(backend, &inputs.qkv)?,
             log_sum: poisoned_floats(backend, rows * heads)?,
             out: poisoned(backend, inputs.dout.len())?,

@@ -9,7 +9,7 @@ use super::{
     Operation, Prepared, Work, expect, poisoned, poisoned_floats, read, read_floats, ready, resident, upload,
     wide_row,
 };
-use crate::backend::{Backend, Head};
+use crate::backend::{Backend, Head, PassSettings};
 use crate::batch::Batch;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -141,7 +141,11 @@ impl<B: Backend + 'static> Operation<B> for HeadLoss {
         let shape = vec![vocabulary, width];
         let state = State::<B> {
             weight: backend.matrix(&[weight("head", stored_half(self.precision), shape, &self.table, 0)])?,
-            batch: resident(backend, &self.batch)?,
+            batch: resident(
+                backend,
+                &self.batch,
+                PassSettings { gradient_scale: GRADIENT_SCALE, dropout: None },
+            )?,
             x: upload(backend, &self.x)?,
             losses: poisoned_floats(backend, 2 * count)?,
             dx: self.with_gradient.then(|| poisoned(backend, count * width)).transpose()?,
@@ -150,7 +154,7 @@ impl<B: Backend + 'static> Operation<B> for HeadLoss {
             state,
             move |backend: &B, State { weight, batch, x, losses, dx }: &mut State<B>| {
                 let head = Head { weight, vocabulary, width };
-                backend.head_loss(head, batch, x, GRADIENT_SCALE, losses, dx.as_mut())
+                backend.head_loss(head, batch, x, losses, dx.as_mut())
             },
             move |backend: &B, State { losses, dx, .. }: &State<B>| {
                 let losses = read_floats(backend, losses, 2 * count)?;

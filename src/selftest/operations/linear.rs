@@ -9,7 +9,8 @@ use super::{
     Operation, Prepared, Work, expect, poisoned, read, read_floats, ready, resident, upload, wide_row,
 };
 use crate::backend::{
-    Backend, Dropout, LinearGroup, LinearInput, LoraSlot, PlacedAdapter, Projection, placed_adapters,
+    Backend, Dropout, LinearGroup, LinearInput, LoraSlot, PassSettings, PlacedAdapter, Projection,
+    placed_adapters,
 };
 use crate::batch::Batch;
 use crate::dtype::DType;
@@ -228,8 +229,7 @@ struct Backward<B: Backend> {
 
 impl<B: Backend> State<B> {
     fn forward(&mut self, backend: &B, operation: &Linear) -> Result<()> {
-        let (rows, dropout) = (operation.rows(), operation.dropout);
-        let input = LinearInput { x: &self.x, rows, batch: &self.batch, dropout };
+        let input = LinearInput { x: &self.x, rows: operation.rows(), batch: &self.batch };
         backend.linear(&self.group, &self.adapters, input, None, &mut self.s, &mut self.y)
     }
 
@@ -237,8 +237,7 @@ impl<B: Backend> State<B> {
         let Some(Backward { dy, dx, gradients }) = &mut self.backward else {
             return self.forward(backend, operation);
         };
-        let (rows, dropout) = (operation.rows(), operation.dropout);
-        let input = LinearInput { x: &self.x, rows, batch: &self.batch, dropout };
+        let input = LinearInput { x: &self.x, rows: operation.rows(), batch: &self.batch };
         backend.linear_backward(&self.group, &self.adapters, input, &self.s, dy, gradients, Some(dx))
     }
 
@@ -311,7 +310,11 @@ impl<B: Backend + 'static> Operation<B> for Linear {
         let mut state = State {
             group: LinearGroup::new(backend, INPUT_INDEX, matrix, bias, inputs, self.projections.clone())?,
             adapters: backend.floats(&self.parameters)?,
-            batch: resident(backend, &self.batch)?,
+            batch: resident(
+                backend,
+                &self.batch,
+                PassSettings { dropout: self.dropout, ..PassSettings::default() },
+            )?,
             x: upload(backend, &self.x)?,
             s: poisoned(backend, rows * backend.low_rank_stride(ranks).max(1))?,
             y: poisoned(backend, rows * outs)?,

@@ -5,7 +5,7 @@ use super::super::inputs::{batch_of, values, weight, widen};
 use super::super::precision::{Precision, Tolerance};
 use super::super::reference;
 use super::{Operation, Prepared, Ready, Work, expect, poisoned, read, ready, resident, upload, wide_row};
-use crate::backend::{Backend, RmsNorm};
+use crate::backend::{Backend, PassSettings, RmsNorm};
 use crate::batch::Batch;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -294,7 +294,7 @@ impl<B: Backend + 'static> Operation<B> for Moves {
 
     fn prepare<'a>(&'a self, backend: &B) -> Result<Box<dyn Prepared<B> + 'a>> {
         let (width, batch) = (self.width, &self.batch);
-        let loaded = resident(backend, batch)?;
+        let loaded = resident(backend, batch, PassSettings::default())?;
         let (tokens, labelled) = (batch.token_count(), batch.labelled_count());
         if self.which == Move::Embedding {
             let shape = vec![self.vocabulary, width];
