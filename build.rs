@@ -25,6 +25,7 @@ const KERNELS: &[&str] = &[
     "layer_norm",
     "linear",
     "lora",
+    "lora_back",
     "rms_norm",
     "rope",
     "rows",

@@ -2,9 +2,8 @@
 //
 //   dropout     x̃ = mask ∘ x / (1 − p)
 //   down        s = x̃ · Aᵀ                                                  forward
-//   down_back   ds = dy · B̂                                                 B̂ holds α/r (linear.cu)
-//   gradient    dA = dsᵀ · x̃,   dB = α/r · dyᵀ · s                           added to the flat f32 gradients
-//   pack        B̂ from the f32 parameters
+//   gradient    dA = dsᵀ · x̃                                                added to the flat f32 gradients
+//   pack        B̂ from the f32 parameters                                   B̂ holds α/r (linear.cu)
 //
 // x, x̃ [T, I], A [R, I] in T (f16 or bf16); R = Σ r over the group's adapters; s, ds [T, R] and B̂ [O, R] with leading
 // dimension R̄, R rounded up to a multiple of 8. slots [adapters][4]: an adapter's output columns begin and end, and its
@@ -26,7 +25,7 @@ DEVICE void store_ragged(T* out, long long leading, long long row, int column, i
         if (column + i < width) out[row * leading + column + i] = from_float<T>(values[i]);
 }
 
-// s[T][R] = x · Aᵀ. Grid: ceil(T / 64) · ceil(R / 64) blocks, 32 KiB of dynamic shared memory; so also lora_down_back.
+// s[T][R] = x · Aᵀ. Grid: ceil(T / 64) · ceil(R / 64) blocks, 32 KiB of dynamic shared memory.
 template <class T>
 DEVICE void lora_down(const T* __restrict__ x, const T* __restrict__ a, T* __restrict__ s, int tokens, int in_features,
                       int rank, int rank_leading) {
@@ -40,23 +39,6 @@ DEVICE void lora_down(const T* __restrict__ x, const T* __restrict__ a, T* __res
                      in_features);
     Tile::store(sums, shared, [&](int row, int column, float (&values)[chunk]) {
         if (tile.m + row < tokens) store_ragged(s, rank_leading, tile.m + row, tile.n + column, rank, values);
-    });
-}
-
-// ds[T][R] = dy · B̂.
-template <class T>
-DEVICE void lora_down_back(const T* __restrict__ dy, const T* __restrict__ b_hat, T* __restrict__ ds, int tokens,
-                           int out_features, int rank, int rank_leading) {
-    using Tile = LoraTile<T, Major::k, Major::mn>;
-    DYNAMIC_SHARED(shared, 128);
-    const TilePlace tile =
-        find_tile((tokens + lora_tile - 1) / lora_tile, (rank + lora_tile - 1) / lora_tile, lora_tile, lora_tile);
-    typename Tile::Accumulators sums;
-    Tile::clear(sums);
-    Tile::accumulate(sums, shared, Operand<T>{dy, tokens, out_features}, Operand<T>{b_hat, rank, rank_leading}, tile.m,
-                     tile.n, 0, out_features);
-    Tile::store(sums, shared, [&](int row, int column, float (&values)[chunk]) {
-        if (tile.m + row < tokens) store_ragged(ds, rank_leading, tile.m + row, tile.n + column, rank, values);
     });
 }
 
@@ -84,9 +66,6 @@ DEVICE void lora_gradient(const T* __restrict__ left, const T* __restrict__ righ
 EXPORT_HALF_KERNELS(lora_down, lora_threads,
                     (const T* x, const T* a, T* s, int tokens, int in_features, int rank, int rank_leading),
                     (x, a, s, tokens, in_features, rank, rank_leading))
-EXPORT_HALF_KERNELS(lora_down_back, lora_threads,
-                    (const T* dy, const T* b_hat, T* ds, int tokens, int out_features, int rank, int rank_leading),
-                    (dy, b_hat, ds, tokens, out_features, rank, rank_leading))
 EXPORT_HALF_KERNELS(lora_gradient, lora_threads,
                     (const T* left, const T* right, float* partials, int tokens, int m, int n, int left_leading,
                      int right_leading),
@@ -106,25 +85,6 @@ extern "C" __global__ void __launch_bounds__(element_threads)
     if (i < elements) gradients[i] += sum_of_partials(partials, stretches, elements, i);
 }
 REGISTER_KERNEL(lora_add_a_gradient);
-
-// dyᵀ · s [O, R] holds every adapter's dB [O_p, r] in its own rows and columns; the rest is the product of one projection's
-// output with another's s, and is dropped. b_offsets: each B's first element in the flat buffers.
-extern "C" __global__ void __launch_bounds__(element_threads)
-    lora_add_b_gradient(const float* __restrict__ partials, const int* __restrict__ slots,
-                        const long long* __restrict__ b_offsets, const float* __restrict__ scales,
-                        float* __restrict__ gradients, int stretches, int adapters, int out_features, int rank) {
-    const long long elements = static_cast<long long>(out_features) * rank;
-    const long long i = static_cast<long long>(blockIdx.x) * element_threads + threadIdx.x;
-    if (i >= elements) return;
-    const int out = static_cast<int>(i / rank), column = static_cast<int>(i % rank);
-    for (int adapter = 0; adapter < adapters; adapter++) {
-        const int* slot = slots + adapter * 4;
-        if (out < slot[0] || out >= slot[1] || column < slot[2] || column >= slot[3]) continue;
-        const long long at = b_offsets[adapter] + static_cast<long long>(out - slot[0]) * (slot[3] - slot[2]) + column - slot[2];
-        gradients[at] += scales[adapter] * sum_of_partials(partials, stretches, elements, i);
-    }
-}
-REGISTER_KERNEL(lora_add_b_gradient);
 
 // B̂ [O, R̄], zeros included. Grid: ceil(O · R̄ / 256) blocks.
 template <class T>

@@ -35,13 +35,15 @@ typedef __half f16;
 typedef __nv_bfloat16 bf16;
 
 // Two kernels from one template `body<T>(…)`: name_f16 and name_bf16, with C linkage and plain parameters (rule 8).
-// PARAMETERS and ARGUMENTS are parenthesised lists; PARAMETERS may use T.
+// PARAMETERS and ARGUMENTS are parenthesised lists; PARAMETERS may use T. BOUNDS: threads and least blocks a multiprocessor.
 #define EXPORT_HALF_KERNELS(name, threads, PARAMETERS, ARGUMENTS) \
-    EXPORT_KERNEL_FOR(name, f16, threads, PARAMETERS, ARGUMENTS) \
-    EXPORT_KERNEL_FOR(name, bf16, threads, PARAMETERS, ARGUMENTS)
-#define EXPORT_KERNEL_FOR(name, type, threads, PARAMETERS, ARGUMENTS) \
+    EXPORT_HALF_KERNELS_WITHIN(name, (threads), PARAMETERS, ARGUMENTS)
+#define EXPORT_HALF_KERNELS_WITHIN(name, BOUNDS, PARAMETERS, ARGUMENTS) \
+    EXPORT_KERNEL_FOR(name, f16, BOUNDS, PARAMETERS, ARGUMENTS) \
+    EXPORT_KERNEL_FOR(name, bf16, BOUNDS, PARAMETERS, ARGUMENTS)
+#define EXPORT_KERNEL_FOR(name, type, BOUNDS, PARAMETERS, ARGUMENTS) \
     namespace name##_for_##type { \
     using T = type; \
-    extern "C" __global__ void __launch_bounds__(threads) name##_##type PARAMETERS { name<T> ARGUMENTS; } \
+    extern "C" __global__ void __launch_bounds__ BOUNDS name##_##type PARAMETERS { name<T> ARGUMENTS; } \
     REGISTER_KERNEL(name##_##type); \
     }

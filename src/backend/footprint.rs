@@ -4,15 +4,31 @@ use crate::batch::BatchRows;
 use crate::dtype::DType;
 use crate::error::Result;
 
-/// Widths of a linear group and the summed rank of its adapters.
+/// Width and rank of one adapter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AdapterShape {
+    /// Its projection's width.
+    pub out_features: usize,
+    /// Its rank.
+    pub rank: usize,
+}
+
+/// Widths of a linear group and of its adapters.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GroupShape {
     /// `I`.
     pub in_features: usize,
     /// `O`.
     pub out_features: usize,
+    /// Its adapters, in order.
+    pub adapters: Vec<AdapterShape>,
+}
+
+impl GroupShape {
     /// `R`; 0 without adapters.
-    pub rank: usize,
+    pub fn rank(&self) -> usize {
+        self.adapters.iter().map(|adapter| adapter.rank).sum()
+    }
 }
 
 /// The largest shapes of a model's operations: what their scratch memory depends on.

@@ -12,7 +12,7 @@ pub mod cuda;
 pub mod dropout;
 mod footprint;
 
-pub use footprint::{Footprint, GroupShape, OperationShapes};
+pub use footprint::{AdapterShape, Footprint, GroupShape, OperationShapes};
 
 use crate::batch::Batch;
 use crate::error::{Error, Result};

@@ -8,7 +8,7 @@ use super::block::{BlockShape, GROUP_COUNT};
 use super::config::{LinearModule, ModelConfig};
 use super::lora::{AdapterLayout, LoraConfig};
 use super::workspace::{Allocator, Limits, Purpose, Workspace};
-use crate::backend::{Backend, GroupShape, OperationShapes};
+use crate::backend::{AdapterShape, Backend, GroupShape, OperationShapes};
 use crate::config::ActivationMemory;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -115,12 +115,16 @@ impl ModelShape {
                 [&layer[0..3], &layer[3..4], &layer[4..6], &layer[6..7]].map(|group| GroupShape {
                     in_features: group[0].0.in_features,
                     out_features: group.iter().map(|(linear, _)| linear.out_features).sum(),
-                    rank: rank * group.iter().filter(|(_, is_target)| *is_target).count(),
+                    adapters: group
+                        .iter()
+                        .filter(|(_, is_target)| *is_target)
+                        .map(|(linear, _)| AdapterShape { out_features: linear.out_features, rank })
+                        .collect(),
                 });
             if let Some(lora) = lora {
                 layout.push_group(lora, layer);
             }
-            ranks.push(of_layer.map(|group| group.rank));
+            ranks.push(of_layer.each_ref().map(GroupShape::rank));
             groups.extend(of_layer);
         }
         Ok(Self {

@@ -15,6 +15,7 @@ mod harness;
 mod layer_norm;
 mod linear;
 mod lora;
+mod lora_back;
 mod lora_group;
 mod norms;
 mod rope;

@@ -33,8 +33,9 @@ impl Footprint for CpuBackend {
         let OperationShapes { tokens, labelled_rows, vocabulary, .. } = *shapes;
         let of_group = |group: &GroupShape| {
             let width = if shapes.has_dropout { 2 * group.in_features } else { group.in_features };
-            let transposed = group.rank * group.in_features;
-            if group.rank > 0 && shapes.is_training { tokens * (width + group.rank) + transposed } else { 0 }
+            let rank = group.rank();
+            let transposed = rank * group.in_features;
+            if rank > 0 && shapes.is_training { tokens * (width + rank) + transposed } else { 0 }
         };
         let linears = shapes.groups.iter().map(of_group).max().unwrap_or(0);
         bytes_of(linears + super::head::chunk_rows(vocabulary, labelled_rows) * vocabulary)

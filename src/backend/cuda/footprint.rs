@@ -1,7 +1,8 @@
 //! What things take on a GPU, and one arena for the activations.
 
+use super::adapter_gradients::partial_bytes;
 use super::head::chunk_rows;
-use super::linear::{rank_leading, stretch_count};
+use super::linear::rank_leading;
 use super::memory::{FLOAT_BYTES, HALF_BYTES, Region};
 use super::recordings::bucket_of;
 use super::{CudaBackend, Scratch, lock};
@@ -40,17 +41,14 @@ impl ScratchSizes {
             tokens, labelled_rows, vocabulary, query_heads, key_value_heads, head_dim, ..
         } = *shapes;
         let largest = |size: &dyn Fn(&GroupShape) -> usize| shapes.groups.iter().map(size).max().unwrap_or(0);
-        let dropped =
-            largest(&|group| if group.rank == 0 { 0 } else { tokens * group.in_features * HALF_BYTES });
-        let partials = largest(&|group| {
-            let product = |m: usize, n: usize| stretch_count(m, n, tokens) * m * n * FLOAT_BYTES;
-            let (inputs, outputs, rank) = (group.in_features, group.out_features, group.rank);
-            if rank == 0 { 0 } else { product(rank, inputs).max(product(outputs, rank)) }
+        let dropped = largest(&|group| {
+            if group.adapters.is_empty() { 0 } else { tokens * group.in_features * HALF_BYTES }
         });
+        let partials = largest(&|group| partial_bytes(&group.adapters, group.in_features, tokens));
         let only = |wanted: bool, size: usize| if wanted { size } else { 0 };
         Self {
             dropped: only(shapes.has_dropout && shapes.is_training, dropped),
-            ds: only(shapes.is_training, largest(&|group| tokens * rank_leading(group.rank) * HALF_BYTES)),
+            ds: only(shapes.is_training, largest(&|group| tokens * rank_leading(group.rank()) * HALF_BYTES)),
             partials: only(shapes.is_training, partials),
             rotated: tokens * (query_heads + key_value_heads) * head_dim * HALF_BYTES,
             delta: only(shapes.is_training, tokens * query_heads * FLOAT_BYTES),
@@ -86,7 +84,7 @@ impl<D: Device> Footprint for CudaBackend<D> {
     }
 
     fn adapter_bytes(&self, parameter_count: usize, groups: &[GroupShape]) -> u64 {
-        let packed = |group: &GroupShape| self.buffer_bytes(group.out_features * rank_leading(group.rank));
+        let packed = |group: &GroupShape| self.buffer_bytes(group.out_features * rank_leading(group.rank()));
         2 * self.floats_bytes(parameter_count)
             + self.buffer_bytes(parameter_count)
             + groups.iter().map(packed).sum::<u64>()

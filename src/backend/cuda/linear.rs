@@ -1,10 +1,13 @@
 //! Linear groups with adapters (linear.cu, lora.cu).
 
+use super::adapter_gradients::GradientInputs;
 use super::launch::{NULL, Shape, int};
 use super::memory::{CudaBuffer, CudaFloats, FLOAT_BYTES, HALF_BYTES, Region};
 use super::weights::{WIDTH_MULTIPLE, check_width};
 use super::{CudaBackend, CudaBatch, Scratch};
-use crate::backend::{LinearGroup, LinearInput, Projection, dropout, placed_adapters};
+use crate::backend::{
+    AdapterShape, LinearGroup, LinearInput, PlacedAdapter, Projection, dropout, placed_adapters,
+};
 use crate::device::{Argument, Device};
 use crate::error::{Error, Result};
 
@@ -17,12 +20,7 @@ const LORA_TILE: usize = 64;
 const LORA_THREADS: u32 = 128;
 const LORA_SHARED_BYTES: usize = 32 << 10;
 /// Threads of lora.cu's element-wise kernels.
-const ELEMENT_THREADS: usize = 256;
-
-/// Blocks of a product over tokens: enough for every GPU, whatever its size, so that sums do not depend on it.
-const GRADIENT_BLOCKS: usize = 512;
-/// Tokens of one stretch at least.
-const STRETCH_TOKENS: usize = 256;
+pub(super) const ELEMENT_THREADS: usize = 256;
 
 /// The frozen products' launch over an output `[rows, columns]`.
 pub(super) fn tile_shape(rows: usize, columns: usize) -> Shape {
@@ -30,16 +28,9 @@ pub(super) fn tile_shape(rows: usize, columns: usize) -> Shape {
     Shape { grid: [tiles, 1, 1], threads: TILE_THREADS, shared_bytes: TILE_SHARED_BYTES }
 }
 
-fn lora_shape(rows: usize, columns: usize, stretches: usize) -> Shape {
+pub(super) fn lora_shape(rows: usize, columns: usize, stretches: usize) -> Shape {
     let tiles = rows.div_ceil(LORA_TILE) * columns.div_ceil(LORA_TILE);
     Shape { grid: [tiles, stretches, 1], threads: LORA_THREADS, shared_bytes: LORA_SHARED_BYTES }
-}
-
-/// Into how many stretches the tokens of a gradient `[rows, columns]` are cut. A matter of shapes alone: the sum's order
-/// must not depend on the GPU.
-pub(super) fn stretch_count(rows: usize, columns: usize, tokens: usize) -> usize {
-    let tiles = rows.div_ceil(LORA_TILE) * columns.div_ceil(LORA_TILE);
-    GRADIENT_BLOCKS.div_ceil(tiles).min(tokens / STRETCH_TOKENS).max(1)
 }
 
 /// What the adapters of a group need on the device.
@@ -47,25 +38,25 @@ pub struct CudaGroup<D: Device> {
     adapters: Option<Adapters<D>>,
 }
 
-struct Adapters<D: Device> {
+pub(super) struct Adapters<D: Device> {
     /// `[adapters][4]`, `[adapters]` and `[adapters]`: see lora.cu.
     slots: Region<D>,
     b_offsets: Region<D>,
     scales: Region<D>,
-    count: usize,
+    pub shapes: Vec<AdapterShape>,
     /// `B̂ [O, R̄]`: packed by the forward, read by the backward too.
-    b_hat: CudaBuffer<D>,
+    pub b_hat: CudaBuffer<D>,
     /// First element of `A [R, I]` in the flat buffer.
-    a_offset: usize,
+    pub a_offset: usize,
 }
 
 impl<D: Device> Adapters<D> {
     /// Slots, offsets and scales as the kernels take them.
-    fn tables(&self) -> Result<[Argument; 3]> {
+    pub fn tables(&self) -> Result<[Argument; 3]> {
         Ok([
-            self.slots.first(self.count * 16)?,
-            self.b_offsets.first(self.count * 8)?,
-            self.scales.first(self.count * FLOAT_BYTES)?,
+            self.slots.first(self.shapes.len() * 16)?,
+            self.b_offsets.first(self.shapes.len() * 8)?,
+            self.scales.first(self.shapes.len() * FLOAT_BYTES)?,
         ])
     }
 }
@@ -77,12 +68,12 @@ pub(super) fn rank_leading(rank: usize) -> usize {
 
 /// Sizes of one call.
 #[derive(Clone, Copy)]
-struct Sizes {
-    tokens: usize,
-    inputs: usize,
-    outputs: usize,
-    rank: usize,
-    leading: usize,
+pub(super) struct Sizes {
+    pub tokens: usize,
+    pub inputs: usize,
+    pub outputs: usize,
+    pub rank: usize,
+    pub leading: usize,
 }
 
 impl Sizes {
@@ -149,6 +140,11 @@ impl<D: Device> CudaBackend<D> {
             .collect();
         let b_offsets: Vec<i64> = placed.iter().map(|adapter| adapter.slot.b_offset as i64).collect();
         let scales: Vec<f32> = placed.iter().map(|adapter| adapter.slot.scale).collect();
+        let shape = |adapter: &PlacedAdapter| AdapterShape {
+            out_features: adapter.out_features,
+            rank: adapter.slot.rank,
+        };
+        let shapes: Vec<AdapterShape> = placed.iter().map(shape).collect();
         let outputs: usize = projections.iter().map(|projection| projection.out_features).sum();
         let rank: usize = placed.iter().map(|adapter| adapter.slot.rank).sum();
         let b_hat = Region::allocate(self.device(), outputs * rank_leading(rank) * HALF_BYTES)?;
@@ -156,7 +152,7 @@ impl<D: Device> CudaBackend<D> {
             slots: upload(self.device(), &slots)?,
             b_offsets: upload(self.device(), &b_offsets)?,
             scales: upload(self.device(), &scales)?,
-            count: placed.len(),
+            shapes,
             b_hat: CudaBuffer { region: b_hat },
             a_offset,
         };
@@ -183,8 +179,8 @@ impl<D: Device> CudaBackend<D> {
             // SAFETY: x [T, I], A [R, I], s [T, R̄].
             unsafe { self.kernels.launch_half("lora_down", lora_shape(tokens, rank, 1), &arguments)? };
             b_hat = self.pack(adapters, sizes, parameters)?;
-            slots = adapters.slots.first(adapters.count * 16)?;
-            count = adapters.count;
+            slots = adapters.tables()?[0];
+            count = adapters.shapes.len();
         }
         let arguments = [
             input.x.first(tokens * inputs)?,
@@ -233,7 +229,7 @@ impl<D: Device> CudaBackend<D> {
         let b_hat = adapters.b_hat.first(elements)?;
         let [slots, b_offsets, scales] = adapters.tables()?;
         let flat = parameters.first(parameters.elements())?;
-        let count = int(adapters.count)?;
+        let count = int(adapters.shapes.len())?;
         let arguments =
             [flat, slots, b_offsets, scales, b_hat, count, int(sizes.outputs)?, int(sizes.leading)?];
         let shape = Shape::blocks(elements.div_ceil(ELEMENT_THREADS), ELEMENT_THREADS as u32);
@@ -260,14 +256,10 @@ impl<D: Device> CudaBackend<D> {
         if let Some(adapters) = &group.prepared.adapters {
             let bytes = tokens * leading * HALF_BYTES;
             ds = scratch.ds.reserve(self.device(), bytes)?.first(bytes)?;
-            let b_hat = adapters.b_hat.first(outputs * leading)?;
-            let arguments = [dy, b_hat, ds, int(tokens)?, int(outputs)?, int(rank)?, int(leading)?];
-            // SAFETY: dy [T, O], B̂ [O, R̄], ds [T, R̄].
-            unsafe { self.kernels.launch_half("lora_down_back", lora_shape(tokens, rank, 1), &arguments)? };
             a = self.half_copy(parameters)?.at(adapters.a_offset, rank * inputs)?;
             let x = self.adapter_input(group, &input, &mut scratch)?;
-            self.a_gradient(adapters, sizes, ds, x, gradients, &mut scratch)?;
-            self.b_gradient(adapters, sizes, dy, s.first(tokens * leading)?, gradients, &mut scratch)?;
+            let inputs = GradientInputs { dy, s, x, ds };
+            self.adapter_gradients(adapters, sizes, &inputs, gradients, &mut scratch.partials)?;
         }
         let Some(dx) = dx else { return Ok(()) };
         let mut arguments =
@@ -276,66 +268,5 @@ impl<D: Device> CudaBackend<D> {
         arguments.extend(mask_arguments(input.batch, group.input_index)?);
         // SAFETY: every stretch was asked for by its shape.
         unsafe { self.kernels.launch_half("linear_backward_input", tile_shape(tokens, inputs), &arguments) }
-    }
-
-    /// `partials[stretch] = leftᵀ · right` over each stretch of tokens, `[m, n]` each.
-    fn partial_products(
-        &self,
-        (left, m, left_leading): (Argument, usize, usize),
-        (right, n, right_leading): (Argument, usize, usize),
-        tokens: usize,
-        scratch: &mut Scratch<D>,
-    ) -> Result<(Argument, usize)> {
-        let stretches = stretch_count(m, n, tokens);
-        let bytes = stretches * m * n * FLOAT_BYTES;
-        let partials = scratch.partials.reserve(self.device(), bytes)?.first(bytes)?;
-        let mut arguments = vec![left, right, partials];
-        arguments.extend([int(tokens)?, int(m)?, int(n)?, int(left_leading)?, int(right_leading)?]);
-        // SAFETY: the callers give matrices of `tokens` rows and these leading dimensions.
-        unsafe { self.kernels.launch_half("lora_gradient", lora_shape(m, n, stretches), &arguments)? };
-        Ok((partials, stretches))
-    }
-
-    /// Adds `dA = dsᵀ · x̃`.
-    fn a_gradient(
-        &self,
-        adapters: &Adapters<D>,
-        sizes: Sizes,
-        ds: Argument,
-        x: Argument,
-        gradients: &CudaFloats<D>,
-        scratch: &mut Scratch<D>,
-    ) -> Result<()> {
-        let Sizes { tokens, inputs, rank, leading, .. } = sizes;
-        let (partials, stretches) =
-            self.partial_products((ds, rank, leading), (x, inputs, inputs), tokens, scratch)?;
-        let elements = rank * inputs;
-        let target = gradients.at(adapters.a_offset, elements)?;
-        let arguments = [partials, target, int(stretches)?, Argument::I64(elements as i64)];
-        let shape = Shape::blocks(elements.div_ceil(ELEMENT_THREADS), ELEMENT_THREADS as u32);
-        // SAFETY: the target holds A's gradient.
-        unsafe { self.kernels.launch("lora_add_a_gradient", shape, &arguments) }
-    }
-
-    /// Adds `dB = scale · dyᵀ · s`.
-    fn b_gradient(
-        &self,
-        adapters: &Adapters<D>,
-        sizes: Sizes,
-        dy: Argument,
-        s: Argument,
-        gradients: &CudaFloats<D>,
-        scratch: &mut Scratch<D>,
-    ) -> Result<()> {
-        let Sizes { tokens, outputs, rank, leading, .. } = sizes;
-        let (partials, stretches) =
-            self.partial_products((dy, outputs, outputs), (s, rank, leading), tokens, scratch)?;
-        let [slots, b_offsets, scales] = adapters.tables()?;
-        let target = gradients.first(gradients.elements())?;
-        let mut arguments = vec![partials, slots, b_offsets, scales, target];
-        arguments.extend([int(stretches)?, int(adapters.count)?, int(outputs)?, int(rank)?]);
-        let shape = Shape::blocks((outputs * rank).div_ceil(ELEMENT_THREADS), ELEMENT_THREADS as u32);
-        // SAFETY: the layout places every B inside the flat buffer.
-        unsafe { self.kernels.launch("lora_add_b_gradient", shape, &arguments) }
     }
 }

@@ -4,6 +4,7 @@
 //! and sum has an order that depends on shapes alone, so results have the same bits on every run. All work goes to one
 //! stream: an operation returns when it is enqueued, and only reading waits.
 
+mod adapter_gradients;
 mod attention;
 mod batch;
 mod element;
