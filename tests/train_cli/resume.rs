@@ -159,3 +159,32 @@ fn a_run_may_be_cut_again_and_again() {
     assert_eq!(stops, 5);
     Bits::of(&workspace, "out", 44).assert_eq(&Bits::of(&workspace, "whole", 44), "cut five times");
 }
+
+/// The loss scale of f16 goes on too; and what is started from recordings in one run may not be in the other.
+#[test]
+fn a_run_on_the_emulator_goes_on_with_its_bits() {
+    if !cfg!(feature = "emulator") {
+        return;
+    }
+    let workspace = Workspace::with_data();
+    let on_the_emulator = ["--device", "emulator", "--dtype", "f16"];
+    let shorter = RUN.map(|argument| {
+        if argument == "44" {
+            "10"
+        } else if argument == "11" {
+            "4"
+        } else {
+            argument
+        }
+    });
+    let run = [&shorter[..], &on_the_emulator].concat();
+    workspace.train(&Workspace::usual("whole", &run)).succeeded();
+    let expected = Bits::of(&workspace, "whole", 8);
+    for (output, at, kind) in [("stopped", 3, "term"), ("killed", 7, "kill")] {
+        let fault = Fault { call: Some("write"), name: Some("metrics.jsonl"), at, kind };
+        let arguments = Workspace::usual(output, &run);
+        assert_ne!(workspace.train_with(fault, &arguments).code, 0);
+        workspace.train(&[&arguments[..], &["--resume"]].concat()).succeeded();
+        Bits::of(&workspace, output, 8).assert_eq(&expected, kind);
+    }
+}
