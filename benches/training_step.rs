@@ -61,12 +61,8 @@ fn training_step(criterion: &mut Criterion) {
 fn bench<B: Measurable>(criterion: &mut Criterion, backend: Arc<B>, batches: &[BatchShape]) {
     let folder = model_folder();
     let base = BaseModel::open(&folder).unwrap();
-    let lora = LoraConfig {
-        rank: 16,
-        alpha: 32.0,
-        use_rslora: false,
-        target_modules: TargetModules::Pattern(TargetModules::ALL_LINEAR.into()),
-    };
+    let targets = TargetModules::Pattern(TargetModules::ALL_LINEAR.into());
+    let lora = LoraConfig::new(16, 32.0, targets);
     let mut model = Transformer::load(Arc::clone(&backend), &base, Some(&lora)).unwrap();
     let parameters = model.layout().initial_parameters(1);
     model.set_parameters(&parameters).unwrap();

@@ -113,7 +113,7 @@ impl<B: Backend> Observer<B> for () {
 /// // A base model with LoRA on two of its linears.
 /// let base = BaseModel::open("tests/fixtures/tiny_qwen2")?;
 /// let targets = TargetModules::Names(vec!["q_proj".into(), "v_proj".into()]);
-/// let lora = LoraConfig { rank: 8, alpha: 16.0, use_rslora: false, target_modules: targets };
+/// let lora = LoraConfig::new(8, 16.0, targets);
 /// let mut model = Transformer::load(Arc::new(CpuBackend::new(None)?), &base, Some(&lora))?;
 /// let start = model.layout().initial_parameters(42);
 /// model.set_parameters(&start)?;

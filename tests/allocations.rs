@@ -42,12 +42,8 @@ const QUEUE_BYTES_A_STEP: usize = 4 * 1024;
 fn a_step_allocates_nothing() {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/tiny_qwen3");
     let base = BaseModel::open(folder).unwrap();
-    let lora = LoraConfig {
-        rank: 4,
-        alpha: 8.0,
-        use_rslora: false,
-        target_modules: TargetModules::Pattern(TargetModules::ALL_LINEAR.into()),
-    };
+    let targets = TargetModules::Pattern(TargetModules::ALL_LINEAR.into());
+    let lora = LoraConfig::new(4, 8.0, targets);
     let mut model = Transformer::load(Arc::new(CpuBackend::new(None).unwrap()), &base, Some(&lora)).unwrap();
     let parameters = model.layout().initial_parameters(1);
     model.set_parameters(&parameters).unwrap();

@@ -59,7 +59,7 @@ fn model_on(total: u64) -> Transformer<CudaBackend<Emulator>> {
     let backend = Arc::new(CudaBackend::new(device, ComputeType::Bf16));
     let base = BaseModel::open("tests/fixtures/tiny_qwen2").unwrap();
     let target_modules = TargetModules::Pattern(TargetModules::ALL_LINEAR.into());
-    let lora = LoraConfig { rank: 8, alpha: 16.0, use_rslora: false, target_modules };
+    let lora = LoraConfig::new(8, 16.0, target_modules);
     Transformer::load(backend, &base, Some(&lora)).unwrap()
 }
 
@@ -120,7 +120,7 @@ fn figures_of_a_run(is_recorded: bool) -> (Vec<f32>, u64) {
     backend.profile(!is_recorded).unwrap();
     let base = BaseModel::open("tests/fixtures/tiny_qwen2").unwrap();
     let target_modules = TargetModules::Pattern(TargetModules::ALL_LINEAR.into());
-    let lora = LoraConfig { rank: 8, alpha: 16.0, use_rslora: false, target_modules };
+    let lora = LoraConfig::new(8, 16.0, target_modules);
     let mut model = Transformer::load(Arc::clone(&backend), &base, Some(&lora)).unwrap();
     let start = model.layout().initial_parameters(5);
     model.set_parameters(&start).unwrap();

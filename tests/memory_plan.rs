@@ -50,7 +50,7 @@ fn what_is_planned_is_what_is_allocated() {
         let folder = format!("{}/tests/fixtures/{name}", env!("CARGO_MANIFEST_DIR"));
         let base = BaseModel::open(folder).unwrap();
         let target_modules = TargetModules::Pattern(targets.into());
-        let lora = LoraConfig { rank: 5, alpha: 8.0, use_rslora: false, target_modules };
+        let lora = LoraConfig::new(5, 8.0, target_modules);
         let limits = Limits { tokens: 333, labelled_rows: 77, positions: 99 };
         let backend = Arc::new(CpuBackend::new(Some(1)).unwrap());
         let shape = ModelShape::new(base.config(), Some(&lora)).unwrap();

@@ -66,12 +66,18 @@ impl Adapter {
             .hint(format!("it was trained on {base}: load it with that model")))
     }
 
+    /// The module that a tensor belongs to: `model.layers.0.self_attn.q_proj`.
+    pub fn module_of(name: &str) -> Option<&str> {
+        let module = name.strip_prefix("base_model.model.")?;
+        module.strip_suffix(".lora_A.weight").or_else(|| module.strip_suffix(".lora_B.weight"))
+    }
+
     /// Every tensor is half of a LoRA pair of the configured rank, and finite.
     fn check(&self) -> Result<()> {
         if self.tensors.is_empty() {
             return Err(Error::model("the adapter holds no tensors").hint("save the adapter again"));
         }
-        let rank = self.config.rank;
+        let ranks = self.config.rank_pattern.compile()?;
         for tensor in &self.tensors {
             let [rows, columns] = tensor.shape[..] else {
                 return Err(
@@ -89,6 +95,8 @@ impl Adapter {
                 .at(&*tensor.name)
                 .hint("DoRA, embedding adapters and saved modules are not supported"));
             };
+            let module = Self::module_of(&tensor.name).unwrap_or_default();
+            let rank = ranks.value(module)?.unwrap_or(self.config.rank);
             if found_rank != rank {
                 return Err(Error::model(format!("rank {found_rank}, but {ADAPTER_CONFIG} says r = {rank}"))
                     .at(&*tensor.name));

@@ -47,11 +47,11 @@ pub(super) fn run(args: &ExportArgs, cli: &Cli) -> Result<()> {
         let model = ModelArgs { model: args.model.clone(), adapter: Some(args.adapter.clone()) };
         let files = model.open(cli)?;
         let adapter = files.adapter.ok_or_else(|| Error::internal("an adapter was named"))?;
-        let adapter = if args.bake_alpha { bake_scale(adapter) } else { adapter };
+        let adapter = if args.bake_alpha { bake_scale(adapter)? } else { adapter };
         write_gguf(&adapter, files.base.config(), &args.output)?;
         return report(args, cli, adapter.tensors.len());
     }
-    let adapter = bake_scale(read_adapter(&args.adapter)?);
+    let adapter = bake_scale(read_adapter(&args.adapter)?)?;
     let text = |name: &str| std::fs::read_to_string(args.adapter.join(name)).unwrap_or_default();
     let mut provenance: Value = serde_json::from_str(&text("fastlora.json")).unwrap_or_else(|_| json!({}));
     provenance["scale_baked"] = json!(true);

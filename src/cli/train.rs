@@ -15,6 +15,7 @@ use std::time::Instant;
 
 use chrono::Local;
 use clap::Args;
+use serde::Serialize;
 use serde_json::json;
 use tracing::{info, warn};
 
@@ -107,9 +108,15 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     if let (Some(adapter), Some(folder)) = (&init_adapter, &config.init_adapter) {
         adapter.check_base(base.config()).map_err(|error| error.at(folder.display().to_string()))?;
     }
-    let expected_tensors = LoraConfig::from(&adapter_config)
-        .expected_tensors(base.config())
-        .map_err(|error| error.at("lora_target_modules"))?;
+    let lora = LoraConfig::from(&adapter_config);
+    let at_targets = |error: Error| match error.location() {
+        None => error.at("lora_target_modules"),
+        Some(_) => error,
+    };
+    if init_adapter.is_none() {
+        lora.check_matches(base.config()).map_err(at_targets)?;
+    }
+    let expected_tensors = lora.expected_tensors(base.config()).map_err(at_targets)?;
     if config.max_length > base.config().max_positions {
         let positions = base.config().max_positions;
         warn!("max_length is {}, but the model was made for {positions} positions", config.max_length);
@@ -168,7 +175,7 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         let plan = DryRun {
             config: &config,
             base: &base,
-            lora: (&adapter_config).into(),
+            lora,
             tokenizer: tokenizer.as_ref(),
             samples: &training_samples,
             training: &training,
@@ -246,7 +253,7 @@ impl Run<'_> {
         let mut model = match self.init_adapter {
             Some(adapter) => Transformer::load_with_adapter(Arc::clone(&backend), base, adapter)?,
             None => {
-                let lora = (&writer.adapter).into();
+                let lora = LoraConfig::from(&writer.adapter);
                 let mut model = Transformer::load(Arc::clone(&backend), base, Some(&lora))?;
                 let parameters = model.layout().initial_parameters(config.seed);
                 model.set_parameters(&parameters)?;
@@ -338,16 +345,23 @@ fn resolve_config(args: &TrainArgs) -> Result<Resolved> {
         adopt(&mut options.lora_alpha, config.alpha, "lora_alpha")?;
         adopt(&mut options.lora_target_modules, config.target_modules.clone(), "lora_target_modules")?;
         adopt(&mut options.use_rslora, config.use_rslora, "use_rslora")?;
+        adopt(&mut options.rank_pattern, config.rank_pattern.clone(), "rank_pattern")?;
+        adopt(&mut options.alpha_pattern, config.alpha_pattern.clone(), "alpha_pattern")?;
+        adopt(&mut options.layers_to_transform, config.layers_to_transform.clone(), "layers_to_transform")?;
     }
     Ok(Resolved { config: TrainingConfig::resolve(&options)?, init_adapter, resume })
 }
 
 /// Takes the adapter's value where the configuration is silent; where it says otherwise, that is an error.
-fn adopt<T: PartialEq + std::fmt::Display>(option: &mut Option<T>, value: T, key: &str) -> Result<()> {
+fn adopt<T: PartialEq + Serialize>(option: &mut Option<T>, value: T, key: &str) -> Result<()> {
     if let Some(set) = option.as_ref().filter(|set| **set != value) {
-        return Err(Error::config(format!("{set}, but the adapter of init_adapter has {value}"))
-            .at(key)
-            .hint("remove the key: the adapter brings its own"));
+        return Err(Error::config(format!(
+            "{}, but the adapter of init_adapter has {}",
+            json!(set),
+            json!(value)
+        ))
+        .at(key)
+        .hint("remove the key: the adapter brings its own"));
     }
     *option = Some(value);
     Ok(())
@@ -370,6 +384,9 @@ fn adapter_config(config: &TrainingConfig, base: &ResolvedModel) -> AdapterConfi
         dropout: config.lora_dropout,
         target_modules: config.lora_target_modules.clone(),
         use_rslora: config.use_rslora,
+        rank_pattern: config.rank_pattern.clone(),
+        alpha_pattern: config.alpha_pattern.clone(),
+        layers_to_transform: config.layers_to_transform.clone(),
         base_model: Some(base.name.clone()),
         revision: base.revision.clone(),
     }

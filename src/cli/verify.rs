@@ -1,5 +1,6 @@
 //! `fastlora verify`: whether an adapter is whole, belongs to its base, and what takes it.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -13,6 +14,7 @@ use crate::checkpoint::adapter::{ADAPTER_CONFIG, Adapter, read_adapter};
 use crate::checkpoint::base::BaseModel;
 use crate::data::read_optional_json;
 use crate::error::{Error, Result, escape_control};
+use crate::model::LoraConfig;
 
 /// Columns of the table in a file or a pipe.
 const WIDTH_WITHOUT_TERMINAL: u16 = 120;
@@ -140,11 +142,10 @@ pub(super) fn run(args: &VerifyArgs, cli: &Cli) -> Result<()> {
 }
 
 fn checks(args: &VerifyArgs, adapter: &Adapter, cli: &Cli) -> Result<Vec<Check>> {
-    let config = &adapter.config;
     let mut checks = vec![Check::new(
         "readable",
         Verdict::Yes,
-        format!("{} tensors of rank {}, every value finite", adapter.tensors.len(), config.rank),
+        format!("{} tensors of rank {}, every value finite", adapter.tensors.len(), numbers(&ranks(adapter))),
     )];
     let model = ModelArgs { model: args.model.clone(), adapter: Some(args.adapter.clone()) };
     match model.open(cli) {
@@ -162,8 +163,9 @@ fn checks(args: &VerifyArgs, adapter: &Adapter, cli: &Cli) -> Result<Vec<Check>>
         }
     }
     checks.push(peft(&args.adapter)?);
-    checks.push(vllm(adapter));
-    checks.push(llama_cpp(adapter));
+    let has_one_scale = has_one_scale(adapter)?;
+    checks.push(vllm(adapter, has_one_scale));
+    checks.push(llama_cpp(adapter, has_one_scale));
     Ok(checks)
 }
 
@@ -214,27 +216,50 @@ fn peft(folder: &Path) -> Result<Check> {
     })
 }
 
-fn vllm(adapter: &Adapter) -> Check {
-    let rank = adapter.config.rank;
-    match VLLM_RANKS.into_iter().find(|&most| most >= rank) {
-        None => Check::new(
-            "vLLM",
-            Verdict::No,
-            format!("rank {rank}: it takes up to {}", VLLM_RANKS[VLLM_RANKS.len() - 1]),
-        ),
-        Some(most) if most > VLLM_DEFAULT_RANK => {
-            Check::new("vLLM", Verdict::Yes, format!("with --enable-lora --max-lora-rank {most}"))
-        }
-        Some(_) => Check::new("vLLM", Verdict::Yes, "with --enable-lora"),
-    }
+/// The adapter's ranks, each once.
+fn ranks(adapter: &Adapter) -> BTreeSet<usize> {
+    let halves = adapter.tensors.iter().filter(|tensor| tensor.name.ends_with(".lora_A.weight"));
+    halves.filter_map(|tensor| tensor.shape.first().copied()).collect()
 }
 
-fn llama_cpp(adapter: &Adapter) -> Check {
-    let detail = match adapter.config.use_rslora {
-        false => "as GGUF: fastlora export --gguf",
-        true => {
-            "as GGUF: fastlora export --gguf, which keeps rsLoRA's scale; its own converter needs --bake-alpha first"
+fn numbers(set: &BTreeSet<usize>) -> String {
+    set.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")
+}
+
+/// Whether all modules have the scale that r and α of the configuration give.
+fn has_one_scale(adapter: &Adapter) -> Result<bool> {
+    let config = LoraConfig::from(&adapter.config);
+    let expected = config.clone().without_patterns().scales()?.of("")?.scale;
+    let scales = config.scales()?;
+    for module in adapter.tensors.iter().filter_map(|tensor| Adapter::module_of(&tensor.name)) {
+        if scales.of(module)?.scale != expected {
+            return Ok(false);
         }
+    }
+    Ok(true)
+}
+
+fn vllm(adapter: &Adapter, has_one_scale: bool) -> Check {
+    let rank = ranks(adapter).last().copied().unwrap_or(adapter.config.rank);
+    let Some(most) = VLLM_RANKS.into_iter().find(|&most| most >= rank) else {
+        let detail = format!("rank {rank}: it takes up to {}", VLLM_RANKS[VLLM_RANKS.len() - 1]);
+        return Check::new("vLLM", Verdict::No, detail);
     };
+    let mut detail = "with --enable-lora".to_string();
+    if most > VLLM_DEFAULT_RANK {
+        detail += &format!(" --max-lora-rank {most}");
+    }
+    if !has_one_scale {
+        detail += ", after fastlora export --bake-alpha: it scales all modules by one α/r";
+    }
+    Check::new("vLLM", Verdict::Yes, detail)
+}
+
+fn llama_cpp(adapter: &Adapter, has_one_scale: bool) -> Check {
+    let mut detail = "as GGUF: fastlora export --gguf".to_string();
+    if adapter.config.use_rslora || !has_one_scale {
+        let what = if has_one_scale { "rsLoRA's scale" } else { "every module's scale" };
+        detail += &format!(", which keeps {what}; its own converter needs --bake-alpha first");
+    }
     Check::new("llama.cpp", Verdict::Yes, detail)
 }

@@ -4,6 +4,7 @@ mod choices;
 mod comments;
 mod data_source;
 mod options;
+mod pattern_map;
 mod save_every;
 mod schema;
 mod starting;
@@ -15,6 +16,7 @@ pub use choices::{
 };
 pub use data_source::DataSource;
 pub use options::Options;
+pub use pattern_map::{CompiledPatterns, PatternMap};
 pub use save_every::SaveEvery;
 pub use schema::schema;
 pub use starting::{Choice, starting_configuration};

@@ -10,7 +10,8 @@ use serde_json::{Map, Value};
 
 use super::comments::blank_comments;
 use super::{
-    ActivationMemory, DataSource, LossOn, LrScheduler, OnBadRecord, OnNan, Overlong, SaveEvery, TargetModules,
+    ActivationMemory, DataSource, LossOn, LrScheduler, OnBadRecord, OnNan, Overlong, PatternMap, SaveEvery,
+    TargetModules,
 };
 use crate::error::{Error, Result};
 
@@ -106,6 +107,15 @@ pub struct Options {
     /// Scale by α/√r.
     #[arg(long, value_name = "BOOL")]
     pub use_rslora: Option<bool>,
+    /// Ranks of modules that differ from `lora_r`: patterns of their names with r.
+    #[arg(long, value_name = "PATTERN=R,…")]
+    pub rank_pattern: Option<PatternMap<usize>>,
+    /// Scales of modules that differ from `lora_alpha`: patterns of their names with α.
+    #[arg(long, value_name = "PATTERN=ALPHA,…")]
+    pub alpha_pattern: Option<PatternMap<f64>>,
+    /// Layers whose targets are adapted, from 0; without it, all.
+    #[arg(long, value_name = "LAYERS", value_delimiter = ',')]
+    pub layers_to_transform: Option<Vec<usize>>,
     /// Peak learning rate.
     #[arg(long, value_name = "RATE", allow_negative_numbers = true)]
     pub learning_rate: Option<f64>,
@@ -239,7 +249,8 @@ impl Options {
             schema model_name train_data val_data val_fraction output_dir init_adapter instruction_key output_key hash_key
             chat_template chat_date max_length batch_size gradient_accumulation_steps num_epochs max_steps shuffle
             seed loss_on on_bad_record overlong lora_r lora_alpha lora_dropout
-            lora_target_modules use_rslora learning_rate lr_scheduler warmup_steps
+            lora_target_modules use_rslora rank_pattern alpha_pattern layers_to_transform
+            learning_rate lr_scheduler warmup_steps
             weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm val_every
             early_stopping_patience on_nan save_every keep_checkpoints device dtype threads activation_memory
         }

@@ -126,6 +126,8 @@ mod tests {
                 r#"{"train_data": {"path": "b.json"}, "lr_scheduler": "cosine", "chat_date": "2026-01-31"}"#,
                 true,
             ),
+            (r#"{"rank_pattern": {"q_proj": 4}, "alpha_pattern": {}, "layers_to_transform": [0, 2]}"#, true),
+            (r#"{"layers_to_transform": 2}"#, false),
             (r#"{"lora_rank": 16}"#, false),
             (r#"{"lora_r": "many"}"#, false),
             (r#"{"lora_r": -1.5}"#, false),

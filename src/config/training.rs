@@ -6,8 +6,8 @@ use chrono::NaiveDate;
 use serde::Serialize;
 
 use super::{
-    ActivationMemory, DataSource, LossOn, LrScheduler, OnBadRecord, OnNan, Options, Overlong, SaveEvery,
-    TargetModules, check_compute_choices,
+    ActivationMemory, DataSource, LossOn, LrScheduler, OnBadRecord, OnNan, Options, Overlong, PatternMap,
+    SaveEvery, TargetModules, check_compute_choices,
 };
 use crate::error::{Error, Result};
 
@@ -69,6 +69,12 @@ pub struct TrainingConfig {
     pub lora_target_modules: TargetModules,
     /// Scale by α/√r.
     pub use_rslora: bool,
+    /// Ranks of modules that differ from `lora_r`.
+    pub rank_pattern: PatternMap<usize>,
+    /// Scales of modules that differ from `lora_alpha`.
+    pub alpha_pattern: PatternMap<f64>,
+    /// Layers whose targets are adapted, in order; empty: all.
+    pub layers_to_transform: Vec<usize>,
     /// Peak learning rate.
     pub learning_rate: f64,
     /// How the rate moves after the warm-up.
@@ -145,6 +151,9 @@ impl TrainingConfig {
             lora_dropout: options.lora_dropout.unwrap_or(0.05),
             lora_target_modules: options.lora_target_modules.unwrap_or_else(default_targets),
             use_rslora: options.use_rslora.unwrap_or(false),
+            rank_pattern: options.rank_pattern.unwrap_or_default(),
+            alpha_pattern: options.alpha_pattern.unwrap_or_default(),
+            layers_to_transform: in_order(options.layers_to_transform.unwrap_or_default()),
             learning_rate: options.learning_rate.unwrap_or(2e-4),
             lr_scheduler: options.lr_scheduler.unwrap_or_default(),
             warmup_steps: options.warmup_steps.unwrap_or(0),
@@ -206,7 +215,7 @@ impl TrainingConfig {
                 self.val_fraction.is_none_or(|share| 0.0 < share && share < 1.0),
                 "above 0 and below 1",
             ),
-            ("lora_r", self.lora_r.to_string(), (1..=4096).contains(&self.lora_r), "1 to 4096"),
+            ("lora_r", self.lora_r.to_string(), RANKS.contains(&self.lora_r), "1 to 4096"),
             ("lora_alpha", self.lora_alpha.to_string(), positive(self.lora_alpha), "above 0"),
             (
                 "lora_dropout",
@@ -259,12 +268,52 @@ impl TrainingConfig {
                 .hint("name val_data, or give val_fraction"));
         }
         check_compute_choices(&self.device, &self.dtype, self.threads)?;
-        self.lora_target_modules.validate().map_err(|error| error.at("lora_target_modules"))?;
+        self.check_targets()?;
         for source in self.train_data.iter().chain(self.val_data.iter().flatten()) {
             source.validate()?;
         }
         Ok(())
     }
+
+    /// What can be told of the adapters' places and sizes without a model.
+    fn check_targets(&self) -> Result<()> {
+        self.lora_target_modules.validate().map_err(|error| error.at("lora_target_modules"))?;
+        self.rank_pattern.compile().map_err(|error| error.at("rank_pattern"))?;
+        self.alpha_pattern.compile().map_err(|error| error.at("alpha_pattern"))?;
+        let out_of_range = |key: &str, pattern: &str, value: String, range: &str| {
+            Error::config(format!("`{pattern}`: {value} is out of range"))
+                .at(key)
+                .hint(format!("it must be {range}"))
+        };
+        if let Some((pattern, rank)) = self.rank_pattern.entries().find(|(_, rank)| !RANKS.contains(rank)) {
+            return Err(out_of_range("rank_pattern", pattern, rank.to_string(), "1 to 4096"));
+        }
+        let is_positive = |alpha: f64| alpha.is_finite() && alpha > 0.0;
+        if let Some((pattern, alpha)) = self.alpha_pattern.entries().find(|(_, alpha)| !is_positive(**alpha))
+        {
+            return Err(out_of_range("alpha_pattern", pattern, alpha.to_string(), "above 0"));
+        }
+        if matches!(self.lora_target_modules, TargetModules::Pattern(_))
+            && !self.layers_to_transform.is_empty()
+        {
+            return Err(Error::config("PEFT takes it with a list of module names only")
+                .at("layers_to_transform")
+                .hint(
+                    "give lora_target_modules as a list, [\"q_proj\", \"v_proj\"], or name the layers in its expression",
+                ));
+        }
+        Ok(())
+    }
+}
+
+/// Ranks that an adapter may have.
+const RANKS: std::ops::RangeInclusive<usize> = 1..=4096;
+
+/// As PEFT reads it, a list of layers is a set.
+fn in_order(mut layers: Vec<usize>) -> Vec<usize> {
+    layers.sort_unstable();
+    layers.dedup();
+    layers
 }
 
 #[cfg(test)]
@@ -291,7 +340,15 @@ mod tests {
 
     #[test]
     fn a_resolved_configuration_resolves_to_itself() {
-        for pairs in [&[][..], &["val_data=null", "max_steps=7", r#"lora_target_modules="all-linear""#]] {
+        for pairs in [
+            &[][..],
+            &["val_data=null", "max_steps=7", r#"lora_target_modules="all-linear""#],
+            &[
+                r#"rank_pattern={"v_proj": 2, "q_proj": 16}"#,
+                r#"alpha_pattern={"q_proj": 0.5}"#,
+                "layers_to_transform=[3, 1]",
+            ],
+        ] {
             let config = resolve(pairs).unwrap();
             let file = tempfile::NamedTempFile::new().unwrap();
             std::fs::write(file.path(), serde_json::to_string_pretty(&config).unwrap()).unwrap();
@@ -342,6 +399,20 @@ mod tests {
             assert_eq!(error.location(), Some(key), "{error}");
             assert!(error.hint_text().is_some_and(|hint| hint.starts_with("it must be")), "{error}");
         }
+        for (pair, part) in [
+            (r#"rank_pattern={"q_proj": 8, "v_proj": 0}"#, "`v_proj`: 0"),
+            (r#"alpha_pattern={"v_proj": -1}"#, "`v_proj`: -1"),
+            (r#"rank_pattern={"(": 8}"#, "regular expression"),
+            ("layers_to_transform=[-1]", "invalid value"),
+        ] {
+            let error = resolve(&[pair]).unwrap_err();
+            assert!(
+                error.location().is_some_and(|place| pair.starts_with(place.trim_start_matches("--set ")))
+            );
+            assert!(error.message().contains(part), "{error}");
+        }
+        let regular = ["layers_to_transform=[0]", "lora_target_modules=all-linear"];
+        assert_eq!(resolve(&regular).unwrap_err().location(), Some("layers_to_transform"));
         for pair in ["threads=0", "threads=100000"] {
             assert_eq!(resolve(&[pair]).unwrap_err().location(), Some("threads"));
         }

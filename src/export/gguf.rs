@@ -31,14 +31,18 @@ const MODULES: [(&str, &str); 7] = [
     ("mlp.down_proj", "ffn_down"),
 ];
 
-/// Writes `adapter`, which belongs to a base of this shape, in f32. llama.cpp scales by α/r: the α of the file is such
-/// that the scale is the adapter's, with rsLoRA too.
+/// Writes `adapter`, which belongs to a base of this shape, in f32. llama.cpp scales by α/r with one α for all modules:
+/// that of the file is such that the scale is the adapter's, with rsLoRA too; where a module needs another α, its B has the
+/// ratio.
 ///
 /// # Errors
 /// An adapter of another base (fault 61), or a file that cannot be written; what was there stays.
 pub fn write_gguf(adapter: &Adapter, base: &ModelConfig, path: &Path) -> Result<()> {
     adapter.check_base(base)?;
-    let scale = LoraConfig::from(&adapter.config).scale();
+    let scales = LoraConfig::from(&adapter.config).scales()?;
+    let plain_alpha =
+        |tensor: &NamedTensor| scales.plain_alpha(Adapter::module_of(&tensor.name).unwrap_or_default());
+    let file_alpha = adapter.tensors.first().map_or(Ok(0.0), plain_alpha)?;
     let architecture = architecture(base.family);
     let metadata = [
         text_pair("general.architecture", architecture),
@@ -47,7 +51,7 @@ pub fn write_gguf(adapter: &Adapter, base: &ModelConfig, path: &Path) -> Result<
         [
             string("adapter.lora.alpha"),
             F32.to_le_bytes().to_vec(),
-            (scale * adapter.config.rank as f32).to_le_bytes().to_vec(),
+            (file_alpha as f32).to_le_bytes().to_vec(),
         ]
         .concat(),
     ];
@@ -57,7 +61,12 @@ pub fn write_gguf(adapter: &Adapter, base: &ModelConfig, path: &Path) -> Result<
         .map(|tensor| {
             let (name, heads) = place(&tensor.name, base)
                 .ok_or_else(|| Error::model("llama.cpp has no such linear").at(tensor.name.clone()))?;
-            Ok((name, tensor, rows_in_order(tensor, heads)))
+            let mut values = rows_in_order(tensor, heads);
+            let ratio = (plain_alpha(tensor)? / file_alpha) as f32;
+            if ratio != 1.0 && tensor.name.ends_with(".lora_B.weight") {
+                values.iter_mut().for_each(|value| *value *= ratio);
+            }
+            Ok((name, tensor, values))
         })
         .collect::<Result<_>>()?;
 

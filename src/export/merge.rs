@@ -49,7 +49,7 @@ pub fn merge(
 ) -> Result<MergeReport> {
     check_destination(destination, overwrite, "merge", is_ours)?;
     adapter.check_base(base.config())?;
-    let scale = LoraConfig::from(&adapter.config).scale();
+    let scales = LoraConfig::from(&adapter.config).scales()?;
     let find = |module: &str, letter: char| {
         let name = format!("base_model.model.{module}.lora_{letter}.weight");
         adapter.tensors.iter().find(|tensor| tensor.name == name)
@@ -60,6 +60,7 @@ pub fn merge(
         .expected_tensors()
         .map(|(name, _)| {
             let module = name.strip_suffix(".weight").unwrap_or(&name);
+            let scale = scales.of(module)?.scale;
             let update = find(module, 'A').zip(find(module, 'B')).map(|(a, b)| Update { a, b, scale });
             Ok(Merged { weight: base.tensor(&name)?, name, update, failure: &failure })
         })

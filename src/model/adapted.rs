@@ -16,6 +16,9 @@ impl From<&AdapterConfig> for LoraConfig {
             alpha: config.alpha,
             use_rslora: config.use_rslora,
             target_modules: config.target_modules.clone(),
+            rank_pattern: config.rank_pattern.clone(),
+            alpha_pattern: config.alpha_pattern.clone(),
+            layers_to_transform: config.layers_to_transform.clone(),
         }
     }
 }

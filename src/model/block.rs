@@ -8,8 +8,8 @@
 //! Kept for the backward: `x_in`, `qkv`, the attention's output and softmax sums, `middle`, `gate|up` and every
 //! adapter's `s`. The norms' outputs and the activation are cheap: they are kept where there is room, else computed again.
 
-use super::config::{LinearModule, ModelConfig};
-use super::lora::{AdapterLayout, LoraConfig};
+use super::config::ModelConfig;
+use super::lora::{AdaptedLinear, AdapterLayout};
 use super::workspace::Allocator;
 use crate::backend::{Attention, Backend, KvCache, LinearGroup, LinearInput, Projection, RmsNorm};
 use crate::checkpoint::base::BaseModel;
@@ -194,28 +194,24 @@ pub(super) struct BackwardBuffers<'a, B: Backend> {
 
 impl<B: Backend> Block<B> {
     /// Loads layer `layer` of `base`, and gives the targets among its linears a place in `layout`. `linears` are the
-    /// layer's seven, in the order of [`ModelConfig::linear_modules`], each with whether it is a target.
+    /// layer's seven, in the order of [`ModelConfig::linear_modules`], each with its adapter.
     pub(super) fn load(
         backend: &B,
         base: &BaseModel,
         layer: usize,
-        linears: &[(LinearModule, bool)],
-        lora: Option<&LoraConfig>,
+        linears: &[AdaptedLinear],
         layout: &mut AdapterLayout,
     ) -> Result<Self> {
         let config = base.config();
         let prefix = format!("model.layers.{layer}");
         let norm = |name: &str| backend.vector(&[base.tensor(&format!("{prefix}.{name}.weight"))?]);
-        let mut group = |place: usize, linears: &[(LinearModule, bool)]| -> Result<LinearGroup<B>> {
+        let mut group = |place: usize, linears: &[AdaptedLinear]| -> Result<LinearGroup<B>> {
             let parts = |suffix: &str| -> Result<Vec<_>> {
                 linears.iter().map(|(linear, _)| base.tensor(&format!("{}.{suffix}", linear.name))).collect()
             };
             let first = &linears[0].0;
-            let slots = match lora {
-                Some(lora) => layout.push_group(lora, linears),
-                None => vec![None; linears.len()],
-            };
-            let projection = |((linear, _), lora): (&(LinearModule, bool), _)| Projection {
+            let slots = layout.push_group(linears);
+            let projection = |((linear, _), lora): (&AdaptedLinear, _)| Projection {
                 out_features: linear.out_features,
                 lora,
             };

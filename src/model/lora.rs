@@ -7,11 +7,11 @@ use rand_chacha::ChaCha8Rng;
 
 use super::config::{LinearModule, ModelConfig};
 use crate::backend::LoraSlot;
-use crate::config::TargetModules;
+use crate::config::{CompiledPatterns, PatternMap, TargetModules};
 use crate::error::{Error, Result};
 use crate::tensor::NamedTensor;
 
-/// Shape and start of the adapters.
+/// Places, shapes and scales of the adapters.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraConfig {
     /// Inner width r.
@@ -22,35 +22,178 @@ pub struct LoraConfig {
     pub use_rslora: bool,
     /// Which linears.
     pub target_modules: TargetModules,
+    /// r of modules that differ.
+    pub rank_pattern: PatternMap<usize>,
+    /// α of modules that differ.
+    pub alpha_pattern: PatternMap<f64>,
+    /// The layers of the targets; empty: all. A target that is named in full is one in any layer, as in PEFT.
+    pub layers_to_transform: Vec<usize>,
+}
+
+/// Inner width and scale of one linear's adapter.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ModuleLora {
+    /// r.
+    pub rank: usize,
+    /// The factor on `x·Aᵀ·Bᵀ`: α/r, with rsLoRA α/√r.
+    pub scale: f32,
+}
+
+/// A linear, and its adapter if it is a target.
+pub type AdaptedLinear = (LinearModule, Option<ModuleLora>);
+
+/// Rank and scale by module, ready to be asked.
+pub struct ModuleScales {
+    rank: usize,
+    alpha: f64,
+    use_rslora: bool,
+    ranks: CompiledPatterns<usize>,
+    alphas: CompiledPatterns<f64>,
+}
+
+impl ModuleScales {
+    /// Those of the module with this full name (`model.layers.0.self_attn.q_proj`), were it a target.
+    ///
+    /// # Errors
+    /// A pattern that takes too long.
+    pub fn of(&self, module: &str) -> Result<ModuleLora> {
+        let (rank, alpha) = self.rank_and_alpha(module)?;
+        let width = rank as f64;
+        Ok(ModuleLora { rank, scale: (alpha / if self.use_rslora { width.sqrt() } else { width }) as f32 })
+    }
+
+    /// The α with which a module's scale is α/r, with rsLoRA too.
+    ///
+    /// # Errors
+    /// A pattern that takes too long.
+    pub fn plain_alpha(&self, module: &str) -> Result<f64> {
+        let (rank, alpha) = self.rank_and_alpha(module)?;
+        Ok(if self.use_rslora { alpha * (rank as f64).sqrt() } else { alpha })
+    }
+
+    fn rank_and_alpha(&self, module: &str) -> Result<(usize, f64)> {
+        let rank = self.ranks.value(module)?.unwrap_or(self.rank);
+        Ok((rank, self.alphas.value(module)?.unwrap_or(self.alpha)))
+    }
 }
 
 impl LoraConfig {
-    /// The factor on `x·Aᵀ·Bᵀ`: α/r, with rsLoRA α/√r.
-    pub fn scale(&self) -> f32 {
-        let rank = self.rank as f64;
-        (self.alpha / if self.use_rslora { rank.sqrt() } else { rank }) as f32
+    /// The same rank and α, scaled by α/r, for all `target_modules` of all layers.
+    pub fn new(rank: usize, alpha: f64, target_modules: TargetModules) -> Self {
+        Self {
+            rank,
+            alpha,
+            use_rslora: false,
+            target_modules,
+            rank_pattern: PatternMap::default(),
+            alpha_pattern: PatternMap::default(),
+            layers_to_transform: Vec::new(),
+        }
     }
 
-    /// Which linears of a model are targets, in the order of the forward pass.
+    /// The same with one rank and one α for all modules.
+    pub fn without_patterns(self) -> Self {
+        Self { rank_pattern: PatternMap::default(), alpha_pattern: PatternMap::default(), ..self }
+    }
+
+    /// Rank and scale of every module.
     ///
     /// # Errors
-    /// Targets that match no module (fault 45).
-    pub fn linears(&self, model: &ModelConfig) -> Result<Vec<(LinearModule, bool)>> {
+    /// A pattern that is no regular expression.
+    pub fn scales(&self) -> Result<ModuleScales> {
+        Ok(ModuleScales {
+            rank: self.rank,
+            alpha: self.alpha,
+            use_rslora: self.use_rslora,
+            ranks: self.rank_pattern.compile().map_err(|error| error.at("rank_pattern"))?,
+            alphas: self.alpha_pattern.compile().map_err(|error| error.at("alpha_pattern"))?,
+        })
+    }
+
+    /// The linears of a model in the order of the forward pass, with the adapters of the targets.
+    ///
+    /// # Errors
+    /// Targets that match no module, or none in the layers asked for (fault 45); a broken pattern.
+    pub fn linears(&self, model: &ModelConfig) -> Result<Vec<AdaptedLinear>> {
         let modules: Vec<LinearModule> = model.linear_modules().collect();
         let names: Vec<&str> = modules.iter().map(|module| module.name.as_str()).collect();
         let targets = self.target_modules.select(&names)?;
-        Ok(modules.into_iter().zip(targets).collect())
+        let scales = self.scales()?;
+        let linears = modules
+            .into_iter()
+            .zip(targets)
+            .map(|(module, is_target)| {
+                let is_target = is_target && self.is_in_layers(&module.name);
+                let lora = is_target.then(|| scales.of(&module.name)).transpose()?;
+                Ok((module, lora))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        if linears.iter().all(|(_, lora)| lora.is_none()) {
+            let layers = &self.layers_to_transform;
+            return Err(Error::config(format!("no target is in the layers {layers:?}"))
+                .at("layers_to_transform")
+                .hint(layers_there_are(model)));
+        }
+        Ok(linears)
+    }
+
+    fn is_in_layers(&self, module: &str) -> bool {
+        let is_named_in_full = matches!(&self.target_modules, TargetModules::Names(names) if names.iter().any(|name| name == module));
+        let layer = || module.strip_prefix("model.layers.")?.split('.').next()?.parse().ok();
+        self.layers_to_transform.is_empty()
+            || is_named_in_full
+            || layer().is_some_and(|layer| self.layers_to_transform.contains(&layer))
+    }
+
+    /// Refuses patterns and layers of which this model has none: PEFT passes over them, where a slip of the pen would train
+    /// something else than was meant.
+    ///
+    /// # Errors
+    /// The first that matches no target (fault 45), and what [`linears`](Self::linears) refuses.
+    pub fn check_matches(&self, model: &ModelConfig) -> Result<()> {
+        let linears = self.linears(model)?;
+        let targets: Vec<&str> =
+            linears.iter().filter(|(_, lora)| lora.is_some()).map(|(module, _)| &*module.name).collect();
+        let ModuleScales { ranks, alphas, .. } = self.scales()?;
+        let unmatched = [
+            ("rank_pattern", ranks.first_unmatched(&targets)?),
+            ("alpha_pattern", alphas.first_unmatched(&targets)?),
+        ];
+        if let Some((key, pattern)) = unmatched.into_iter().find_map(|(key, pattern)| Some((key, pattern?))) {
+            let example = targets[0];
+            return Err(Error::config(format!("`{pattern}` matches no target")).at(key).hint(format!(
+                "a pattern is a regular expression for a module's name, or its end: {example}"
+            )));
+        }
+        match self.layers_to_transform.iter().find(|layer| **layer >= model.layer_count) {
+            Some(layer) => Err(Error::config(format!("there is no layer {layer}"))
+                .at("layers_to_transform")
+                .hint(layers_there_are(model))),
+            None => Ok(()),
+        }
     }
 
     /// Names and shapes of the adapter matrices of a model, which needs no weights.
     ///
     /// # Errors
-    /// Targets that match no module (fault 45).
+    /// As [`linears`](Self::linears).
     pub fn expected_tensors(&self, model: &ModelConfig) -> Result<Vec<(String, Vec<usize>)>> {
         let mut layout = AdapterLayout::default();
-        layout.push_group(self, &self.linears(model)?);
+        layout.push_group(&self.linears(model)?);
         Ok(layout.expected())
     }
+}
+
+/// The linears of a model with the adapters of `lora`, or without any.
+pub(super) fn adapted_linears(model: &ModelConfig, lora: Option<&LoraConfig>) -> Result<Vec<AdaptedLinear>> {
+    match lora {
+        Some(lora) => lora.linears(model),
+        None => Ok(model.linear_modules().map(|module| (module, None)).collect()),
+    }
+}
+
+fn layers_there_are(model: &ModelConfig) -> String {
+    format!("the model's layers are 0 to {}", model.layer_count - 1)
 }
 
 /// One adapter matrix inside the flat parameter buffer.
@@ -81,26 +224,24 @@ pub struct AdapterLayout {
 }
 
 impl AdapterLayout {
-    /// Appends the adapters of linears that share their input, each with whether it is a target: every A, then every
-    /// B, as [`LinearGroup`](crate::backend::LinearGroup) wants them.
-    pub fn push_group(
-        &mut self,
-        config: &LoraConfig,
-        linears: &[(LinearModule, bool)],
-    ) -> Vec<Option<LoraSlot>> {
-        let (rank, scale) = (config.rank, config.scale());
-        let targets = linears.iter().filter(|(_, is_target)| *is_target).map(|(linear, _)| linear);
-        let a_offsets: Vec<usize> =
-            targets.clone().map(|linear| self.push(&linear.name, [rank, linear.in_features], true)).collect();
-        let b_offsets: Vec<usize> =
-            targets.map(|linear| self.push(&linear.name, [linear.out_features, rank], false)).collect();
-        let mut slots = a_offsets.into_iter().zip(b_offsets).map(|(a_offset, b_offset)| LoraSlot {
-            rank,
-            scale,
-            a_offset,
-            b_offset,
-        });
-        linears.iter().map(|(_, is_target)| if *is_target { slots.next() } else { None }).collect()
+    /// Appends the adapters of linears that share their input: every A, then every B, as
+    /// [`LinearGroup`](crate::backend::LinearGroup) wants them.
+    pub fn push_group(&mut self, linears: &[AdaptedLinear]) -> Vec<Option<LoraSlot>> {
+        let targets = linears.iter().filter_map(|(linear, lora)| lora.map(|lora| (linear, lora)));
+        let a_offsets: Vec<usize> = targets
+            .clone()
+            .map(|(linear, lora)| self.push(&linear.name, [lora.rank, linear.in_features], true))
+            .collect();
+        let b_offsets: Vec<usize> = targets
+            .map(|(linear, lora)| self.push(&linear.name, [linear.out_features, lora.rank], false))
+            .collect();
+        let mut places = a_offsets.into_iter().zip(b_offsets);
+        let slot = |(_, lora): &AdaptedLinear| {
+            let ModuleLora { rank, scale } = (*lora)?;
+            let (a_offset, b_offset) = places.next()?;
+            Some(LoraSlot { rank, scale, a_offset, b_offset })
+        };
+        linears.iter().map(slot).collect()
     }
 
     fn push(&mut self, module: &str, shape: [usize; 2], is_a: bool) -> usize {
@@ -115,6 +256,12 @@ impl AdapterLayout {
     /// Every adapter matrix in the order of its place.
     pub fn tensors(&self) -> &[AdapterTensor] {
         &self.tensors
+    }
+
+    /// Ends of the runs of `A`s and of `B`s, which take turns, the first of `A`s.
+    pub fn runs(&self) -> Vec<usize> {
+        let runs = self.tensors.chunk_by(|one, next| one.is_a == next.is_a);
+        runs.filter_map(|run| run.last()).map(|tensor| tensor.range().end).collect()
     }
 
     /// Number of trainable parameters.
@@ -184,15 +331,10 @@ impl AdapterLayout {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::base::BaseModel;
 
     #[test]
     fn a_group_keeps_its_a_matrices_together() {
-        let config = LoraConfig {
-            rank: 2,
-            alpha: 8.0,
-            use_rslora: false,
-            target_modules: TargetModules::Names(vec!["q".into()]),
-        };
         let mut layout = AdapterLayout::default();
         let linear = |name: &str, out_features| LinearModule {
             name: name.into(),
@@ -200,14 +342,16 @@ mod tests {
             out_features,
             bias: false,
         };
-        let linears = [(linear("q", 5), true), (linear("k", 4), false), (linear("v", 4), true)];
-        let slots = layout.push_group(&config, &linears);
-        let slot = |a_offset, b_offset| Some(LoraSlot { rank: 2, scale: 4.0, a_offset, b_offset });
-        assert_eq!(slots, [slot(0, 12), None, slot(6, 22)]);
-        assert_eq!(layout.parameter_count(), 30);
+        let lora = |rank| Some(ModuleLora { rank, scale: 4.0 });
+        let linears = [(linear("q", 5), lora(2)), (linear("k", 4), None), (linear("v", 4), lora(1))];
+        let slots = layout.push_group(&linears);
+        let slot = |rank, a_offset, b_offset| Some(LoraSlot { rank, scale: 4.0, a_offset, b_offset });
+        assert_eq!(slots, [slot(2, 0, 9), None, slot(1, 6, 19)]);
+        assert_eq!(layout.parameter_count(), 23);
+        assert_eq!(layout.runs(), [9, 23]);
         let parameters = layout.initial_parameters(1);
-        assert!(parameters[..12].iter().all(|value| value.abs() <= 1.0 / 3f32.sqrt() && *value != 0.0));
-        assert!(parameters[12..].iter().all(|value| *value == 0.0));
+        assert!(parameters[..9].iter().all(|value| value.abs() <= 1.0 / 3f32.sqrt() && *value != 0.0));
+        assert!(parameters[9..].iter().all(|value| *value == 0.0));
         let mut named = layout.to_named(&parameters);
         named.reverse();
         assert_eq!(layout.to_flat(&named).unwrap(), parameters, "whatever the order");
@@ -217,15 +361,61 @@ mod tests {
         assert!(layout.to_flat(&named).unwrap_err().to_string().contains("has not"));
     }
 
+    fn config() -> LoraConfig {
+        LoraConfig::new(16, 8.0, TargetModules::Names(vec!["q_proj".into(), "up_proj".into()]))
+    }
+
+    fn tiny() -> BaseModel {
+        BaseModel::open("tests/fixtures/tiny_qwen2").unwrap()
+    }
+
     #[test]
-    fn rslora_divides_by_the_root() {
-        let config = LoraConfig {
-            rank: 16,
-            alpha: 8.0,
-            use_rslora: true,
-            target_modules: TargetModules::Names(vec!["q".into()]),
+    fn a_module_has_the_scale_of_its_own_rank_and_alpha() {
+        let mut config = config();
+        config.rank_pattern = "q_proj=4".parse().unwrap();
+        config.alpha_pattern = r"layers\.1\..*=2".parse().unwrap();
+        let of = |config: &LoraConfig, module: &str| config.scales().unwrap().of(module).unwrap();
+        let module = |rank, scale| ModuleLora { rank, scale };
+        assert_eq!(of(&config, "model.layers.0.self_attn.q_proj"), module(4, 2.0));
+        assert_eq!(of(&config, "model.layers.1.self_attn.q_proj"), module(4, 0.5));
+        assert_eq!(of(&config, "model.layers.0.mlp.up_proj"), module(16, 0.5));
+        config.use_rslora = true;
+        assert_eq!(of(&config, "model.layers.0.self_attn.q_proj"), module(4, 4.0));
+        assert_eq!(of(&config, "model.layers.1.mlp.up_proj"), module(16, 0.5));
+    }
+
+    #[test]
+    fn layers_choose_among_the_targets_but_for_those_named_in_full() {
+        let base = tiny();
+        let targets = |config: &LoraConfig| -> Vec<String> {
+            let linears = config.linears(base.config()).unwrap();
+            linears.into_iter().filter_map(|(module, lora)| lora.map(|_| module.name)).collect()
         };
-        assert_eq!(config.scale(), 2.0);
-        assert_eq!(LoraConfig { use_rslora: false, ..config }.scale(), 0.5);
+        let mut config = config();
+        config.layers_to_transform = vec![1];
+        assert_eq!(targets(&config), ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"]);
+        config.target_modules =
+            TargetModules::Names(vec!["model.layers.0.mlp.down_proj".into(), "v_proj".into()]);
+        assert_eq!(targets(&config), ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.v_proj"]);
+    }
+
+    #[test]
+    fn fault_45_patterns_and_layers_that_match_nothing_are_refused() {
+        let (base, sound) = (tiny(), config());
+        sound.check_matches(base.config()).unwrap();
+        for (key, config) in [
+            // A module that there is, but no target.
+            ("rank_pattern", LoraConfig { rank_pattern: "v_proj=4".parse().unwrap(), ..sound.clone() }),
+            (
+                "alpha_pattern",
+                LoraConfig { alpha_pattern: "q_proj=4,q_prj=4".parse().unwrap(), ..sound.clone() },
+            ),
+            ("layers_to_transform", LoraConfig { layers_to_transform: vec![1, 2], ..sound.clone() }),
+            ("layers_to_transform", LoraConfig { layers_to_transform: vec![7], ..sound.clone() }),
+        ] {
+            let error = config.check_matches(base.config()).unwrap_err();
+            assert_eq!(error.location(), Some(key), "{error}");
+            assert!(error.hint_text().is_some(), "{error}");
+        }
     }
 }

@@ -5,8 +5,8 @@ use std::fmt;
 use indicatif::HumanBytes;
 
 use super::block::{BlockShape, GROUP_COUNT};
-use super::config::{LinearModule, ModelConfig};
-use super::lora::{AdapterLayout, LoraConfig};
+use super::config::ModelConfig;
+use super::lora::{AdapterLayout, LoraConfig, adapted_linears};
 use super::workspace::{Allocator, Limits, Purpose, Workspace};
 use crate::backend::{AdapterShape, Backend, GroupShape, OperationShapes};
 use crate::config::ActivationMemory;
@@ -103,12 +103,8 @@ impl ModelShape {
     /// # Errors
     /// Targets that match no module.
     pub fn new(config: &ModelConfig, lora: Option<&LoraConfig>) -> Result<Self> {
-        let linears: Vec<(LinearModule, bool)> = match lora {
-            Some(lora) => lora.linears(config)?,
-            None => config.linear_modules().map(|module| (module, false)).collect(),
-        };
+        let linears = adapted_linears(config, lora)?;
         let mut layout = AdapterLayout::default();
-        let rank = lora.map_or(0, |lora| lora.rank);
         let (mut ranks, mut groups) = (Vec::new(), Vec::new());
         for layer in linears.chunks_exact(linears.len() / config.layer_count) {
             let of_layer: [GroupShape; GROUP_COUNT] =
@@ -117,13 +113,13 @@ impl ModelShape {
                     out_features: group.iter().map(|(linear, _)| linear.out_features).sum(),
                     adapters: group
                         .iter()
-                        .filter(|(_, is_target)| *is_target)
-                        .map(|(linear, _)| AdapterShape { out_features: linear.out_features, rank })
+                        .filter_map(|(linear, lora)| {
+                            let rank = (*lora)?.rank;
+                            Some(AdapterShape { out_features: linear.out_features, rank })
+                        })
                         .collect(),
                 });
-            if let Some(lora) = lora {
-                layout.push_group(lora, layer);
-            }
+            layout.push_group(layer);
             ranks.push(of_layer.each_ref().map(GroupShape::rank));
             groups.extend(of_layer);
         }

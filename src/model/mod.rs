@@ -11,7 +11,7 @@ mod transformer;
 mod work;
 mod workspace;
 
-pub use lora::{AdapterLayout, AdapterTensor, LoraConfig};
+pub use lora::{AdaptedLinear, AdapterLayout, AdapterTensor, LoraConfig, ModuleLora, ModuleScales};
 pub use memory::{CHOICES, MemoryPlan, ModelShape, Needs, Recompute, choose_plan};
 pub use transformer::{Cache, TokenScores, Transformer};
 pub use work::StepWork;

@@ -7,8 +7,8 @@ use std::sync::Arc;
 pub use decoding::Cache;
 
 use super::block::{Block, BlockShape, ForwardBuffers, Pass};
-use super::config::{LinearModule, ModelConfig};
-use super::lora::{AdapterLayout, LoraConfig};
+use super::config::ModelConfig;
+use super::lora::{AdapterLayout, LoraConfig, adapted_linears};
 use super::memory::{MemoryPlan, ModelShape, Needs, choose_plan};
 use super::workspace::{Allocator, Gradient, HeadBuffers, Limits, Purpose, Workspace};
 use crate::backend::{Backend, Dropout, Head, PassSettings, RmsNorm};
@@ -97,7 +97,7 @@ impl<B: Backend> Transformer<B> {
     ///
     /// let base = BaseModel::open("tests/fixtures/tiny_qwen2")?;
     /// let target_modules = TargetModules::Pattern("all-linear".into());
-    /// let lora = LoraConfig { rank: 4, alpha: 8.0, use_rslora: false, target_modules };
+    /// let lora = LoraConfig::new(4, 8.0, target_modules);
     /// let mut model = Transformer::load(Arc::new(CpuBackend::new(None)?), &base, Some(&lora))?;
     /// // PEFT's start: A random, B zero, so the model computes what its base computes.
     /// let start = model.layout().initial_parameters(42);
@@ -112,15 +112,12 @@ impl<B: Backend> Transformer<B> {
     pub fn load(backend: Arc<B>, base: &BaseModel, lora: Option<&LoraConfig>) -> Result<Self> {
         let config = base.config().clone();
         backend.check_head_dim(config.head_dim)?;
-        let linears: Vec<(LinearModule, bool)> = match lora {
-            Some(lora) => lora.linears(&config)?,
-            None => config.linear_modules().map(|module| (module, false)).collect(),
-        };
+        let linears = adapted_linears(&config, lora)?;
         let mut layout = AdapterLayout::default();
         let per_layer = linears.chunks_exact(linears.len() / config.layer_count);
         let blocks = per_layer
             .enumerate()
-            .map(|(layer, linears)| Block::load(&*backend, base, layer, linears, lora, &mut layout))
+            .map(|(layer, linears)| Block::load(&*backend, base, layer, linears, &mut layout))
             .collect::<Result<_>>()?;
         let zeros = vec![0.0; layout.parameter_count()];
         let head = if config.tied_embeddings { None } else { Some(backend.matrix(&[base.head()?])?) };

@@ -18,7 +18,7 @@ use crate::error::Result;
 ///
 /// let config = ModelConfig::from_folder("tests/fixtures/tiny_qwen3")?;
 /// let target_modules = TargetModules::Pattern("all-linear".into());
-/// let lora = LoraConfig { rank: 4, alpha: 8.0, use_rslora: false, target_modules };
+/// let lora = LoraConfig::new(4, 8.0, target_modules);
 /// let mut batch = Batch::default();
 /// batch.push(0, &[1, 2, 3], &[1, 2, 3]);
 /// let work = StepWork::count(&config, &lora, &batch)?;
@@ -65,12 +65,12 @@ impl StepWork {
             let attention = 4.0 * pairs * (config.query_heads * config.head_dim) as f64;
             work.attention_forward += attention;
             for (place, group) in GROUPS.into_iter().enumerate() {
-                let has_adapter = linears[group.clone()].iter().any(|(_, is_target)| *is_target);
-                for (module, is_target) in &linears[group] {
+                let has_adapter = linears[group.clone()].iter().any(|(_, lora)| lora.is_some());
+                for (module, lora) in &linears[group] {
                     let product = 2.0 * tokens * (module.in_features * module.out_features) as f64;
                     work.linears_forward += product;
                     work.linears_backward += if wanted { product } else { 0.0 };
-                    if *is_target {
+                    if let Some(lora) = lora {
                         let [down, up] = [module.in_features, module.out_features]
                             .map(|width| 2.0 * tokens * (width * lora.rank) as f64);
                         // s and y; ds, dB and dA; dx.
@@ -137,7 +137,7 @@ mod tests {
 
     fn lora(targets: &str) -> LoraConfig {
         let target_modules = TargetModules::Pattern(targets.into());
-        LoraConfig { rank: 16, alpha: 32.0, use_rslora: false, target_modules }
+        LoraConfig::new(16, 32.0, target_modules)
     }
 
     fn batch(length: usize) -> Batch {

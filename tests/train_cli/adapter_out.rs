@@ -158,6 +158,75 @@ fn an_adapter_becomes_a_gguf_file() {
     assert_eq!(metadata[3], pair("adapter.lora.alpha", "4"));
 }
 
+#[test]
+fn ranks_scales_and_layers_of_their_own_are_trained_saved_and_told() {
+    let workspace = trained(&[
+        "--set",
+        r#"lora_target_modules=["q_proj", "up_proj", "model.layers.0.mlp.down_proj"]"#,
+        "--rank-pattern",
+        "up_proj=3,.*proj=6",
+        "--alpha-pattern",
+        "^model.layers.1.*=3",
+        "--layers-to-transform",
+        "1",
+        "--use-rslora",
+        "true",
+    ]);
+    let text = std::fs::read_to_string(workspace.path("out/adapter_config.json")).unwrap();
+    let config: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(config["rank_pattern"].to_string(), r#"{"up_proj":3,".*proj":6}"#, "in the order given");
+    assert_eq!(config["alpha_pattern"], json!({"^model.layers.1.*": 3}));
+    assert_eq!(config["layers_to_transform"], json!([1]));
+    let adapter = workspace.adapter("out");
+    let shape = |name: &str| adapter.get(&format!("base_model.model.model.{name}")).0;
+    assert_eq!(shape("layers.1.mlp.up_proj.lora_A.weight")[0], 3);
+    assert_eq!(shape("layers.1.self_attn.q_proj.lora_B.weight")[1], 6);
+    assert_eq!(shape("layers.0.mlp.down_proj.lora_B.weight")[1], 6);
+    assert_eq!(adapter.names().len(), 6);
+
+    let told = workspace.run(&["inspect", "out", "--json"]).succeeded().json();
+    assert_eq!((&told["rank_pattern"], &told["layers_to_transform"]), (&config["rank_pattern"], &json!([1])));
+    let verified = workspace.run(&["verify", "out", "--json"]).succeeded().stdout;
+    for part in ["of rank 3, 6", "after fastlora export --bake-alpha", "keeps every module's scale"] {
+        assert!(verified.contains(part), "expected `{part}` in {verified}");
+    }
+    let report = workspace.run(&["merge", "--adapter", "out", "-o", "merged", "--json"]).succeeded().json();
+    assert!(report["largest_logit_difference"].as_f64().unwrap() < 1e-4, "{report}");
+    assert_eq!(report["changed"], 3);
+    workspace.run(&["export", "out", "-o", "baked", "--bake-alpha"]).succeeded();
+    let verified = workspace.run(&["verify", "baked", "--json"]).succeeded().stdout;
+    assert!(!verified.contains("bake-alpha"), "{verified}");
+
+    // llama.cpp has one α for the file; what it computes is α/r·B·A with each tensor's r.
+    workspace.run(&["export", "out", "-o", "out.gguf", "--gguf"]).succeeded();
+    let (metadata, tensors) = gguf(&std::fs::read(workspace.path("out.gguf")).unwrap());
+    let alpha: f64 = metadata[3].1.parse().unwrap();
+    for (peft, ours, rank, own_alpha) in [
+        ("layers.0.mlp.down_proj", "blk.0.ffn_down", 6.0f64, 16.0),
+        ("layers.1.self_attn.q_proj", "blk.1.attn_q", 6.0, 3.0),
+        ("layers.1.mlp.up_proj", "blk.1.ffn_up", 3.0, 3.0),
+    ] {
+        let (_, values) = adapter.get(&format!("base_model.model.model.{peft}.lora_B.weight"));
+        let name = format!("{ours}.weight.lora_b");
+        let (_, _, found) = tensors.iter().find(|(other, ..)| *other == name).unwrap();
+        for (found, value) in found.iter().zip(values) {
+            let (found, expected) = (alpha / rank * f64::from(*found), own_alpha / rank.sqrt() * value);
+            // α, the ratio and the product are rounded to f32.
+            assert!((found - expected).abs() <= 3.0 * 2f64.powi(-24) * expected.abs(), "{found} {expected}");
+        }
+    }
+
+    // It can be gone on with, with its own ranks; a start that says otherwise is refused.
+    let more = ["-m", "model", "--train-data", "train.jsonl", "--val-data", "none", "--init-adapter", "out"];
+    let more = [&more[..], &["-o", "more", "--max-steps", "1", "--device", "cpu"]].concat();
+    workspace.train(&[&more[..], &["--rank-pattern", "up_proj=3"]].concat()).refused(2, &["rank_pattern"]);
+    workspace
+        .train(&[&more[..], &["--layers-to-transform", "0,1"]].concat())
+        .refused(2, &["layers_to_transform"]);
+    workspace.train(&more).succeeded();
+    assert_eq!(workspace.adapter("more").described().0, adapter.described().0);
+}
+
 /// The verdict of each check.
 fn verdicts(finished: &Finished) -> Vec<(String, String)> {
     let text = |value: &Value| value.as_str().unwrap().to_string();

@@ -4,7 +4,7 @@
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use crate::config::TargetModules;
+use crate::config::{PatternMap, TargetModules};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The hyper-parameters of a LoRA adapter (Hu et al. 2021), as `adapter_config.json` holds them.
@@ -20,6 +20,12 @@ pub struct AdapterConfig {
     pub target_modules: TargetModules,
     /// `use_rslora`: scale by α/√r instead of α/r.
     pub use_rslora: bool,
+    /// `rank_pattern`: ranks of modules that differ from `r`.
+    pub rank_pattern: PatternMap<usize>,
+    /// `alpha_pattern`: scales of modules that differ from `lora_alpha`.
+    pub alpha_pattern: PatternMap<f64>,
+    /// `layers_to_transform`: layers whose targets are adapted, in order; empty: all.
+    pub layers_to_transform: Vec<usize>,
     /// `base_model_name_or_path`: the model it belongs to.
     pub base_model: Option<String>,
     /// `revision` of the base model on the hub.
@@ -32,7 +38,6 @@ const WITHOUT_EFFECT: &[&str] = &[
     "corda_config",
     "eva_config",
     "inference_mode",
-    "layers_pattern",
     "loftq_config",
     "lora_ga_config",
     "megatron_core",
@@ -78,7 +83,7 @@ impl AdapterConfig {
             }
         }
         let rank = match take("r") {
-            Value::Number(rank) if rank.as_u64().is_some_and(|rank| (1..=65_536).contains(&rank)) => {
+            Value::Number(rank) if rank.as_u64().is_some_and(|rank| is_rank(rank as usize)) => {
                 rank.as_u64().unwrap_or(1) as usize
             }
             other => return Err(refused("r", &other, "a whole number from 1 to 65536")),
@@ -107,6 +112,17 @@ impl AdapterConfig {
             Value::Bool(flag) => flag,
             other => return Err(refused("use_rslora", &other, "true or false")),
         };
+        let rank_pattern = patterns("rank_pattern", take("rank_pattern"), "ranks from 1 to 65536", is_rank)?;
+        let alpha_pattern =
+            patterns("alpha_pattern", take("alpha_pattern"), "finite numbers", |alpha: f64| {
+                alpha.is_finite()
+            })?;
+        let layers_to_transform = layers(take("layers_to_transform"), take("layers_pattern"))?;
+        if matches!(target_modules, TargetModules::Pattern(_)) && !layers_to_transform.is_empty() {
+            return Err(Error::model(
+                "`layers_to_transform` goes with a list of names in `target_modules` only: PEFT refuses it too",
+            ));
+        }
         let mut take_text = |key: &str| match take(key) {
             Value::Null => Ok(None),
             Value::String(text) => Ok(Some(text)),
@@ -118,38 +134,50 @@ impl AdapterConfig {
         for key in WITHOUT_EFFECT {
             keys.shift_remove(*key);
         }
-        // Everything else changes what the adapter computes (use_dora, modules_to_save, rank_pattern,
-        // layers_to_transform, trainable_token_indices …) or is unknown.
+        // Everything else changes what the adapter computes (use_dora, modules_to_save, trainable_token_indices …) or is
+        // unknown.
         for (key, value) in &keys {
             if !is_off(value) {
                 return Err(Error::model(format!("`{key}`: {} is not supported", shortened(value)))
                     .hint("only plain LoRA adapters are read; retrain without it, or remove the key if nothing depends on it"));
             }
         }
-        Ok(Self { rank, alpha, dropout, target_modules, use_rslora, base_model, revision })
+        Ok(Self {
+            rank,
+            alpha,
+            dropout,
+            target_modules,
+            use_rslora,
+            rank_pattern,
+            alpha_pattern,
+            layers_to_transform,
+            base_model,
+            revision,
+        })
     }
 
     /// The object that PEFT (0.11 and later) loads without a warning.
     pub fn to_json(&self) -> Value {
         // PEFT's type for `lora_alpha` is a whole number: keep one where it is one.
-        let alpha = if self.alpha.fract() == 0.0 && self.alpha.abs() < 1e15 {
-            json!(self.alpha as i64)
-        } else {
-            json!(self.alpha)
+        let number = |alpha: &f64| match alpha.fract() == 0.0 && alpha.abs() < 1e15 {
+            true => json!(*alpha as i64),
+            false => json!(alpha),
         };
+        let layers = &self.layers_to_transform;
         json!({
-            "alpha_pattern": {},
+            "alpha_pattern": self.alpha_pattern.map(number),
             "base_model_name_or_path": self.base_model,
             "bias": "none",
             "fan_in_fan_out": false,
             "inference_mode": true,
             "init_lora_weights": true,
-            "lora_alpha": alpha,
+            "layers_to_transform": if layers.is_empty() { Value::Null } else { json!(layers) },
+            "lora_alpha": number(&self.alpha),
             "lora_dropout": self.dropout,
             "modules_to_save": null,
             "peft_type": "LORA",
             "r": self.rank,
-            "rank_pattern": {},
+            "rank_pattern": self.rank_pattern,
             "revision": self.revision,
             "target_modules": self.target_modules,
             "task_type": "CAUSAL_LM",
@@ -157,6 +185,51 @@ impl AdapterConfig {
             "use_rslora": self.use_rslora,
         })
     }
+}
+
+fn is_rank(rank: usize) -> bool {
+    (1..=65_536).contains(&rank)
+}
+
+/// `rank_pattern` or `alpha_pattern`.
+fn patterns<T: serde::de::DeserializeOwned + Copy>(
+    key: &str,
+    found: Value,
+    expected: &str,
+    is_valid: impl Fn(T) -> bool,
+) -> Result<PatternMap<T>> {
+    if is_off(&found) {
+        return Ok(PatternMap::default());
+    }
+    let map = PatternMap::deserialize(&found)
+        .ok()
+        .filter(|map: &PatternMap<T>| map.entries().all(|(_, value)| is_valid(*value)))
+        .ok_or_else(|| refused(key, &found, &format!("an object of patterns with {expected}")))?;
+    map.compile().map_err(|error| error.with_kind(ErrorKind::Model).at(key))?;
+    Ok(map)
+}
+
+/// The layers of `layers_to_transform`, one or a list. `layers_pattern` says which name stands before their number.
+fn layers(found: Value, name: Value) -> Result<Vec<usize>> {
+    let numbers = match &found {
+        Value::Null => return Ok(Vec::new()),
+        Value::Array(numbers) => numbers.iter().map(Value::as_u64).collect(),
+        number => number.as_u64().map(|number| vec![number]),
+    };
+    let numbers: Vec<u64> =
+        numbers.ok_or_else(|| refused("layers_to_transform", &found, "the number of a layer, or a list"))?;
+    let is_ours = |name: &Value| name == "layers";
+    if !(is_off(&name)
+        || name == ""
+        || is_ours(&name)
+        || name.as_array().is_some_and(|names| names.iter().any(is_ours)))
+    {
+        return Err(refused("layers_pattern", &name, "\"layers\": that is what they are called here"));
+    }
+    let mut layers: Vec<usize> = numbers.into_iter().map(|number| number as usize).collect();
+    layers.sort_unstable();
+    layers.dedup();
+    Ok(layers)
 }
 
 /// Null, false and empty values switch a feature of PEFT off.
@@ -212,10 +285,31 @@ mod tests {
             dropout: 0.1,
             target_modules: TargetModules::Names(vec!["q_proj".into(), "v_proj".into()]),
             use_rslora: false,
+            rank_pattern: PatternMap::default(),
+            alpha_pattern: PatternMap::default(),
+            layers_to_transform: vec![],
             base_model: Some("tiny_qwen2".into()),
             revision: None,
         };
         assert_eq!(config, expected);
+    }
+
+    #[test]
+    fn layers_are_one_or_a_list() {
+        for (layers, name, expected) in [
+            (json!(null), json!(null), vec![]),
+            (json!([]), json!(null), vec![]),
+            (json!(3), json!(null), vec![3]),
+            (json!([3, 1, 3]), json!([]), vec![1, 3]),
+            (json!([0]), json!("layers"), vec![0]),
+            (json!([0]), json!(["h", "layers"]), vec![0]),
+        ] {
+            let mut config = written_by_peft();
+            config["layers_to_transform"] = layers;
+            config["layers_pattern"] = name;
+            let config = AdapterConfig::from_json(&config.to_string()).unwrap();
+            assert_eq!(config.layers_to_transform, expected);
+        }
     }
 
     #[test]
@@ -230,6 +324,9 @@ mod tests {
                 dropout: 0.05,
                 target_modules,
                 use_rslora: true,
+                rank_pattern: "v_proj=2,.*[01].*=4".parse().unwrap(),
+                alpha_pattern: "v_proj=2,.*[01].*=0.5".parse().unwrap(),
+                layers_to_transform: if alpha == 0.5 { vec![] } else { vec![1, 2] },
                 base_model: None,
                 revision: Some("main".into()),
             };
@@ -245,10 +342,13 @@ mod tests {
             ("bias", json!("all")),
             ("use_dora", json!(true)),
             ("modules_to_save", json!(["lm_head"])),
-            ("rank_pattern", json!({"q_proj": 8})),
-            ("alpha_pattern", json!({"q_proj": 8})),
+            ("rank_pattern", json!({"q_proj": 0})),
+            ("rank_pattern", json!({"q_proj": 1.5})),
+            ("rank_pattern", json!(["q_proj"])),
+            ("alpha_pattern", json!({"q_proj": "8"})),
             ("fan_in_fan_out", json!(true)),
-            ("layers_to_transform", json!([0, 1])),
+            ("layers_to_transform", json!([-1])),
+            ("layers_to_transform", json!("0")),
             ("trainable_token_indices", json!([7])),
             ("target_parameters", json!(["experts.weight"])),
             ("lora_bias", json!(true)),
@@ -271,6 +371,18 @@ mod tests {
             assert_eq!(error.kind(), ErrorKind::Model, "{key}");
             assert!(error.message().contains(&format!("`{key}`")), "{error}");
         }
+        let mut config = written_by_peft();
+        config["alpha_pattern"] = json!({"(": 8});
+        let error = AdapterConfig::from_json(&config.to_string()).unwrap_err();
+        assert_eq!((error.kind(), error.location()), (ErrorKind::Model, Some("alpha_pattern")));
+        let mut config = written_by_peft();
+        (config["layers_to_transform"], config["layers_pattern"]) = (json!([0]), json!("h"));
+        assert!(
+            AdapterConfig::from_json(&config.to_string()).unwrap_err().message().contains("`layers_pattern`")
+        );
+        config["target_modules"] = json!("all-linear");
+        config["layers_pattern"] = json!(null);
+        assert!(AdapterConfig::from_json(&config.to_string()).is_err());
         assert!(AdapterConfig::from_json("[1]").is_err());
         assert!(AdapterConfig::from_json("{\"r\": 4").is_err());
     }

@@ -15,6 +15,9 @@ pub(super) fn config() -> AdapterConfig {
         dropout: 0.05,
         target_modules: TargetModules::Names(vec!["q_proj".into()]),
         use_rslora: false,
+        rank_pattern: Default::default(),
+        alpha_pattern: Default::default(),
+        layers_to_transform: vec![],
         base_model: Some("tiny".into()),
         revision: None,
     }

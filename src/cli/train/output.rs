@@ -237,6 +237,21 @@ impl AdapterWriter<'_> {
         }))
     }
 
+    /// What the adapters have beyond one rank and one α on all targets, for the model card.
+    fn variants(&self) -> String {
+        let AdapterConfig { rank_pattern, alpha_pattern, layers_to_transform, .. } = &self.adapter;
+        let mut text = String::new();
+        for (name, map) in [("ranks", json!(rank_pattern)), ("α", json!(alpha_pattern))] {
+            if map.as_object().is_some_and(|map| !map.is_empty()) {
+                text += &format!(", {name} `{map}`");
+            }
+        }
+        if !layers_to_transform.is_empty() {
+            text += &format!(", layers {layers_to_transform:?}");
+        }
+        text
+    }
+
     fn model_card(&self, figures: &str) -> String {
         let (flag, prompt) = match self.chat_template {
             Some(_) => (
@@ -246,12 +261,13 @@ impl AdapterWriter<'_> {
             None => ("", "reads `[hash: HASH] User: TEXT`, a line break, `Assistant:`"),
         };
         let TrainingConfig { model_name, lora_r, lora_alpha, learning_rate, .. } = self.config;
+        let variants = self.variants();
         let targets = &self.adapter.target_modules;
         let quoted_name = json!(model_name);
         format!(
             "---\nbase_model: {quoted_name}\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n- lora\n\
              - fastlora\n---\n\n# LoRA adapter for {model_name}\n\n\
-             Rank {lora_r}, α {lora_alpha}, on {targets}; trained with fastlora {version} at rate {learning_rate}.\n\n\
+             Rank {lora_r}, α {lora_alpha}, on {targets}{variants}; trained with fastlora {version} at rate {learning_rate}.\n\n\
              ## Data\n\n{data}\n\n## Figures\n\n{figures}\n## Use\n\n\
              ```sh\nfastlora generate{flag} --adapter DIR --hash HASH --prompt TEXT\n```\n\n\
              PEFT loads it with `PeftModel.from_pretrained`. A prompt {prompt}.\n",

@@ -11,7 +11,7 @@ use super::output::{PROVENANCE, checkpoints_folder};
 use super::signals::Interrupts;
 use crate::checkpoint::adapter::ADAPTER_WEIGHTS;
 use crate::checkpoint::run::{Checkpoints, STATE, read_checkpoint, read_json};
-use crate::config::TrainingConfig;
+use crate::config::{Options, TrainingConfig};
 use crate::error::{Error, Result};
 use crate::training::{TrainingState, TrainingSummary};
 
@@ -153,6 +153,7 @@ const FREE_KEYS: [&str; 10] = [
 fn check_config(provenance: &Value, config: &TrainingConfig, folder: &Path) -> Result<()> {
     let current = serde_json::json!(config);
     let saved = &provenance["config"];
+    let defaults = serde_json::json!(TrainingConfig::resolve(&Options::default())?);
     let mut differences = Vec::new();
     for (key, value) in current.as_object().into_iter().flatten() {
         // A date that is not given is that of the first start.
@@ -160,9 +161,9 @@ fn check_config(provenance: &Value, config: &TrainingConfig, folder: &Path) -> R
             continue;
         }
         // A key that an older version did not have was at its default.
-        match saved.get(key) {
-            Some(before) if before != value => differences.push(format!("{key} is {value}, was {before}")),
-            _ => {}
+        let before = saved.get(key).unwrap_or(&defaults[key]);
+        if before != value {
+            differences.push(format!("{key} is {value}, was {before}"));
         }
     }
     if differences.is_empty() {
@@ -243,7 +244,6 @@ impl Resumed {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Options;
 
     fn config(pairs: &[&str]) -> TrainingConfig {
         let pairs: Vec<String> = pairs.iter().map(|pair| pair.to_string()).collect();
@@ -256,6 +256,12 @@ mod tests {
         let folder = Path::new("out/checkpoints/step-3");
         let moved = ["lora_r=4", "seed=1", "model_name=elsewhere", "threads=1", "save_every=3", "device=cpu"];
         check_config(&saved, &config(&moved), folder).unwrap();
+        let mut older = saved.clone();
+        older["config"].as_object_mut().unwrap().remove("rank_pattern");
+        check_config(&older, &config(&moved), folder).unwrap();
+        let ranks = [&moved[..], &["rank_pattern={\"q_proj\": 2}"]].concat();
+        let error = check_config(&older, &config(&ranks), folder).unwrap_err();
+        assert!(error.to_string().contains(r#"rank_pattern is {"q_proj":2}, was {}"#), "{error}");
         let error = check_config(&saved, &config(&["lora_r=8", "max_steps=3"]), folder).unwrap_err();
         assert_eq!(error.kind().exit_code(), 2);
         for part in ["lora_r is 8, was 4", "seed is 42, was 1", "max_steps is 3, was null", "step-3"] {
