@@ -27,5 +27,6 @@ pub mod evaluation;
 pub mod export;
 pub mod import;
 pub mod inference;
+pub mod report;
 pub mod selftest;
 pub mod training;

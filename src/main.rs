@@ -33,7 +33,14 @@ fn main() -> ExitCode {
     }
     let what = if error.kind() == error::ErrorKind::Stopped { "stopped" } else { "error" };
     let line = format!("{what}: {error}");
-    let _ = writeln!(std::io::stderr(), "{line}");
+    if cli.json {
+        // As all lines of the log.
+        let time = chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Micros, true);
+        let line = serde_json::json!({ "timestamp": time, "level": "ERROR", "fields": { "message": line } });
+        let _ = writeln!(std::io::stderr(), "{line}");
+    } else {
+        let _ = writeln!(std::io::stderr(), "{line}");
+    }
     if let Some(file) = &mut log_file {
         let _ = writeln!(file, "{line}");
     }
@@ -61,8 +68,11 @@ fn start_log(cli: &Cli, file: Option<&File>) -> Result<()> {
         |level| Targets::new().with_default(level).with_target(ranges::TARGET, LevelFilter::OFF);
     let has_colour =
         std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-    let terminal = layer().with_writer(std::io::stderr).with_ansi(has_colour).without_time();
-    let mut layers = vec![terminal.with_filter(without_ranges(level)).boxed()];
+    let terminal = layer().with_writer(std::io::stderr);
+    let mut layers = vec![match cli.json {
+        true => terminal.json().with_filter(without_ranges(level)).boxed(),
+        false => terminal.with_ansi(has_colour).without_time().with_filter(without_ranges(level)).boxed(),
+    }];
     if let Some(file) = file {
         let file =
             file.try_clone().map_err(|source| Error::io("cannot open the log twice").caused_by(source))?;

@@ -4,6 +4,7 @@
 //! they are cut. The loss and the gradients' norm are checked before anything is updated. Between two steps a run can
 //! be put down ([`TrainingState`]) and taken up again.
 
+mod json_lines;
 mod metrics;
 mod not_finite;
 mod report;
@@ -15,6 +16,7 @@ use std::time::Instant;
 
 use tracing::{debug, info, warn};
 
+pub use json_lines::JsonLines;
 pub use metrics::MetricsFile;
 pub use report::{StepReport, TrainingSummary, ValidationReport};
 pub use spikes::LossWatch;
@@ -68,10 +70,18 @@ pub enum Flow {
 
 /// What wants to know how a run goes: progress, metrics, the keeper of checkpoints and of the best adapter.
 pub trait Observer<B: Backend> {
+    /// Before memory is reserved for the steps: the place to take some for [`ask`](Self::ask).
+    fn prepare(&mut self, _: &mut Transformer<B>) -> Result<()> {
+        Ok(())
+    }
     /// After every optimizer step.
     fn step(&mut self, report: &StepReport) -> Result<()>;
     /// After every validation; `model` has the adapters that were measured.
     fn validation(&mut self, report: &ValidationReport, model: &Transformer<B>) -> Result<()>;
+    /// After a step, which is given, and its validation: the model may be asked, and must be left as it is.
+    fn ask(&mut self, _: u64, _: &mut Transformer<B>) -> Result<()> {
+        Ok(())
+    }
     /// After a step and its validation: the place to save the state, and to stop.
     fn between_steps(&mut self, _: &Pause<'_, B>) -> Result<Flow> {
         Ok(Flow::Continue)
@@ -179,6 +189,7 @@ pub fn train<B: Backend>(
             (optimizer, TrainingSummary::default())
         }
     };
+    observer.prepare(model)?;
     // Last, because it takes what memory is left.
     model.reserve_training(limits, settings.activation_memory, settings.dropout_probability > 0.0)?;
     if let Some(plan) = model.memory_plan() {
@@ -292,6 +303,7 @@ impl<B: Backend, O: Observer<B>> Run<'_, '_, B, O> {
         if let Some(validation) = self.validation.filter(|_| self.is_validation_due()) {
             self.validate(validation)?;
         }
+        self.observer.ask(self.summary.steps, self.model)?;
         let pause = Pause { model: self.model, optimizer: &self.optimizer, summary: &self.summary };
         let flow = self.observer.between_steps(&pause)?;
         let fruitless = self.summary.validations_since_best;

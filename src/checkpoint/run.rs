@@ -25,6 +25,8 @@ use super::atomic::{Staging, parent_of, remove_folder, sync_folder, write_synced
 use crate::error::{Error, Result, escape_control};
 use crate::tensor::NamedTensor;
 
+/// The folder of the checkpoints inside the output folder.
+pub const CHECKPOINTS: &str = "checkpoints";
 /// The trainer's values in a checkpoint.
 pub const STATE: &str = "state.json";
 /// Where a checkpoint comes from, as in every adapter folder.

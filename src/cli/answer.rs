@@ -156,7 +156,7 @@ impl Answerer<'_> {
 
     /// Runs one prompt; `on_text` gets the text in whole characters. Each starts from the seed, so that its answer
     /// does not depend on the ones before.
-    fn answer(
+    pub(super) fn answer(
         &self,
         model: &mut impl NextTokenLogits,
         prompt_ids: &[u32],

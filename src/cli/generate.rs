@@ -1,6 +1,5 @@
 //! `fastlora generate`: prompts → model → text, streamed, as a table, or as JSON.
 
-mod cases;
 mod table;
 
 use std::io::{self, IsTerminal, Read};
@@ -11,16 +10,15 @@ use clap::Args;
 use serde_json::{Value, json};
 use tracing::info;
 
-use self::cases::{Case, read_cases};
 use super::Cli;
 use super::answer::{Answer, Answerer, SamplingArgs};
+use super::cases::{Case, read_cases};
 use super::device::{DeviceArgs, on_backend};
 use super::model::{ModelArgs, ModelFiles};
 use super::output::print_line;
 use super::tokenizer::{ChatArgs, chat_tokenizer};
 use crate::backend::Backend;
 use crate::checkpoint::base::BaseModel;
-use crate::data::{self, Conversation};
 use crate::error::{Error, Result};
 use crate::inference::StopConditions;
 use crate::tokens::Tokenizer;
@@ -90,22 +88,11 @@ impl PromptArgs {
 
     /// A prompt's text and its tokens.
     fn render(&self, case: &Case, tokenizer: &Tokenizer) -> Result<(String, Vec<u32>)> {
-        if let (true, Some(template)) = (self.chat, tokenizer.chat_template()) {
-            let question = Conversation::question(self.system.as_deref(), &case.instruction);
-            let question = match &case.hash {
-                Some(hash) => question.with_hash(hash),
-                None => question,
-            };
-            let text = template.prompt(&question)?;
-            let ids = tokenizer.encode(&text)?;
-            return Ok((text, ids));
+        if self.raw {
+            let ids = tokenizer.encode_start(&case.instruction)?;
+            return Ok((case.instruction.clone(), ids));
         }
-        let text = match self.raw {
-            true => case.instruction.clone(),
-            false => data::prompt(case.hash(), &case.instruction),
-        };
-        let ids = tokenizer.encode_start(&text)?;
-        Ok((text, ids))
+        if self.chat { case.chat_prompt(tokenizer, self.system.as_deref()) } else { case.prompt(tokenizer) }
     }
 }
 

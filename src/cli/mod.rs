@@ -1,6 +1,7 @@
 //! The verbs of the command line, one file each.
 
 mod answer;
+mod cases;
 mod chat;
 mod describe;
 pub mod device;
@@ -16,6 +17,7 @@ mod memory;
 mod merge;
 mod model;
 mod output;
+mod runs;
 mod schema;
 mod selftest;
 mod tokenizer;
@@ -41,7 +43,7 @@ pub struct Cli {
     /// More of what happens; twice for everything.
     #[arg(short, long, global = true, action = clap::ArgAction::Count, display_order = 101)]
     pub verbose: u8,
-    /// Results and errors as JSON on standard output.
+    /// Results and errors as JSON on standard output; the log as JSON lines on standard error.
     #[arg(long, global = true, display_order = 102)]
     pub json: bool,
     /// Appends the log, with times and as with -v, to this file too.
@@ -62,6 +64,8 @@ pub enum Command {
     Chat(chat::ConverseArgs),
     /// Measure loss, perplexity and token accuracy on data.
     Evaluate(evaluate::EvaluateArgs),
+    /// List, show and compare the runs in output folders.
+    Runs(runs::RunsArgs),
     /// Show what a model folder, an adapter, a checkpoint or a data file holds.
     Inspect(inspect::InspectArgs),
     /// Tell whether an adapter is whole, belongs to its base, and what takes it.
@@ -93,6 +97,7 @@ impl Cli {
             Command::Generate(args) => generate::run(args, self),
             Command::Chat(args) => chat::run(args, self),
             Command::Evaluate(args) => evaluate::run(args, self),
+            Command::Runs(args) => runs::run(args, self),
             Command::Inspect(args) => inspect::run(args, self),
             Command::Verify(args) => verify::run(args, self),
             Command::Merge(args) => merge::run(args, self),

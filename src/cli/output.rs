@@ -35,6 +35,20 @@ pub(super) fn for_terminal(text: &str) -> String {
     shown
 }
 
+/// Lines joined by `⏎`, blank ones left out: an answer that rambles on shall not stretch its row.
+pub(super) fn on_one_line(text: &str) -> String {
+    text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ⏎ ")
+}
+
+/// A word for a POSIX shell: as it is where the shell leaves it so, else in single quotes.
+pub(super) fn shell_word(text: &str) -> String {
+    let is_plain = |character: char| character.is_ascii_alphanumeric() || "/._-+=:@%,".contains(character);
+    match !text.is_empty() && text.chars().all(is_plain) {
+        true => text.to_string(),
+        false => format!("'{}'", text.replace('\'', "'\\''")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -42,6 +56,18 @@ mod tests {
     #[test]
     fn fault_42_control_characters_are_visible() {
         assert_eq!(for_terminal("a\tb\nc\u{1b}[31m\r\u{9b}é"), "a\tb\nc\\u{1b}[31m\\r\\u{9b}é");
+    }
+
+    #[test]
+    fn words_reach_a_shell_as_they_are() {
+        for text in ["faq", "", "it's", "a b", "$HOME", "`x`", "-q", "é\\n", "a\nb", "~", "#", "*"] {
+            let output = std::process::Command::new("sh")
+                .args(["-c", &format!("printf %s {}", shell_word(text))])
+                .output()
+                .unwrap();
+            assert_eq!(String::from_utf8(output.stdout).unwrap(), text);
+        }
+        assert_eq!(shell_word("outputs/run-1"), "outputs/run-1");
     }
 
     #[test]

@@ -2,11 +2,13 @@
 
 mod checkpointer;
 mod dry_run;
+mod ending;
 mod output;
 mod profile;
 mod progress;
 mod recorder;
 mod resume;
+mod sampler;
 mod signals;
 
 use std::path::{Path, PathBuf};
@@ -21,15 +23,16 @@ use tracing::{info, warn};
 
 use self::checkpointer::Checkpointer;
 use self::dry_run::DryRun;
-use self::output::{
-    AdapterWriter, Earlier, METRICS, OutputFolder, RESOLVED_CONFIG, best_folder, checkpoints_folder,
-};
+use self::ending::{report, stopped, write_report};
+use self::output::{AdapterWriter, Earlier, OutputFolder};
 use self::profile::{ProfileSteps, Profiled};
-use self::progress::{Progress, human_time};
+use self::progress::Progress;
 use self::recorder::Recorder;
 use self::resume::{Resume, Start};
+use self::sampler::{Questions, Sampler};
 use self::signals::Interrupts;
 use super::Cli;
+use super::cases::read_cases;
 use super::device::{choose_backend, on_backend};
 use super::model::resolve_model;
 use super::tokenizer::tokenizer_for;
@@ -38,15 +41,17 @@ use crate::checkpoint::adapter::{Adapter, AdapterConfig, read_adapter};
 use crate::checkpoint::base::BaseModel;
 use crate::checkpoint::hub::ResolvedModel;
 use crate::checkpoint::volume::check_space;
-use crate::config::{DEFAULT_CONFIG_PATH, DataSource, Options, TrainingConfig};
+use crate::config::{DEFAULT_CONFIG_PATH, DataSource, Options, ReportFormat, TrainingConfig};
 use crate::data::{ChatTemplate, Dataset, LoadOptions, TemplateChoice, load};
 use crate::error::{Error, Result, escape_control};
 use crate::model::{LoraConfig, Transformer};
 use crate::optim::{AdamWSettings, Schedule};
+use crate::report::tensorboard::EventFile;
+use crate::report::{METRICS, PAGE, RESOLVED_CONFIG};
 use crate::tokens::{
     BatchOptions, SampleOptions, SampleSet, Tokenizer, tokenise, warn_about_ends, warn_about_overlap,
 };
-use crate::training::{MetricsFile, Split, TrainingSettings, TrainingSummary, train};
+use crate::training::{MetricsFile, Split, TrainingSettings, train};
 
 /// Arguments of `fastlora train`.
 #[derive(Debug, Args)]
@@ -94,6 +99,9 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         Start::Resumed(resumed) => config.chat_date = config.chat_date.or(resumed.chat_date()),
         Start::Complete(summary) => {
             info!("{}: the run is complete", config.output_dir.display());
+            if !config.output_dir.join(PAGE).exists() {
+                write_report(&config, None);
+            }
             return report(cli, &config, summary);
         }
     }
@@ -101,6 +109,8 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     let training_records = load_records(&config, &config.train_data)?;
     let validation_records =
         config.val_data.as_ref().map(|sources| load_records(&config, sources)).transpose()?;
+
+    let cases = config.test_cases.as_ref().map(|path| read_cases(path, None)).transpose()?;
 
     let model_files = resolve_model(&config.model_name, cli)?;
     let base = BaseModel::open(&model_files.folder)?;
@@ -125,6 +135,11 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     let choice = TemplateChoice { name: config.chat_template.clone(), date: config.chat_date };
     let datasets = [Some(&training_records), validation_records.as_ref()];
     let tokenizer = tokenizer_for(datasets.into_iter().flatten(), &base, None, &choice)?;
+    // Data may be tokens, prompts are not.
+    let own_tokenizer = match (&cases, &tokenizer) {
+        (Some(_), None) => Some(Tokenizer::from_folder(base.folder())?),
+        _ => None,
+    };
     let chat_template = tokenizer.as_ref().and_then(Tokenizer::chat_template);
     if chat_template.is_some_and(ChatTemplate::uses_date) && config.chat_date.is_none() {
         // In the configuration as resolved, so that running it again gives the same run.
@@ -170,6 +185,11 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     let one_by_one = BatchOptions { shuffle: false, gradient_accumulation_steps: 1, ..batches };
     let validation =
         validation_samples.as_ref().map(|samples| Split::new(samples, one_by_one)).transpose()?;
+
+    let questions = match (cases, tokenizer.as_ref().or(own_tokenizer.as_ref())) {
+        (Some(cases), Some(tokenizer)) => Some(Questions::new(cases, tokenizer, &base)?),
+        _ => None,
+    };
 
     if args.dry_run {
         let plan = DryRun {
@@ -222,6 +242,7 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         training_samples: &training_samples,
         training,
         validation,
+        questions: questions.as_ref(),
     };
     let chosen = choose_backend(&config.device, &config.dtype, config.threads, &base)?;
     on_backend!(chosen, |backend| run.on(backend))
@@ -240,6 +261,7 @@ struct Run<'a> {
     training_samples: &'a SampleSet,
     training: Split<'a>,
     validation: Option<Split<'a>>,
+    questions: Option<&'a Questions<'a>>,
 }
 
 impl Run<'_> {
@@ -277,9 +299,20 @@ impl Run<'_> {
             Some(state) => MetricsFile::resume(&metrics_path, &state.summary)?,
             None => MetricsFile::create(&metrics_path)?,
         };
+        let events = match (config.report.contains(&ReportFormat::Tensorboard), start.state()) {
+            (false, _) => None,
+            (true, Some(state)) => Some(EventFile::resume(&config.output_dir, &state.summary)?),
+            (true, None) => Some(EventFile::create(&config.output_dir)?),
+        };
+        let sampler = |questions| {
+            let every = config.sample_every.unwrap_or(training.plan().steps_per_epoch() as u64);
+            Sampler::new(questions, &config.output_dir, every, start.steps(), total_steps)
+        };
         let recorder = Recorder {
             metrics,
-            progress: Progress::new(start.steps(), total_steps, cli.quiet),
+            events,
+            progress: Progress::new(start.steps(), total_steps, cli.quiet || cli.json),
+            sampler: self.questions.map(sampler).transpose()?,
             writer,
             checkpointer: Checkpointer::new(writer, &self.interrupts, start.steps()),
         };
@@ -291,19 +324,13 @@ impl Run<'_> {
         let recorder = observer.into_inner();
         recorder.progress.finish();
         if recorder.checkpointer.is_stopped() {
+            write_report(config, Some(backend.description()));
             return Err(stopped(config, summary.steps, total_steps));
         }
-        writer.write_final(&summary, &model.adapters()?)?;
+        writer.write_final(&summary, &model.adapters()?, &backend.description())?;
+        write_report(config, Some(backend.description()));
         report(cli, config, &summary)
     }
-}
-
-/// The run ended on request before its end.
-fn stopped(config: &TrainingConfig, steps: u64, total_steps: u64) -> Error {
-    let output = config.output_dir.display();
-    Error::stopped(format!("after step {steps} of {total_steps}, as asked; there is a checkpoint"))
-        .at(checkpoints_folder(config).join(format!("step-{steps}")).display().to_string())
-        .hint(format!("fastlora train --resume {output} goes on"))
 }
 
 /// What the command line says.
@@ -432,38 +459,4 @@ fn describe_data(samples: &SampleSet) -> String {
         samples.labelled_count(),
         hashes.join(", ")
     )
-}
-
-fn report(cli: &Cli, config: &TrainingConfig, summary: &TrainingSummary) -> Result<()> {
-    let output_dir = config.output_dir.display();
-    let best = summary
-        .best_validation
-        .map(|(step, loss)| json!({ "step": step, "loss": loss, "folder": best_folder(config) }));
-    let tokens_per_second = summary.tokens as f64 / summary.training_seconds.max(1e-9);
-    if cli.json {
-        let result = json!({
-            "output_dir": config.output_dir,
-            "steps": summary.steps,
-            "first_loss": summary.first_loss,
-            "last_loss": summary.last_loss,
-            "validation_loss": summary.last_validation_loss,
-            "best": best,
-            "tokens": summary.tokens,
-            "training_seconds": summary.training_seconds,
-        });
-        return super::output::print_line(&result.to_string());
-    }
-    info!(
-        "{} steps in {}, {tokens_per_second:.0} tokens/s; training loss {:.4} at the first step, {:.4} at the last",
-        summary.steps,
-        human_time(summary.training_seconds),
-        summary.first_loss,
-        summary.last_loss
-    );
-    if let Some((step, loss)) = summary.best_validation {
-        info!("best validation loss {loss:.4} at step {step}: {}", best_folder(config).display());
-    }
-    info!("adapter: {output_dir}");
-    info!("next: fastlora generate --adapter {output_dir} --hash HASH --prompt TEXT");
-    Ok(())
 }

@@ -52,6 +52,16 @@ pub enum Overlong {
     Drop,
 }
 
+/// What shows a run, besides its log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum ReportFormat {
+    /// `report.html`, one page for a browser, written at the end.
+    Html,
+    /// TensorBoard's event files in `tensorboard/`, written as the run goes.
+    Tensorboard,
+}
+
 /// How much of a forward's activations is kept for the backward.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema, ValueEnum)]
 #[serde(rename_all = "lowercase")]

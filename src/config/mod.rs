@@ -12,7 +12,7 @@ mod target_modules;
 mod training;
 
 pub use choices::{
-    ActivationMemory, LossOn, LrScheduler, OnBadRecord, OnNan, Overlong, check_compute_choices,
+    ActivationMemory, LossOn, LrScheduler, OnBadRecord, OnNan, Overlong, ReportFormat, check_compute_choices,
 };
 pub use data_source::DataSource;
 pub use options::Options;

@@ -10,8 +10,8 @@ use serde_json::{Map, Value};
 
 use super::comments::blank_comments;
 use super::{
-    ActivationMemory, DataSource, LossOn, LrScheduler, OnBadRecord, OnNan, Overlong, PatternMap, SaveEvery,
-    TargetModules,
+    ActivationMemory, DataSource, LossOn, LrScheduler, OnBadRecord, OnNan, Overlong, PatternMap,
+    ReportFormat, SaveEvery, TargetModules,
 };
 use crate::error::{Error, Result};
 
@@ -156,6 +156,15 @@ pub struct Options {
     /// Newest checkpoints that are kept.
     #[arg(long, value_name = "N")]
     pub keep_checkpoints: Option<usize>,
+    /// What shows the run besides its log; with commas, or repeat the flag.
+    #[arg(long, value_enum, value_name = "FORMAT", value_delimiter = ',')]
+    pub report: Option<Vec<ReportFormat>>,
+    /// Prompts that the model answers while it is trained: a JSON list of objects with `instruction`, `hash`, `expected`.
+    #[arg(long, value_name = "FILE")]
+    pub test_cases: Option<PathBuf>,
+    /// Steps between answers to the test cases; without it, once each epoch.
+    #[arg(long, value_name = "STEPS")]
+    pub sample_every: Option<u64>,
     /// `auto`, `cpu` or `cuda[:N]`.
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<String>,
@@ -252,7 +261,7 @@ impl Options {
             lora_target_modules use_rslora rank_pattern alpha_pattern layers_to_transform
             learning_rate lr_scheduler warmup_steps
             weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm val_every
-            early_stopping_patience on_nan save_every keep_checkpoints device dtype threads activation_memory
+            early_stopping_patience on_nan save_every keep_checkpoints report test_cases sample_every device dtype threads activation_memory
         }
     }
 

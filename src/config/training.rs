@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::{
     ActivationMemory, DataSource, LossOn, LrScheduler, OnBadRecord, OnNan, Options, Overlong, PatternMap,
-    SaveEvery, TargetModules, check_compute_choices,
+    ReportFormat, SaveEvery, TargetModules, check_compute_choices,
 };
 use crate::error::{Error, Result};
 
@@ -101,6 +101,12 @@ pub struct TrainingConfig {
     pub save_every: SaveEvery,
     /// Newest checkpoints that are kept.
     pub keep_checkpoints: usize,
+    /// What shows the run besides its log.
+    pub report: Vec<ReportFormat>,
+    /// File of prompts that the model answers while it is trained; none: it answers none.
+    pub test_cases: Option<PathBuf>,
+    /// Steps between answers to the test cases; none: once each epoch.
+    pub sample_every: Option<u64>,
     /// `auto`, `cpu` or `cuda[:N]`.
     pub device: String,
     /// Compute type.
@@ -167,6 +173,9 @@ impl TrainingConfig {
             on_nan: options.on_nan.unwrap_or_default(),
             save_every: options.save_every.unwrap_or(SaveEvery::Minutes(10)),
             keep_checkpoints: options.keep_checkpoints.unwrap_or(2),
+            report: options.report.unwrap_or_else(|| vec![ReportFormat::Html]),
+            test_cases: options.test_cases,
+            sample_every: options.sample_every,
             device: options.device.unwrap_or_else(|| "auto".into()),
             dtype: options.dtype.unwrap_or_else(|| "auto".into()),
             threads: options.threads,
@@ -202,6 +211,7 @@ impl TrainingConfig {
             ("num_epochs", self.num_epochs.to_string(), self.num_epochs >= 1, "1 or more"),
             ("max_steps", format!("{:?}", self.max_steps), self.max_steps != Some(0), "1 or more"),
             ("val_every", format!("{:?}", self.val_every), self.val_every != Some(0), "1 or more"),
+            ("sample_every", format!("{:?}", self.sample_every), self.sample_every != Some(0), "1 or more"),
             ("keep_checkpoints", self.keep_checkpoints.to_string(), self.keep_checkpoints >= 1, "1 or more"),
             (
                 "early_stopping_patience",
@@ -248,6 +258,7 @@ impl TrainingConfig {
             ("model_name", self.model_name.is_empty()),
             ("chat_template", self.chat_template.as_deref() == Some("")),
             ("output_dir", self.output_dir.as_os_str().is_empty()),
+            ("test_cases", self.test_cases.as_ref().is_some_and(|path| path.as_os_str().is_empty())),
             ("train_data", self.train_data.iter().any(|source| source.path.as_os_str().is_empty())),
             ("val_data", self.val_data.iter().flatten().any(|source| source.path.as_os_str().is_empty())),
         ] {
@@ -266,6 +277,11 @@ impl TrainingConfig {
             return Err(Error::config("there is no validation to judge by")
                 .at("early_stopping_patience")
                 .hint("name val_data, or give val_fraction"));
+        }
+        if self.sample_every.is_some() && self.test_cases.is_none() {
+            return Err(Error::config("there are no prompts to answer")
+                .at("sample_every")
+                .hint("name a file of them with test_cases"));
         }
         check_compute_choices(&self.device, &self.dtype, self.threads)?;
         self.check_targets()?;
@@ -384,6 +400,7 @@ mod tests {
             "adam_beta2=1.5",
             "max_steps=0",
             "val_every=0",
+            "sample_every=0",
             "keep_checkpoints=0",
             "early_stopping_patience=0",
             "val_fraction=1",
@@ -422,7 +439,9 @@ mod tests {
 
     #[test]
     fn fault_44_empty_names_are_refused() {
-        for pair in ["output_dir=", "model_name=", "chat_template=", "train_data=", "val_data="] {
+        for pair in
+            ["test_cases=", "output_dir=", "model_name=", "chat_template=", "train_data=", "val_data="]
+        {
             let error = resolve(&[pair]).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Config, "{pair}");
             assert_eq!(error.location(), pair.split('=').next(), "{error}");
@@ -440,8 +459,17 @@ mod tests {
     }
 
     #[test]
+    fn samples_need_prompts() {
+        let config = resolve(&["sample_every=10", "test_cases=a.json", "report=[]"]).unwrap();
+        assert_eq!((config.sample_every, config.report), (Some(10), vec![]));
+        assert_eq!(resolve(&["sample_every=10"]).unwrap_err().location(), Some("sample_every"));
+    }
+
+    #[test]
     fn wrong_types_name_the_key() {
-        for pair in ["lora_r=-3", "lora_r=many", "shuffle=3", "loss_on=some", "train_data=3"] {
+        for pair in
+            ["report=[\"pdf\"]", "lora_r=-3", "lora_r=many", "shuffle=3", "loss_on=some", "train_data=3"]
+        {
             let error = resolve(&[pair]).unwrap_err();
             let key = pair.split('=').next().unwrap();
             assert!(error.to_string().contains(key), "{error}");

@@ -44,6 +44,18 @@ impl<'a, B: Backend> Session<'a, B> {
         Ok(Self { model, cache })
     }
 
+    /// An empty text in a cache that was made before.
+    pub fn with_cache(model: &'a mut Transformer<B>, cache: Cache<B>) -> Self {
+        let mut session = Self { model, cache };
+        session.clear();
+        session
+    }
+
+    /// The cache, for another text later.
+    pub fn into_cache(self) -> Cache<B> {
+        self.cache
+    }
+
     /// Forgets the text and keeps the memory.
     pub fn clear(&mut self) {
         self.keep(0);

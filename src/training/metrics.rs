@@ -1,18 +1,15 @@
 //! `metrics.jsonl`: one object a step, one a validation.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::{StepReport, TrainingSummary, ValidationReport};
-use crate::error::{Error, Result};
+use super::{JsonLines, StepReport, TrainingSummary, ValidationReport};
+use crate::error::Result;
 
 /// The open file; every object is on its way to the disk as soon as it was written.
 pub struct MetricsFile {
-    path: PathBuf,
-    file: BufWriter<File>,
+    lines: JsonLines,
 }
 
 impl MetricsFile {
@@ -21,8 +18,7 @@ impl MetricsFile {
     /// # Errors
     /// A file that cannot be created.
     pub fn create(path: &Path) -> Result<Self> {
-        let file = File::create(path).map_err(|source| Error::file("create", path, source))?;
-        Ok(Self { path: path.to_path_buf(), file: BufWriter::new(file) })
+        Ok(Self { lines: JsonLines::create(path)? })
     }
 
     /// Opens the file of a run that goes on after the steps of `summary`, and cuts off what came after them, so that no
@@ -31,33 +27,18 @@ impl MetricsFile {
     /// # Errors
     /// A file that cannot be read or cut.
     pub fn resume(path: &Path, summary: &TrainingSummary) -> Result<Self> {
-        let text = match std::fs::read_to_string(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
-            text => text.map_err(|source| Error::file("read", path, source))?,
-        };
-        let (mut kept_bytes, mut kept_steps) = (0, 0);
-        for line in text.split_inclusive('\n') {
-            // The last line of a run that was killed may be half a line.
-            let object: Value = serde_json::from_str(line).unwrap_or_default();
+        let mut kept_steps = 0;
+        let lines = JsonLines::resume(path, |object| {
             let is_step = object.get("event").is_none();
             let last = if is_step { summary.steps } else { summary.last_validation_step };
             let is_kept = object.get("step").and_then(Value::as_u64).is_some_and(|step| step <= last);
-            if !is_kept || !line.ends_with('\n') {
-                break;
-            }
-            kept_bytes += line.len() as u64;
-            kept_steps += u64::from(is_step);
-        }
+            kept_steps += u64::from(is_step && is_kept);
+            is_kept
+        })?;
         if kept_steps != summary.steps {
             tracing::warn!("{} has {kept_steps} of {} steps", path.display(), summary.steps);
         }
-        let file = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(path)
-            .and_then(|file| file.set_len(kept_bytes).map(|()| file))
-            .map_err(|source| Error::file("cut", path, source))?;
-        Ok(Self { path: path.to_path_buf(), file: BufWriter::new(file) })
+        Ok(Self { lines })
     }
 
     /// Forces what was written to the disk.
@@ -65,7 +46,7 @@ impl MetricsFile {
     /// # Errors
     /// A disk that does not take it.
     pub fn sync(&self) -> Result<()> {
-        self.file.get_ref().sync_data().map_err(|source| Error::file("write", &self.path, source))
+        self.lines.sync()
     }
 
     /// Writes a step's figures.
@@ -87,7 +68,7 @@ impl MetricsFile {
         if report.is_skipped() {
             object["skipped"] = json!(true);
         }
-        self.write(&object)
+        self.lines.write(&object)
     }
 
     /// Writes a validation's figures.
@@ -105,7 +86,7 @@ impl MetricsFile {
                 (hash.clone(), figures)
             })
             .collect();
-        self.write(&json!({
+        self.lines.write(&json!({
             "event": "validation",
             "step": report.step,
             "loss": overall.loss(),
@@ -114,12 +95,6 @@ impl MetricsFile {
             "by_hash": by_hash,
             "seconds": report.seconds,
         }))
-    }
-
-    fn write(&mut self, object: &Value) -> Result<()> {
-        writeln!(self.file, "{object}")
-            .and_then(|()| self.file.flush())
-            .map_err(|source| Error::file("write", &self.path, source))
     }
 }
 
@@ -142,7 +117,7 @@ mod tests {
             std::fs::write(&path, lines.join("\n")).unwrap();
             let summary = TrainingSummary { steps, last_validation_step, ..TrainingSummary::default() };
             let mut metrics = MetricsFile::resume(&path, &summary).unwrap();
-            metrics.write(&json!({ "new": true })).unwrap();
+            metrics.lines.write(&json!({ "new": true })).unwrap();
             metrics.sync().unwrap();
             let text = std::fs::read_to_string(&path).unwrap();
             text.strip_suffix("{\"new\":true}\n").unwrap().lines().count()

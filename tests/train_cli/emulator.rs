@@ -106,3 +106,23 @@ fn evaluate_and_generate_run_on_it_too() {
     assert!(first_word(&cpu).is_some(), "the CPU answers with nothing: there is no word to compare");
     assert_eq!(first_word(&emulator), first_word(&cpu));
 }
+
+/// Answers take their memory before the steps do, and share their buffers: the recorded passes must not notice.
+#[test]
+fn answers_while_it_trains_change_no_bit() {
+    let workspace = Workspace::with_data();
+    let model = workspace.text_model("model");
+    workspace.write("cases.json", r#"[{"instruction": "The sun?", "hash": "faq"}, {"instruction": "2+2?"}]"#);
+    let train = |output: &str, more: &[&str]| {
+        let usual = ["-m", &model, "--train-data", "train.jsonl", "--val-data", "val.jsonl", "-o", output];
+        let steps =
+            ["--device", "emulator", "--max-steps", "4", "--val-every", "2", "--learning-rate", "0.01"];
+        workspace.train(&[&usual[..], &steps, more].concat()).succeeded();
+    };
+    train("without", &[]);
+    train("with", &["--test-cases", "cases.json", "--sample-every", "1"]);
+    assert_eq!(workspace.of_steps("with", "loss"), workspace.of_steps("without", "loss"));
+    assert!(workspace.adapter_bytes("with") == workspace.adapter_bytes("without"));
+    let samples = std::fs::read_to_string(workspace.path("with/samples.jsonl")).unwrap();
+    assert_eq!(samples.lines().count(), 4, "{samples}");
+}

@@ -23,6 +23,7 @@ mod outputs;
 mod profile;
 mod resume;
 mod run_faults;
+mod seeing;
 mod speaking;
 mod storage_faults;
 mod workspace;

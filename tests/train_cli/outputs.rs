@@ -188,7 +188,7 @@ fn the_adapter_folder_is_complete_and_names_its_origins() {
     ];
     assert_eq!(names("out/best"), adapter);
     let mut all: Vec<&str> = adapter.to_vec();
-    all.extend(["best", "metrics.jsonl", "training_config.json"]);
+    all.extend(["best", "metrics.jsonl", "report.html", "training_config.json"]);
     all.sort();
     assert_eq!(names("out"), all);
     let provenance: Value =

@@ -49,8 +49,14 @@ impl Finished {
     #[track_caller]
     pub fn refused(self, code: i32, parts: &[&str]) -> Self {
         assert_eq!(self.code, code, "{}", self.stderr);
-        let errors: Vec<&str> = self.stderr.lines().filter(|line| line.starts_with("error: ")).collect();
-        let [error] = errors[..] else { panic!("expected one error: {}", self.stderr) };
+        // With --json each line of the log is an object.
+        let message = |line: &str| {
+            let object: Value = serde_json::from_str(line).unwrap_or_default();
+            object["fields"]["message"].as_str().map_or(line.to_string(), str::to_string)
+        };
+        let errors: Vec<String> =
+            self.stderr.lines().map(message).filter(|line| line.starts_with("error: ")).collect();
+        let [error] = &errors[..] else { panic!("expected one error: {}", self.stderr) };
         assert!(!self.stderr.contains("panicked"), "{}", self.stderr);
         for part in parts {
             assert!(error.contains(part), "expected `{part}` in: {error}");

@@ -2,16 +2,11 @@
 
 use comfy_table::{ContentArrangement, Table, presets};
 
-use super::super::output::for_terminal;
+use super::super::output::{for_terminal, on_one_line};
 use super::{Answer, Prepared};
 
 /// Columns of the table in a file or a pipe.
 const WIDTH_WITHOUT_TERMINAL: u16 = 120;
-
-/// Lines joined by `⏎`, blank ones left out: an answer that rambles on shall not stretch its row.
-fn on_one_line(text: &str) -> String {
-    text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ⏎ ")
-}
 
 /// One row a case; below, how many answers are exactly the expected ones.
 pub(super) fn render(

@@ -11,7 +11,7 @@ use crate::backend::Backend;
 use crate::checkpoint::run::{Checkpoint, Checkpoints, Contents};
 use crate::config::SaveEvery;
 use crate::error::{Error, Result};
-use crate::training::{Flow, MetricsFile, Pause, TrainingState, TrainingSummary};
+use crate::training::{Flow, Pause, TrainingState, TrainingSummary};
 
 /// Layout of `state.json`.
 const FORMAT: u32 = 1;
@@ -78,16 +78,16 @@ impl<'a> Checkpointer<'a> {
         self.is_stopped
     }
 
-    /// Saves where it is time to, and stops where that is wanted.
+    /// Saves where it is time to, and stops where that is wanted. `sync_figures` forces the figures so far to the disk.
     pub(super) fn between_steps<B: Backend>(
         &mut self,
         pause: &Pause<'_, B>,
-        metrics: &MetricsFile,
+        sync_figures: impl FnOnce() -> Result<()>,
     ) -> Result<Flow> {
         let step = pause.summary.steps;
         if step != self.last_saved_step && (self.wants_to_stop() || self.is_due(step)) {
             // A checkpoint never knows of steps that the metrics might lose.
-            metrics.sync()?;
+            sync_figures()?;
             self.save(pause)?;
             self.checkpoints.keep(self.writer.config.keep_checkpoints)?;
             self.last_saved = Instant::now();

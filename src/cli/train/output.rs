@@ -13,24 +13,16 @@ use crate::checkpoint::adapter::{
 };
 use crate::checkpoint::atomic::{parent_of, remove_file, remove_folder, replace_file, sync_folder};
 use crate::checkpoint::base::BaseModel;
-use crate::checkpoint::run::Checkpoints;
+use crate::checkpoint::run::{CHECKPOINTS, Checkpoints};
 use crate::checkpoint::volume::check_writable;
 use crate::config::TrainingConfig;
 use crate::error::{Error, Result};
+use crate::report::{METRICS, PAGE, PROVENANCE, RESOLVED_CONFIG, SAMPLES, tensorboard};
 use crate::tensor::NamedTensor;
 use crate::training::{TrainingSummary, ValidationReport};
 
-/// The run's configuration as resolved, inside the output folder.
-pub(super) const RESOLVED_CONFIG: &str = "training_config.json";
-/// Figures of every step and validation.
-pub(super) const METRICS: &str = "metrics.jsonl";
-/// Where an adapter comes from; of a finished run also its figures.
-pub(super) const PROVENANCE: &str = "fastlora.json";
 /// The best adapter by validation loss.
 const BEST: &str = "best";
-
-/// Checkpoints, one folder each.
-const CHECKPOINTS: &str = "checkpoints";
 
 /// Where the checkpoints of a run are.
 pub(super) fn checkpoints_folder(config: &TrainingConfig) -> PathBuf {
@@ -138,7 +130,10 @@ impl OutputFolder {
                 checkpoints.remove_after(start.steps())?;
             }
             _ => {
-                remove_file(&folder.join(METRICS))?;
+                for name in [METRICS, SAMPLES, PAGE] {
+                    remove_file(&folder.join(name))?;
+                }
+                tensorboard::EventFile::remove(folder)?;
                 remove_folder(&best_folder(config))?;
                 checkpoints.remove_all()?;
             }
@@ -177,10 +172,15 @@ impl AdapterWriter<'_> {
     }
 
     /// Writes the final adapter into the output folder itself.
-    pub(super) fn write_final(&self, summary: &TrainingSummary, tensors: &[NamedTensor]) -> Result<()> {
+    pub(super) fn write_final(
+        &self,
+        summary: &TrainingSummary,
+        tensors: &[NamedTensor],
+        computed_by: &str,
+    ) -> Result<()> {
         let (mut provenance, card) = self.describe(summary)?;
-        // Its presence tells a finished run.
-        add(&mut provenance, json!({ "summary": summary }));
+        // The presence of the summary tells a finished run.
+        add(&mut provenance, json!({ "computed_by": computed_by, "summary": summary }));
         let companions = self.companions(&provenance, &card);
         write_adapter(&self.config.output_dir, &self.adapter, tensors, &companions)
     }

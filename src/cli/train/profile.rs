@@ -51,6 +51,10 @@ impl<B: Backend, O: Observer<B>> Profiled<B, O> {
 }
 
 impl<B: Backend, O: Observer<B>> Observer<B> for Profiled<B, O> {
+    fn prepare(&mut self, model: &mut Transformer<B>) -> Result<()> {
+        self.observer.prepare(model)
+    }
+
     fn step(&mut self, report: &StepReport) -> Result<()> {
         if let Some(ProfileSteps { first, last }) = self.steps {
             if report.step == last {
@@ -64,6 +68,10 @@ impl<B: Backend, O: Observer<B>> Observer<B> for Profiled<B, O> {
 
     fn validation(&mut self, report: &ValidationReport, model: &Transformer<B>) -> Result<()> {
         self.observer.validation(report, model)
+    }
+
+    fn ask(&mut self, step: u64, model: &mut Transformer<B>) -> Result<()> {
+        self.observer.ask(step, model)
     }
 
     fn between_steps(&mut self, pause: &Pause<'_, B>) -> Result<Flow> {

@@ -81,7 +81,7 @@ impl Progress {
     }
 
     /// A line above the bar, or a line of the log.
-    fn print(&self, line: String) {
+    pub(super) fn print(&self, line: String) {
         match &self.bar {
             Some(bar) => bar.suspend(|| info!("{line}")),
             None => info!("{line}"),

@@ -7,12 +7,13 @@ use serde_json::Value;
 use tracing::{info, warn};
 
 use super::checkpointer::restore;
-use super::output::{PROVENANCE, checkpoints_folder};
+use super::output::checkpoints_folder;
 use super::signals::Interrupts;
 use crate::checkpoint::adapter::ADAPTER_WEIGHTS;
 use crate::checkpoint::run::{Checkpoints, STATE, read_checkpoint, read_json};
 use crate::config::{Options, TrainingConfig};
 use crate::error::{Error, Result};
+use crate::report::PROVENANCE;
 use crate::training::{TrainingState, TrainingSummary};
 
 /// The argument of `--resume`.
@@ -135,8 +136,8 @@ fn finished(config: &TrainingConfig) -> Result<Option<TrainingSummary>> {
 }
 
 /// Keys that a resumed run may change: they say where things are (their contents are compared instead), what computes,
-/// and how often the run is saved.
-const FREE_KEYS: [&str; 10] = [
+/// how often the run is saved, and what shows it.
+const FREE_KEYS: [&str; 13] = [
     "model_name",
     "train_data",
     "val_data",
@@ -144,6 +145,9 @@ const FREE_KEYS: [&str; 10] = [
     "init_adapter",
     "save_every",
     "keep_checkpoints",
+    "report",
+    "test_cases",
+    "sample_every",
     "device",
     "threads",
     "activation_memory",

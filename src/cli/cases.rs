@@ -1,11 +1,12 @@
-//! Test cases: what is asked, under which hash, and what is hoped for.
+//! Test cases: what is asked, under which hash, what is hoped for; and the prompt that they become.
 
 use std::path::Path;
 
 use serde::Deserialize;
 
-use crate::data::UNKNOWN_HASH;
+use crate::data::{self, Conversation, UNKNOWN_HASH};
 use crate::error::{Error, Result};
+use crate::tokens::Tokenizer;
 
 /// One prompt.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,6 +20,27 @@ impl Case {
     /// The hash, or what a record without one has.
     pub fn hash(&self) -> &str {
         self.hash.as_deref().unwrap_or(UNKNOWN_HASH)
+    }
+
+    /// The prompt of an instruction record: text and tokens.
+    pub fn prompt(&self, tokenizer: &Tokenizer) -> Result<(String, Vec<u32>)> {
+        let text = data::prompt(self.hash(), &self.instruction);
+        let ids = tokenizer.encode_start(&text)?;
+        Ok((text, ids))
+    }
+
+    /// The prompt as the tokenizer's chat template renders it, with what the system says before; as that of an
+    /// instruction record where there is no template.
+    pub fn chat_prompt(&self, tokenizer: &Tokenizer, system: Option<&str>) -> Result<(String, Vec<u32>)> {
+        let Some(template) = tokenizer.chat_template() else { return self.prompt(tokenizer) };
+        let question = Conversation::question(system, &self.instruction);
+        let question = match &self.hash {
+            Some(hash) => question.with_hash(hash),
+            None => question,
+        };
+        let text = template.prompt(&question)?;
+        let ids = tokenizer.encode(&text)?;
+        Ok((text, ids))
     }
 }
 
