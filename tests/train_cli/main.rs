@@ -24,6 +24,7 @@ mod profile;
 mod resume;
 mod run_faults;
 mod seeing;
+mod snapshots;
 mod speaking;
 mod storage_faults;
 mod workspace;
