@@ -24,6 +24,9 @@ struct TokenizerFile {
     added_tokens: Vec<AddedToken>,
     #[serde(default)]
     post_processor: serde_json::Value,
+    /// Read because the library panics over one that is no JSON, such as a number out of range.
+    #[serde(default, rename = "decoder")]
+    _decoder: serde_json::Value,
     model: Model,
 }
 

@@ -74,7 +74,8 @@ pub(super) fn rewrite_generation(source: &str) -> (String, bool) {
     while let Some(start) = rest.find("{%") {
         let (before, block) = rest.split_at(start);
         rewritten.push_str(before);
-        let Some(end) = block.find("%}") else {
+        // Behind the opening: `{%}` is no whole block.
+        let Some(end) = block[2..].find("%}").map(|end| end + 2) else {
             rest = block;
             break;
         };
