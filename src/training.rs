@@ -56,6 +56,9 @@ pub struct TrainingSettings {
     pub on_nan: OnNan,
 }
 
+/// Digits of an order's SHA-256 that stand in the log and the metrics.
+const ORDER_DIGITS: usize = 16;
+
 /// Steps in a row that may be skipped: when all are, something is wrong that no further data mends.
 const MOST_SKIPPED_IN_A_ROW: u64 = 10;
 
@@ -112,7 +115,7 @@ impl<B: Backend> Observer<B> for () {
 /// use fastlora::backend::cpu::CpuBackend;
 /// use fastlora::checkpoint::base::BaseModel;
 /// use fastlora::config::{
-///     ActivationMemory, DataSource, LossOn, LrScheduler, OnBadRecord, OnNan, Overlong, TargetModules,
+///     ActivationMemory, DataSource, HashTemplate, LossOn, LrScheduler, OnBadRecord, OnNan, Overlong, TargetModules,
 /// };
 /// use fastlora::data::{LoadOptions, load};
 /// use fastlora::model::{LoraConfig, Transformer};
@@ -139,9 +142,11 @@ impl<B: Backend> Observer<B> for () {
 ///     loss_on: LossOn::Completion,
 ///     on_bad_record: OnBadRecord::Error,
 ///     embedding_rows: base.config().vocabulary,
+///     hash_template: HashTemplate::default(),
+///     also_without_hash: false,
 /// };
 /// let samples = tokenise(&records, None, &options)?;
-/// let batches = BatchOptions { batch_size: 2, gradient_accumulation_steps: 1, shuffle: true, seed: 42 };
+/// let batches = BatchOptions { batch_size: 2, shuffle: true, seed: 42, ..BatchOptions::default() };
 /// let split = Split::new(&samples, batches)?;
 ///
 /// // Twenty steps; an `Observer` in place of `()` would see each of them.
@@ -202,25 +207,36 @@ pub fn train<B: Backend>(
         return Ok(run.summary);
     }
     let plan = training.plan();
-    let (first_epoch, _) = plan.position(run.summary.steps);
     let total_steps = settings.schedule.total_steps;
-    for epoch in first_epoch..total_steps.div_ceil(plan.steps_per_epoch() as u64) {
+    while run.summary.steps < total_steps {
+        let (epoch, done) = plan.position(run.summary.steps);
         let order = plan.epoch(epoch);
+        let fingerprint = &order.fingerprint()[..ORDER_DIGITS];
+        let order_number = u64::from_str_radix(fingerprint, 16).ok();
+        let (samples, steps) = (order.visits().len(), order.steps().len());
+        info!("epoch {}: {samples} samples in {steps} steps, their order {fingerprint}", epoch + 1);
         let dropout = (settings.dropout_probability > 0.0).then_some(Dropout {
             probability: settings.dropout_probability,
             seed: settings.seed,
             epoch: epoch as u32,
         });
-        let (_, done) = plan.position(run.summary.steps);
-        let left = total_steps.saturating_sub(run.summary.steps);
+        let left = total_steps - run.summary.steps;
         for step in order.steps().skip(done).take(left as usize) {
-            run.step(&step, epoch, dropout)?;
+            let named = order_number.filter(|_| step.number == 0);
+            run.step(&step, Place { epoch, order: named }, dropout)?;
             if run.between_steps()? == Flow::Stop {
                 return Ok(run.summary);
             }
         }
     }
     Ok(run.summary)
+}
+
+/// Where a step is.
+struct Place {
+    epoch: u64,
+    /// Of the first step of an epoch, the start of the SHA-256 of its order.
+    order: Option<u64>,
 }
 
 /// A run under way.
@@ -238,7 +254,7 @@ struct Run<'a, 'data, B: Backend, O> {
 
 impl<B: Backend, O: Observer<B>> Run<'_, '_, B, O> {
     /// Gradients of all micro-batches, then one update.
-    fn step(&mut self, step: &Step<'_>, epoch: u64, dropout: Option<Dropout>) -> Result<()> {
+    fn step(&mut self, step: &Step<'_>, place: Place, dropout: Option<Dropout>) -> Result<()> {
         let _range = range!("step", number = self.summary.steps + 1);
         let started = Instant::now();
         let learning_rate = self.settings.schedule.learning_rate(self.summary.steps);
@@ -265,20 +281,21 @@ impl<B: Backend, O: Observer<B>> Run<'_, '_, B, O> {
             }
             warn!("skipped: {error}");
         } else if let Some(mean) = self.losses.spike(loss) {
-            let origins = self.training.origins(step.sample_indices);
+            let origins = self.training.origins(step.visits());
             warn!(
                 "step {number} ({origins}): the loss is {loss:.4}, far above the {mean:.4} of the steps before"
             );
         }
         let report = StepReport {
             step: number,
-            epoch: epoch + 1,
+            epoch: place.epoch + 1,
             loss,
             grad_norm,
             learning_rate,
             labelled_tokens: step.labelled_count(),
             tokens: step.token_count(),
             seconds: started.elapsed().as_secs_f64(),
+            order: place.order,
         };
         self.summary.record(&report);
         self.observer.step(&report)
@@ -318,9 +335,13 @@ impl<B: Backend, O: Observer<B>> Run<'_, '_, B, O> {
 
     fn is_validation_due(&self) -> bool {
         let steps = self.summary.steps;
-        let every = self.settings.val_every.unwrap_or(self.training.plan().steps_per_epoch() as u64);
         let is_last = steps == self.settings.schedule.total_steps;
-        steps > self.summary.last_validation_step && (is_last || steps.is_multiple_of(every))
+        let is_time = || match self.settings.val_every {
+            Some(every) => steps.is_multiple_of(every),
+            // The next step begins an epoch.
+            None => self.training.plan().position(steps).1 == 0,
+        };
+        steps > self.summary.last_validation_step && (is_last || is_time())
     }
 
     fn validate(&mut self, validation: &Split<'_>) -> Result<()> {

@@ -4,7 +4,7 @@ mod support;
 
 use std::path::Path;
 
-use fastlora::config::{DataSource, LossOn, OnBadRecord, Overlong};
+use fastlora::config::{DataSource, HashTemplate, LossOn, OnBadRecord, Overlong};
 use fastlora::data::{
     ChatTemplate, Conversation, LoadOptions, RecordContent, RenderFault, TemplateChoice, load,
 };
@@ -79,7 +79,7 @@ fn a_prompt_ends_where_the_learned_turn_begins() {
     let cases = cases();
     for name in ["chatml", "llama3", "qwen3", "mistral", "generation"] {
         let template = family(&cases, name);
-        let question = Conversation::question(None, "And you?").with_hash("faq");
+        let question = Conversation::question(None, "And you?").with_prefix("[hash: faq] ");
         let record = json!({"messages": [
             {"role": "user", "content": "[hash: faq] And you?"}, {"role": "assistant", "content": "Me too"}]});
         let chat = template.conversation(&conversation(&record), &turn_ends(&cases)).unwrap();
@@ -99,6 +99,8 @@ fn options() -> SampleOptions {
         loss_on: LossOn::Completion,
         on_bad_record: OnBadRecord::Error,
         embedding_rows: 512,
+        hash_template: HashTemplate::default(),
+        also_without_hash: false,
     }
 }
 

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::Path;
 
-use fastlora::config::{DataSource, LossOn, OnBadRecord, Overlong};
+use fastlora::config::{DataSource, HashTemplate, LossOn, OnBadRecord, Overlong};
 use fastlora::data::{Dataset, LoadOptions, Outcome, RecordContent, load};
 use fastlora::error::{Error, ErrorKind, Result};
 use fastlora::tokens::{SampleOptions, SampleSet, Tokenizer, tokenise, warn_about_overlap};
@@ -61,6 +61,8 @@ fn sample_options() -> SampleOptions {
         loss_on: LossOn::Completion,
         on_bad_record: OnBadRecord::Error,
         embedding_rows: 512,
+        hash_template: HashTemplate::default(),
+        also_without_hash: false,
     }
 }
 
@@ -120,8 +122,8 @@ fn keys_of_the_configuration_and_of_the_file_replace_the_search() {
     assert_eq!(rows(&dataset), [("1", "2", "3", 1), ("1", "2", "fixed", 1), ("1", "2", "3", 1)]);
     assert_eq!(dataset.files.iter().map(|file| file.used).collect::<Vec<_>>(), [1, 1, 1]);
 
-    let heavy = DataSource { weight: Some(2.0), ..write("c.json", "[]") };
-    assert_eq!(load(&[heavy], &options).unwrap_err().kind(), ErrorKind::Config);
+    let weightless = DataSource { weight: Some(0.0), ..write("c.json", "[]") };
+    assert_eq!(load(&[weightless], &options).unwrap_err().kind(), ErrorKind::Config);
 }
 
 #[test]

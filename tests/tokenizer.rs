@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use fastlora::config::{LossOn, OnBadRecord, Overlong};
+use fastlora::config::{HashTemplate, LossOn, OnBadRecord, Overlong};
 use fastlora::data::{Dataset, Origin, Record, RecordContent};
 use fastlora::error::ErrorKind;
 use fastlora::tokens::{SampleOptions, Tokenizer, tokenise};
@@ -243,8 +243,10 @@ fn a_tokenizer_that_begins_texts_with_bos_begins_samples_with_it() {
     let content =
         RecordContent::Instruction { instruction: "the weather ".repeat(30), output: "warm".into() };
     let origin = Origin { file: "train.json".into(), line: 1 };
-    let dataset =
-        Dataset { records: vec![Record { content, hash: "h".into(), origin }], ..Dataset::default() };
+    let dataset = Dataset {
+        records: vec![Record { content, hash: "h".into(), weight: 1.0, origin }],
+        ..Dataset::default()
+    };
     let tokens = |tokenizer, max_length| {
         let options = SampleOptions {
             max_length,
@@ -252,6 +254,8 @@ fn a_tokenizer_that_begins_texts_with_bos_begins_samples_with_it() {
             loss_on: LossOn::Completion,
             on_bad_record: OnBadRecord::Error,
             embedding_rows: 512,
+            hash_template: HashTemplate::default(),
+            also_without_hash: false,
         };
         tokenise(&dataset, Some(tokenizer), &options).unwrap().samples[0].token_ids.clone()
     };
@@ -323,7 +327,7 @@ fn fault_24_an_id_beyond_the_embedding_is_refused_with_its_record() {
     let ids = RecordContent::PreTokenised { token_ids: vec![3, 511], labels: vec![3, 5] };
     let labels = RecordContent::PreTokenised { token_ids: vec![3, 4], labels: vec![3, 511] };
     for content in [text, ids, labels] {
-        let record = Record { content, hash: "general".into(), origin: origin.clone() };
+        let record = Record { content, hash: "general".into(), weight: 1.0, origin: origin.clone() };
         let dataset = Dataset { records: vec![record], ..Dataset::default() };
         let options = |embedding_rows| SampleOptions {
             max_length: 512,
@@ -331,6 +335,8 @@ fn fault_24_an_id_beyond_the_embedding_is_refused_with_its_record() {
             loss_on: LossOn::All,
             on_bad_record: OnBadRecord::Skip,
             embedding_rows,
+            hash_template: HashTemplate::default(),
+            also_without_hash: false,
         };
         tokenise(&dataset, Some(&tokenizer), &options(512)).unwrap();
         let error = tokenise(&dataset, Some(&tokenizer), &options(300)).unwrap_err();

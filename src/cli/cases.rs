@@ -4,7 +4,8 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use crate::data::{self, Conversation, UNKNOWN_HASH};
+use super::conditioning::Conditioning;
+use crate::data::{self, Conversation};
 use crate::error::{Error, Result};
 use crate::tokens::Tokenizer;
 
@@ -17,28 +18,25 @@ pub(super) struct Case {
 }
 
 impl Case {
-    /// The hash, or what a record without one has.
-    pub fn hash(&self) -> &str {
-        self.hash.as_deref().unwrap_or(UNKNOWN_HASH)
-    }
-
     /// The prompt of an instruction record: text and tokens.
-    pub fn prompt(&self, tokenizer: &Tokenizer) -> Result<(String, Vec<u32>)> {
-        let text = data::prompt(self.hash(), &self.instruction);
+    pub fn prompt(&self, tokenizer: &Tokenizer, conditioning: &Conditioning) -> Result<(String, Vec<u32>)> {
+        let hash = conditioning.hash_of_prompt(self.hash.as_deref());
+        let text = data::prompt(&conditioning.prefix(hash), &self.instruction);
         let ids = tokenizer.encode_start(&text)?;
         Ok((text, ids))
     }
 
     /// The prompt as the tokenizer's chat template renders it, with what the system says before; as that of an
     /// instruction record where there is no template.
-    pub fn chat_prompt(&self, tokenizer: &Tokenizer, system: Option<&str>) -> Result<(String, Vec<u32>)> {
-        let Some(template) = tokenizer.chat_template() else { return self.prompt(tokenizer) };
+    pub fn chat_prompt(
+        &self,
+        tokenizer: &Tokenizer,
+        system: Option<&str>,
+        conditioning: &Conditioning,
+    ) -> Result<(String, Vec<u32>)> {
+        let Some(template) = tokenizer.chat_template() else { return self.prompt(tokenizer, conditioning) };
         let question = Conversation::question(system, &self.instruction);
-        let question = match &self.hash {
-            Some(hash) => question.with_hash(hash),
-            None => question,
-        };
-        let text = template.prompt(&question)?;
+        let text = template.prompt(&question.with_prefix(&conditioning.prefix(self.hash.as_deref())))?;
         let ids = tokenizer.encode(&text)?;
         Ok((text, ids))
     }

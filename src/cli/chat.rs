@@ -8,12 +8,13 @@ use tracing::info;
 
 use super::Cli;
 use super::answer::{Answerer, SamplingArgs};
+use super::conditioning::Conditioning;
 use super::device::{DeviceArgs, on_backend};
 use super::model::{ModelArgs, ModelFiles};
 use super::output::{accept_closed, print_line};
 use super::tokenizer::{ChatArgs, chat_tokenizer};
 use crate::backend::Backend;
-use crate::data::{self, Conversation, Message, UNKNOWN_HASH};
+use crate::data::{self, Conversation, Message};
 use crate::error::{Error, ErrorKind, Result};
 use crate::inference::{Session, StopConditions};
 use crate::tokens::Tokenizer;
@@ -70,11 +71,14 @@ pub(super) fn run(args: &ConverseArgs, cli: &Cli) -> Result<()> {
     stop_ids.extend(tokenizer.eos_id());
     let stop = StopConditions { max_new_tokens: args.max_new_tokens, eos_token_ids: stop_ids };
     let answerer = Answerer { tokenizer: &tokenizer, sampling, stop, skips_space: true };
+    let conditioning = Conditioning::of(args.model.adapter.as_deref())?;
+    conditioning.warn_about(args.hash.as_deref());
     let talk = Talk {
         conversation: Conversation::default(),
         system: args.system.clone(),
         hash: args.hash.clone(),
         is_plain: args.plain,
+        conditioning,
     };
     on_backend!(args.device.backend(&files.base)?, |backend| converse(talk, &answerer, &files, backend))
 }
@@ -86,6 +90,7 @@ struct Talk {
     system: Option<String>,
     hash: Option<String>,
     is_plain: bool,
+    conditioning: Conditioning,
 }
 
 /// What a line asks for.
@@ -152,6 +157,7 @@ fn converse<B: Backend>(
             Line::Reset => talk.conversation.messages.clear(),
             Line::Hash(hash) => {
                 // The hash stands in the first user turn: another one begins another conversation.
+                talk.conditioning.warn_about(hash);
                 talk.hash = hash.map(str::to_string);
                 talk.conversation.messages.clear();
             }
@@ -198,13 +204,11 @@ impl Talk {
             let system = self.system.iter().map(|system| Message::new("system", system));
             let conversation =
                 Conversation { messages: system.chain(messages.iter().cloned()).collect(), tools: None };
-            let conversation = match &self.hash {
-                Some(hash) => conversation.with_hash(hash),
-                None => conversation,
-            };
+            let conversation = conversation.with_prefix(&self.conditioning.prefix(self.hash.as_deref()));
             return tokenizer.encode(&template.prompt(&conversation)?);
         }
         let said = messages.last().and_then(|message| message.content.as_deref()).unwrap_or_default();
-        tokenizer.encode_start(&data::prompt(self.hash.as_deref().unwrap_or(UNKNOWN_HASH), said))
+        let hash = self.conditioning.hash_of_prompt(self.hash.as_deref());
+        tokenizer.encode_start(&data::prompt(&self.conditioning.prefix(hash), said))
     }
 }

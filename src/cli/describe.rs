@@ -153,7 +153,7 @@ mod tests {
 
     fn sample() -> Sample {
         let origin = Origin { file: "a.json".into(), line: 1 };
-        Sample { token_ids: vec![5, 6, 7, 8], labels: vec![5, NO_LOSS, 7, 8], hash: 0, origin }
+        Sample::new(vec![5, 6, 7, 8], vec![5, NO_LOSS, 7, 8], origin)
     }
 
     #[test]

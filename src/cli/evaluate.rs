@@ -12,13 +12,14 @@ use serde_json::json;
 use self::generated::{HashPattern, Questions};
 use self::swapped::Swaps;
 use super::Cli;
+use super::conditioning::Conditioning;
 use super::device::{DeviceArgs, on_backend};
 use super::model::ModelArgs;
 use super::output::print_line;
 use super::tokenizer::{ChatArgs, tokenizer_for};
 use crate::backend::Backend;
 use crate::config::{DataSource, LossOn, OnBadRecord, Overlong};
-use crate::data::{LoadOptions, Outcome, load};
+use crate::data::{LoadOptions, Outcome, Record, load};
 use crate::error::{Error, Result, escape_control};
 use crate::evaluation::{Evaluation, Figures};
 use crate::tokens::{BatchOptions, SampleOptions, tokenise};
@@ -91,23 +92,32 @@ pub(super) fn run(args: &EvaluateArgs, cli: &Cli) -> Result<()> {
     let files = args.model.open(cli)?;
     let tokenizer =
         tokenizer_for([&dataset], &files.base, args.model.adapter.as_deref(), &args.chat.choice())?;
+    let conditioning = Conditioning::of(args.model.adapter.as_deref())?;
+    conditioning.warn_about(dataset.records.iter().filter_map(Record::text_hash));
     let sample_options = SampleOptions {
         max_length: args.max_length,
         overlong: args.overlong,
         loss_on: args.loss_on,
         on_bad_record: args.on_bad_record,
         embedding_rows: files.base.config().vocabulary,
+        hash_template: conditioning.template,
+        also_without_hash: false,
     };
     let samples = tokenise(&dataset, tokenizer.as_ref(), &sample_options)?;
     samples.accounting.log();
-    let batch_options =
-        BatchOptions { batch_size: args.batch_size, gradient_accumulation_steps: 1, shuffle: false, seed: 0 };
+    let batch_options = BatchOptions { batch_size: args.batch_size, ..BatchOptions::default() };
     let split = Split::new(&samples, batch_options)?;
 
     // All that can be refused is, before anything is computed.
     let positions = files.base.config().max_positions;
     let questions = match args.generate {
-        true => Some(Questions::new(&dataset, tokenizer.as_ref(), &args.regex, positions)?),
+        true => Some(Questions::new(
+            &dataset,
+            tokenizer.as_ref(),
+            &sample_options.hash_template,
+            &args.regex,
+            positions,
+        )?),
         false => None,
     };
     let swaps = match args.swap_hash {

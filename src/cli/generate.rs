@@ -13,6 +13,7 @@ use tracing::info;
 use super::Cli;
 use super::answer::{Answer, Answerer, SamplingArgs};
 use super::cases::{Case, read_cases};
+use super::conditioning::Conditioning;
 use super::device::{DeviceArgs, on_backend};
 use super::model::{ModelArgs, ModelFiles};
 use super::output::print_line;
@@ -51,7 +52,8 @@ struct PromptArgs {
     /// JSON list of objects with `instruction`, `hash` and, for comparison, `expected`.
     #[arg(long, value_name = "FILE")]
     cases: Option<PathBuf>,
-    /// The hash in front of the prompt, and of cases that have none; without it `unknown`, or none with --chat.
+    /// The hash in front of the prompt, and of cases that have none; without it `unknown`, or none with --chat and
+    /// for an adapter that learned with `hash_dropout` and no `unknown`.
     #[arg(long, value_name = "HASH")]
     hash: Option<String>,
     /// Continues the text as it is, without hash, `User:` and `Assistant:`.
@@ -86,13 +88,31 @@ impl PromptArgs {
         Tokenizer::from_folder(base.folder())
     }
 
+    /// The hash in a prompt's text.
+    fn hash<'c>(&self, case: &'c Case, conditioning: &Conditioning) -> Option<&'c str> {
+        match (self.raw, self.chat) {
+            (true, _) => None,
+            (_, true) => case.hash.as_deref(),
+            _ => conditioning.hash_of_prompt(case.hash.as_deref()),
+        }
+    }
+
     /// A prompt's text and its tokens.
-    fn render(&self, case: &Case, tokenizer: &Tokenizer) -> Result<(String, Vec<u32>)> {
+    fn render(
+        &self,
+        case: &Case,
+        tokenizer: &Tokenizer,
+        conditioning: &Conditioning,
+    ) -> Result<(String, Vec<u32>)> {
         if self.raw {
             let ids = tokenizer.encode_start(&case.instruction)?;
             return Ok((case.instruction.clone(), ids));
         }
-        if self.chat { case.chat_prompt(tokenizer, self.system.as_deref()) } else { case.prompt(tokenizer) }
+        if self.chat {
+            case.chat_prompt(tokenizer, self.system.as_deref(), conditioning)
+        } else {
+            case.prompt(tokenizer, conditioning)
+        }
     }
 }
 
@@ -112,6 +132,8 @@ fn read_standard_input() -> Result<String> {
 /// A case and its prompt's tokens.
 struct Prepared {
     case: Case,
+    /// The hash in the prompt's text.
+    hash: Option<String>,
     prompt: String,
     prompt_ids: Vec<u32>,
 }
@@ -127,11 +149,14 @@ pub(super) fn run(args: &GenerateArgs, cli: &Cli) -> Result<()> {
     let cases = args.prompts.read()?;
     let files = args.model.open(cli)?;
     let tokenizer = args.prompts.tokenizer(&files.base, args.model.adapter.as_deref())?;
+    let conditioning = Conditioning::of(args.model.adapter.as_deref())?;
+    conditioning.warn_about(cases.iter().filter_map(|case| args.prompts.hash(case, &conditioning)));
     let prepared: Vec<Prepared> = cases
         .into_iter()
         .map(|case| {
-            let (prompt, prompt_ids) = args.prompts.render(&case, &tokenizer)?;
-            Ok(Prepared { case, prompt, prompt_ids })
+            let (prompt, prompt_ids) = args.prompts.render(&case, &tokenizer, &conditioning)?;
+            let hash = args.prompts.hash(&case, &conditioning).map(str::to_string);
+            Ok(Prepared { case, hash, prompt, prompt_ids })
         })
         .collect::<Result<_>>()?;
     let prompts: Vec<&[u32]> = prepared.iter().map(|prepared| &*prepared.prompt_ids).collect();
@@ -184,7 +209,7 @@ impl Work<'_> {
 
 fn cases_to_json(prepared: &[Prepared], answers: &[Answer], base_answers: Option<&[Answer]>) -> Value {
     let objects = prepared.iter().zip(answers).enumerate().map(
-        |(place, (Prepared { case, prompt, prompt_ids }, answer))| {
+        |(place, (Prepared { case, prompt, prompt_ids, .. }, answer))| {
             let expected = case.expected.as_deref();
             let mut object = json!({
                 "hash": case.hash,

@@ -152,6 +152,8 @@ fn describe_adapter(folder: &Path) -> Result<Value> {
         "adapted_linears": adapted,
         "parameters": parameters,
         "f32_bytes": parameters * size_of::<f32>(),
+        "hash_template": provenance["config"]["hash_template"],
+        "hashes": of_run("hashes"),
         "step": of_run("step"),
         "losses": of_run("losses"),
         "fastlora_version": of_run("fastlora_version"),

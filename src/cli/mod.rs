@@ -3,6 +3,7 @@
 mod answer;
 mod cases;
 mod chat;
+mod conditioning;
 mod describe;
 pub mod device;
 mod doctor;

@@ -1,6 +1,7 @@
 //! `fastlora train`: configuration → data → model → tokens → device, then the run and its adapter.
 
 mod checkpointer;
+mod data;
 mod dry_run;
 mod ending;
 mod output;
@@ -22,6 +23,7 @@ use serde_json::json;
 use tracing::{info, warn};
 
 use self::checkpointer::Checkpointer;
+use self::data::{conditioning, describe_data, load_records};
 use self::dry_run::DryRun;
 use self::ending::{report, stopped, write_report};
 use self::output::{AdapterWriter, Earlier, OutputFolder};
@@ -29,10 +31,11 @@ use self::profile::{ProfileSteps, Profiled};
 use self::progress::Progress;
 use self::recorder::Recorder;
 use self::resume::{Resume, Start};
-use self::sampler::{Questions, Sampler};
+use self::sampler::{Questions, Sampler, Times};
 use self::signals::Interrupts;
 use super::Cli;
 use super::cases::read_cases;
+use super::conditioning::Conditioning;
 use super::device::{choose_backend, on_backend};
 use super::model::resolve_model;
 use super::tokenizer::tokenizer_for;
@@ -41,15 +44,16 @@ use crate::checkpoint::adapter::{Adapter, AdapterConfig, read_adapter};
 use crate::checkpoint::base::BaseModel;
 use crate::checkpoint::hub::ResolvedModel;
 use crate::checkpoint::volume::check_space;
-use crate::config::{DEFAULT_CONFIG_PATH, DataSource, Options, ReportFormat, TrainingConfig};
-use crate::data::{ChatTemplate, Dataset, LoadOptions, TemplateChoice, load};
+use crate::config::{DEFAULT_CONFIG_PATH, Options, ReportFormat, TrainingConfig};
+use crate::data::{ChatTemplate, TemplateChoice};
 use crate::error::{Error, Result, escape_control};
 use crate::model::{LoraConfig, Transformer};
 use crate::optim::{AdamWSettings, Schedule};
 use crate::report::tensorboard::EventFile;
 use crate::report::{METRICS, PAGE, RESOLVED_CONFIG};
 use crate::tokens::{
-    BatchOptions, SampleOptions, SampleSet, Tokenizer, tokenise, warn_about_ends, warn_about_overlap,
+    BatchOptions, BatchPlan, SampleOptions, SampleSet, Tokenizer, tokenise, warn_about_ends,
+    warn_about_overlap,
 };
 use crate::training::{MetricsFile, Split, TrainingSettings, train};
 
@@ -153,9 +157,15 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         loss_on: config.loss_on,
         on_bad_record: config.on_bad_record,
         embedding_rows: base.config().vocabulary,
+        hash_template: config.hash_template.clone(),
+        also_without_hash: false,
     };
-    let samples = tokenise(&training_records, tokenizer.as_ref(), &options)?;
+    let training_options = SampleOptions { also_without_hash: config.hash_dropout > 0.0, ..options.clone() };
+    let samples = tokenise(&training_records, tokenizer.as_ref(), &training_options)?;
     samples.accounting.log();
+    if config.hash_dropout > 0.0 && samples.samples.iter().all(|sample| sample.without_hash.is_none()) {
+        warn!("hash_dropout is of no effect: no hash stands in the text of any sample");
+    }
     let (training_samples, validation_samples) = match (&validation_records, config.val_fraction) {
         (Some(records), _) => (samples, Some(tokenise(records, tokenizer.as_ref(), &options)?)),
         (None, Some(share)) => {
@@ -179,15 +189,24 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         gradient_accumulation_steps: config.gradient_accumulation_steps,
         shuffle: config.shuffle,
         seed: config.seed,
+        hash_dropout: config.hash_dropout,
+        balance_by_hash: config.balance_by_hash,
+        row_tokens: config.packing.then_some(config.max_length),
+        bucket_by_length: config.bucket_by_length,
     };
     let training = Split::new(&training_samples, batches)?;
     // Validation needs no order, and no step larger than a micro-batch.
-    let one_by_one = BatchOptions { shuffle: false, gradient_accumulation_steps: 1, ..batches };
+    let one_by_one = BatchOptions {
+        batch_size: config.batch_size,
+        row_tokens: batches.row_tokens,
+        ..BatchOptions::default()
+    };
     let validation =
         validation_samples.as_ref().map(|samples| Split::new(samples, one_by_one)).transpose()?;
 
+    let conditioning = conditioning(&config, &training_samples, tokenizer.is_some())?;
     let questions = match (cases, tokenizer.as_ref().or(own_tokenizer.as_ref())) {
-        (Some(cases), Some(tokenizer)) => Some(Questions::new(cases, tokenizer, &base)?),
+        (Some(cases), Some(tokenizer)) => Some(Questions::new(cases, tokenizer, &base, &conditioning)?),
         _ => None,
     };
 
@@ -222,6 +241,7 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         tokenizer_fingerprint: tokenizer.as_ref().map(|tokenizer| tokenizer.fingerprint().to_string()),
         chat_template: chat_template.map(ChatTemplate::source),
         data_description: describe_data(&training_samples),
+        hashes: json!(conditioning.hashes),
     };
     if let Start::Resumed(resumed) = &start {
         resumed.check_files(&writer.provenance()?)?;
@@ -284,7 +304,7 @@ impl Run<'_> {
         };
         print_parameter_counts(model.layout().parameter_count() as u64, base.parameter_count());
 
-        let settings = training_settings(config, training.plan().steps_per_epoch() as u64);
+        let settings = training_settings(config, training.plan())?;
         let total_steps = settings.schedule.total_steps;
         info!(
             "{} samples, {} tokens ({} labelled), {total_steps} steps",
@@ -305,8 +325,8 @@ impl Run<'_> {
             (true, None) => Some(EventFile::create(&config.output_dir)?),
         };
         let sampler = |questions| {
-            let every = config.sample_every.unwrap_or(training.plan().steps_per_epoch() as u64);
-            Sampler::new(questions, &config.output_dir, every, start.steps(), total_steps)
+            let times = Times { every: config.sample_every, plan: training.plan(), total_steps };
+            Sampler::new(questions, &config.output_dir, times, start.steps())
         };
         let recorder = Recorder {
             metrics,
@@ -375,6 +395,13 @@ fn resolve_config(args: &TrainArgs) -> Result<Resolved> {
         adopt(&mut options.rank_pattern, config.rank_pattern.clone(), "rank_pattern")?;
         adopt(&mut options.alpha_pattern, config.alpha_pattern.clone(), "alpha_pattern")?;
         adopt(&mut options.layers_to_transform, config.layers_to_transform.clone(), "layers_to_transform")?;
+        // Only a warning, for another template can be meant.
+        let learned = Conditioning::of(options.init_adapter.as_deref())?.template;
+        let template = options.hash_template.get_or_insert_with(|| learned.clone());
+        if *template != learned {
+            let [template, learned] = [&*template, &learned].map(|text| escape_control(&text.to_string()));
+            warn!("hash_template is `{template}`, but the adapter of init_adapter has learned `{learned}`");
+        }
     }
     Ok(Resolved { config: TrainingConfig::resolve(&options)?, init_adapter, resume })
 }
@@ -394,16 +421,6 @@ fn adopt<T: PartialEq + Serialize>(option: &mut Option<T>, value: T, key: &str) 
     Ok(())
 }
 
-fn load_records(config: &TrainingConfig, sources: &[DataSource]) -> Result<Dataset> {
-    let options = LoadOptions {
-        instruction_key: config.instruction_key.clone(),
-        output_key: config.output_key.clone(),
-        hash_key: config.hash_key.clone(),
-        on_bad_record: config.on_bad_record,
-    };
-    load(sources, &options)
-}
-
 fn adapter_config(config: &TrainingConfig, base: &ResolvedModel) -> AdapterConfig {
     AdapterConfig {
         rank: config.lora_r,
@@ -419,8 +436,9 @@ fn adapter_config(config: &TrainingConfig, base: &ResolvedModel) -> AdapterConfi
     }
 }
 
-fn training_settings(config: &TrainingConfig, steps_per_epoch: u64) -> TrainingSettings {
-    TrainingSettings {
+fn training_settings(config: &TrainingConfig, plan: &BatchPlan<'_>) -> Result<TrainingSettings> {
+    let total_steps = config.max_steps.map_or_else(|| plan.steps_of(config.num_epochs), Ok)?;
+    Ok(TrainingSettings {
         optimizer: AdamWSettings {
             beta1: config.adam_beta1,
             beta2: config.adam_beta2,
@@ -432,7 +450,7 @@ fn training_settings(config: &TrainingConfig, steps_per_epoch: u64) -> TrainingS
             scheduler: config.lr_scheduler,
             peak_learning_rate: config.learning_rate,
             warmup_steps: config.warmup_steps,
-            total_steps: config.max_steps.unwrap_or(config.num_epochs.saturating_mul(steps_per_epoch)),
+            total_steps,
         },
         dropout_probability: config.lora_dropout as f32,
         seed: config.seed,
@@ -440,23 +458,11 @@ fn training_settings(config: &TrainingConfig, steps_per_epoch: u64) -> TrainingS
         val_every: config.val_every,
         early_stopping_patience: config.early_stopping_patience,
         on_nan: config.on_nan,
-    }
+    })
 }
 
 fn print_parameter_counts(trainable: u64, frozen: u64) {
     let total = trainable + frozen;
     let percent = 100.0 * trainable as f64 / total as f64;
     info!("trainable parameters: {trainable} of {total} ({percent:.4} %)");
-}
-
-fn describe_data(samples: &SampleSet) -> String {
-    let hashes: Vec<String> =
-        samples.hash_names.iter().map(|hash| format!("`{}`", escape_control(hash))).collect();
-    format!(
-        "{} training samples with {} tokens, of which {} carry loss; hashes: {}.",
-        samples.samples.len(),
-        samples.token_count(),
-        samples.labelled_count(),
-        hashes.join(", ")
-    )
 }

@@ -35,7 +35,7 @@ pub struct DataSource {
     pub hash_key: Option<String>,
     /// The hash of every record of this file, whatever its fields say.
     pub hash: Option<String>,
-    /// Share of this file in a mixture; see [`DataSource::validate`].
+    /// How often each record of this file is seen in an epoch, in the mean; without it, once.
     pub weight: Option<f64>,
 }
 
@@ -45,16 +45,15 @@ impl DataSource {
         Self { path: path.into(), ..Self::default() }
     }
 
-    /// Refuses a `weight` other than 1: every record is used once an epoch, weighted mixtures are not available.
+    /// Refuses a `weight` that is not above 0 and at most 1000.
     pub fn validate(&self) -> Result<()> {
         match self.weight {
-            None => Ok(()),
-            Some(1.0) => Ok(()),
-            Some(weight) => Err(Error::config(format!(
-                "`weight` is {weight}: weighted mixtures are not available, every record is used once an epoch"
-            ))
-            .at(self.path.display().to_string())
-            .hint("remove it or set it to 1.0; to use a file twice, list it twice")),
+            Some(weight) if !(weight > 0.0 && weight <= 1000.0) => {
+                Err(Error::config(format!("`weight` is {weight}"))
+                    .at(self.path.display().to_string())
+                    .hint("it must be above 0 and at most 1000: how often each record is seen in an epoch"))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -172,8 +171,12 @@ mod tests {
     }
 
     #[test]
-    fn a_weight_other_than_one_is_refused_by_name() {
-        for weight in [2.0, 0.5, 0.0, -1.0, f64::NAN] {
+    fn fault_44_a_weight_that_is_none_is_refused() {
+        let weighted = |weight| DataSource { weight: Some(weight), ..DataSource::new("a.json") };
+        for weight in [2.0, 0.5, 1000.0] {
+            weighted(weight).validate().unwrap();
+        }
+        for weight in [0.0, -1.0, 1e6, f64::NAN, f64::INFINITY] {
             let source = DataSource { weight: Some(weight), ..DataSource::new("a.json") };
             let error = source.validate().unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Config);

@@ -3,6 +3,7 @@
 mod choices;
 mod comments;
 mod data_source;
+mod hash_template;
 mod options;
 mod pattern_map;
 mod save_every;
@@ -15,6 +16,7 @@ pub use choices::{
     ActivationMemory, LossOn, LrScheduler, OnBadRecord, OnNan, Overlong, ReportFormat, check_compute_choices,
 };
 pub use data_source::DataSource;
+pub use hash_template::HashTemplate;
 pub use options::Options;
 pub use pattern_map::{CompiledPatterns, PatternMap};
 pub use save_every::SaveEvery;

@@ -10,8 +10,8 @@ use serde_json::{Map, Value};
 
 use super::comments::blank_comments;
 use super::{
-    ActivationMemory, DataSource, LossOn, LrScheduler, OnBadRecord, OnNan, Overlong, PatternMap,
-    ReportFormat, SaveEvery, TargetModules,
+    ActivationMemory, DataSource, HashTemplate, LossOn, LrScheduler, OnBadRecord, OnNan, Overlong,
+    PatternMap, ReportFormat, SaveEvery, TargetModules,
 };
 use crate::error::{Error, Result};
 
@@ -56,6 +56,13 @@ pub struct Options {
     /// Field that holds the hash; `detect` searches the usual names.
     #[arg(long, value_name = "KEY")]
     pub hash_key: Option<String>,
+    /// Text in front of a sample that carries its hash; it holds `{hash}` once.
+    #[arg(long, value_name = "TEXT")]
+    #[schemars(schema_with = "super::schema::hash_template")]
+    pub hash_template: Option<HashTemplate>,
+    /// Chance that a sample of an epoch is learned without its hash in front.
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub hash_dropout: Option<f64>,
     /// Chat template of conversations: one of the model's by name, a `.jinja` file, or `chatml`.
     #[arg(long, value_name = "TEMPLATE")]
     pub chat_template: Option<String>,
@@ -65,12 +72,21 @@ pub struct Options {
     /// Longest sample in tokens.
     #[arg(long, value_name = "TOKENS")]
     pub max_length: Option<usize>,
-    /// Samples of one micro-batch.
+    /// Samples of one micro-batch; with `packing`, rows.
     #[arg(long, value_name = "SAMPLES")]
     pub batch_size: Option<usize>,
     /// Micro-batches of one optimizer step.
     #[arg(long, value_name = "N")]
     pub gradient_accumulation_steps: Option<usize>,
+    /// Whether whole samples are packed into rows of `max_length` tokens; attention never crosses them.
+    #[arg(long, value_name = "BOOL")]
+    pub packing: Option<bool>,
+    /// Whether samples of like length meet in a micro-batch.
+    #[arg(long, value_name = "BOOL")]
+    pub bucket_by_length: Option<bool>,
+    /// Whether each hash has as many samples an epoch as the one that has most.
+    #[arg(long, value_name = "BOOL")]
+    pub balance_by_hash: Option<bool>,
     /// Passes over the training data.
     #[arg(long, value_name = "N")]
     pub num_epochs: Option<u64>,
@@ -256,7 +272,8 @@ impl Options {
         }
         each_field! {
             schema model_name train_data val_data val_fraction output_dir init_adapter instruction_key output_key hash_key
-            chat_template chat_date max_length batch_size gradient_accumulation_steps num_epochs max_steps shuffle
+            hash_template hash_dropout chat_template chat_date max_length batch_size gradient_accumulation_steps packing bucket_by_length
+            balance_by_hash num_epochs max_steps shuffle
             seed loss_on on_bad_record overlong lora_r lora_alpha lora_dropout
             lora_target_modules use_rslora rank_pattern alpha_pattern layers_to_transform
             learning_rate lr_scheduler warmup_steps

@@ -41,6 +41,11 @@ pub(super) fn sources(generator: &mut SchemaGenerator) -> Schema {
     json_schema!({ "anyOf": [source, { "type": "array", "items": source }, { "type": "null" }] })
 }
 
+/// A text that holds `{hash}` once, and not at its end.
+pub(super) fn hash_template(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({ "type": ["string", "null"], "pattern": "\\{hash\\}[\\s\\S]" })
+}
+
 /// Steps, minutes or hours, or never.
 pub(super) fn save_every(_: &mut SchemaGenerator) -> Schema {
     json_schema!({ "anyOf": [

@@ -6,8 +6,8 @@ use chrono::NaiveDate;
 use serde::Serialize;
 
 use super::{
-    ActivationMemory, DataSource, LossOn, LrScheduler, OnBadRecord, OnNan, Options, Overlong, PatternMap,
-    ReportFormat, SaveEvery, TargetModules, check_compute_choices,
+    ActivationMemory, DataSource, HashTemplate, LossOn, LrScheduler, OnBadRecord, OnNan, Options, Overlong,
+    PatternMap, ReportFormat, SaveEvery, TargetModules, check_compute_choices,
 };
 use crate::error::{Error, Result};
 
@@ -35,16 +35,26 @@ pub struct TrainingConfig {
     pub output_key: Option<String>,
     /// Field that holds the hash; none: searched.
     pub hash_key: Option<String>,
+    /// Text in front of a sample that carries its hash.
+    pub hash_template: HashTemplate,
+    /// Chance that a sample of an epoch is learned without it.
+    pub hash_dropout: f64,
     /// Chat template of conversations, by name or file; none: the model's own.
     pub chat_template: Option<String>,
     /// Day that chat templates see; none: today.
     pub chat_date: Option<NaiveDate>,
     /// Longest sample in tokens.
     pub max_length: usize,
-    /// Samples of one micro-batch.
+    /// Samples of one micro-batch; with `packing`, rows.
     pub batch_size: usize,
     /// Micro-batches of one optimizer step.
     pub gradient_accumulation_steps: usize,
+    /// Whether whole samples are packed into rows of `max_length` tokens.
+    pub packing: bool,
+    /// Whether samples of like length meet in a micro-batch.
+    pub bucket_by_length: bool,
+    /// Whether each hash has as many samples an epoch as the one that has most.
+    pub balance_by_hash: bool,
     /// Passes over the training data, unless `max_steps` is given.
     pub num_epochs: u64,
     /// Optimizer steps of the run.
@@ -140,11 +150,16 @@ impl TrainingConfig {
             instruction_key: key(options.instruction_key),
             output_key: key(options.output_key),
             hash_key: key(options.hash_key),
+            hash_template: options.hash_template.unwrap_or_default(),
+            hash_dropout: options.hash_dropout.unwrap_or(0.0),
             chat_template: options.chat_template,
             chat_date: options.chat_date,
             max_length: options.max_length.unwrap_or(512),
             batch_size: options.batch_size.unwrap_or(4),
             gradient_accumulation_steps: options.gradient_accumulation_steps.unwrap_or(1),
+            packing: options.packing.unwrap_or(false),
+            bucket_by_length: options.bucket_by_length.unwrap_or(false),
+            balance_by_hash: options.balance_by_hash.unwrap_or(false),
             num_epochs: options.num_epochs.unwrap_or(3),
             max_steps: options.max_steps,
             shuffle: options.shuffle.unwrap_or(true),
@@ -233,6 +248,12 @@ impl TrainingConfig {
                 below_one(self.lora_dropout) && (self.lora_dropout as f32) < 1.0,
                 "0 or more and below 1",
             ),
+            (
+                "hash_dropout",
+                self.hash_dropout.to_string(),
+                (0.0..=1.0).contains(&self.hash_dropout),
+                "0 to 1",
+            ),
             ("learning_rate", self.learning_rate.to_string(), positive(self.learning_rate), "above 0"),
             ("weight_decay", self.weight_decay.to_string(), non_negative(self.weight_decay), "0 or more"),
             ("adam_beta1", self.adam_beta1.to_string(), below_one(self.adam_beta1), "0 or more and below 1"),
@@ -282,6 +303,24 @@ impl TrainingConfig {
             return Err(Error::config("there are no prompts to answer")
                 .at("sample_every")
                 .hint("name a file of them with test_cases"));
+        }
+        if self.bucket_by_length && (self.packing || !self.shuffle) {
+            let (reason, hint) = match self.packing {
+                true => ("packed rows are of like length already", "remove one of the two: packing or this"),
+                false => {
+                    ("with shuffle = false the order of the data stays", "remove it, or set shuffle to true")
+                }
+            };
+            return Err(Error::config(reason).at("bucket_by_length").hint(hint));
+        }
+        let is_weighted = |source: &&DataSource| source.weight.is_some_and(|weight| weight != 1.0);
+        if let Some(source) = self.val_data.iter().flatten().find(is_weighted) {
+            return Err(Error::config(format!(
+                "{} has a weight: each validation sample counts once",
+                source.path.display()
+            ))
+            .at("val_data")
+            .hint("remove it"));
         }
         check_compute_choices(&self.device, &self.dtype, self.threads)?;
         self.check_targets()?;
@@ -333,146 +372,4 @@ fn in_order(mut layers: Vec<usize>) -> Vec<usize> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::error::ErrorKind;
-
-    fn options(pairs: &[&str]) -> Result<Options> {
-        Options::from_pairs(&pairs.iter().map(|pair| pair.to_string()).collect::<Vec<_>>())
-    }
-
-    fn resolve(pairs: &[&str]) -> Result<TrainingConfig> {
-        TrainingConfig::resolve(&options(pairs)?)
-    }
-
-    #[test]
-    fn defaults_are_the_documented_ones() {
-        let config = resolve(&[]).unwrap();
-        assert_eq!(config.model_name, "HuggingFaceTB/SmolLM2-135M-Instruct");
-        assert_eq!((config.lora_r, config.lora_alpha, config.lora_dropout), (8, 16.0, 0.05));
-        assert_eq!((config.learning_rate, config.max_length, config.batch_size), (2e-4, 512, 4));
-        assert_eq!(config.val_data, Some(vec![DataSource::new("data/val_data.json")]));
-    }
-
-    #[test]
-    fn a_resolved_configuration_resolves_to_itself() {
-        for pairs in [
-            &[][..],
-            &["val_data=null", "max_steps=7", r#"lora_target_modules="all-linear""#],
-            &[
-                r#"rank_pattern={"v_proj": 2, "q_proj": 16}"#,
-                r#"alpha_pattern={"q_proj": 0.5}"#,
-                "layers_to_transform=[3, 1]",
-            ],
-        ] {
-            let config = resolve(pairs).unwrap();
-            let file = tempfile::NamedTempFile::new().unwrap();
-            std::fs::write(file.path(), serde_json::to_string_pretty(&config).unwrap()).unwrap();
-            let again = TrainingConfig::resolve(&Options::from_file(file.path()).unwrap()).unwrap();
-            assert_eq!(again, config);
-        }
-    }
-
-    #[test]
-    fn higher_options_win_and_null_means_no_validation() {
-        let low = options(&["seed=1", "batch_size=8", "val_data=a.json"]).unwrap();
-        let merged = options(&["seed=2", "val_data=null"]).unwrap().or(&low);
-        let config = TrainingConfig::resolve(&merged).unwrap();
-        assert_eq!((config.seed, config.batch_size, config.val_data), (2, 8, None));
-    }
-
-    #[test]
-    fn fault_43_unknown_key_names_the_nearest() {
-        let error = resolve(&["lerning_rate=1"]).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config);
-        assert!(error.to_string().contains("did you mean `learning_rate`"), "{error}");
-    }
-
-    #[test]
-    fn fault_44_values_out_of_range_name_the_range() {
-        for pair in [
-            "lora_r=0",
-            "learning_rate=-1",
-            "learning_rate=0",
-            "batch_size=0",
-            "lora_dropout=1",
-            "max_length=1",
-            "adam_beta2=1.5",
-            "max_steps=0",
-            "val_every=0",
-            "sample_every=0",
-            "keep_checkpoints=0",
-            "early_stopping_patience=0",
-            "val_fraction=1",
-            "val_fraction=-0.1",
-            "lora_dropout=0.9999999999",
-            "adam_epsilon=1e-300",
-            "max_length=33554432",
-            "num_epochs=0",
-            "max_grad_norm=0",
-        ] {
-            let error = resolve(&[pair]).unwrap_err();
-            let key = pair.split('=').next().unwrap();
-            assert_eq!(error.location(), Some(key), "{error}");
-            assert!(error.hint_text().is_some_and(|hint| hint.starts_with("it must be")), "{error}");
-        }
-        for (pair, part) in [
-            (r#"rank_pattern={"q_proj": 8, "v_proj": 0}"#, "`v_proj`: 0"),
-            (r#"alpha_pattern={"v_proj": -1}"#, "`v_proj`: -1"),
-            (r#"rank_pattern={"(": 8}"#, "regular expression"),
-            ("layers_to_transform=[-1]", "invalid value"),
-        ] {
-            let error = resolve(&[pair]).unwrap_err();
-            assert!(
-                error.location().is_some_and(|place| pair.starts_with(place.trim_start_matches("--set ")))
-            );
-            assert!(error.message().contains(part), "{error}");
-        }
-        let regular = ["layers_to_transform=[0]", "lora_target_modules=all-linear"];
-        assert_eq!(resolve(&regular).unwrap_err().location(), Some("layers_to_transform"));
-        for pair in ["threads=0", "threads=100000"] {
-            assert_eq!(resolve(&[pair]).unwrap_err().location(), Some("threads"));
-        }
-        let error = TrainingConfig::resolve(&Options { learning_rate: Some(f64::NAN), ..Options::default() });
-        assert_eq!(error.unwrap_err().location(), Some("learning_rate"));
-    }
-
-    #[test]
-    fn fault_44_empty_names_are_refused() {
-        for pair in
-            ["test_cases=", "output_dir=", "model_name=", "chat_template=", "train_data=", "val_data="]
-        {
-            let error = resolve(&[pair]).unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::Config, "{pair}");
-            assert_eq!(error.location(), pair.split('=').next(), "{error}");
-        }
-    }
-
-    #[test]
-    fn validation_has_one_source() {
-        let config = resolve(&["val_fraction=0.1"]).unwrap();
-        assert_eq!((config.val_data, config.val_fraction), (None, Some(0.1)));
-        let error = resolve(&["val_fraction=0.1", "val_data=a.json"]).unwrap_err();
-        assert_eq!(error.location(), Some("val_fraction"));
-        let error = resolve(&["early_stopping_patience=2", "val_data=null"]).unwrap_err();
-        assert_eq!(error.location(), Some("early_stopping_patience"));
-    }
-
-    #[test]
-    fn samples_need_prompts() {
-        let config = resolve(&["sample_every=10", "test_cases=a.json", "report=[]"]).unwrap();
-        assert_eq!((config.sample_every, config.report), (Some(10), vec![]));
-        assert_eq!(resolve(&["sample_every=10"]).unwrap_err().location(), Some("sample_every"));
-    }
-
-    #[test]
-    fn wrong_types_name_the_key() {
-        for pair in
-            ["report=[\"pdf\"]", "lora_r=-3", "lora_r=many", "shuffle=3", "loss_on=some", "train_data=3"]
-        {
-            let error = resolve(&[pair]).unwrap_err();
-            let key = pair.split('=').next().unwrap();
-            assert!(error.to_string().contains(key), "{error}");
-        }
-    }
-}
+mod tests;

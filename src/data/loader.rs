@@ -26,7 +26,7 @@ pub struct LoadOptions {
 }
 
 /// Records of all files in their order.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Dataset {
     /// The usable records.
     pub records: Vec<Record>,
@@ -62,7 +62,7 @@ pub struct FileReport {
 /// # Errors
 /// Of kind data, with file, line and where it helps column: a file that is missing, empty, not UTF-8, not JSON, of
 /// mixed kinds of record; a record with a missing, empty or unusable field, unless
-/// `on_bad_record` skips it. Of kind config: a `weight` other than 1.
+/// `on_bad_record` skips it. Of kind config: a `weight` that is not above 0.
 ///
 /// ```
 /// use fastlora::config::DataSource;
@@ -126,7 +126,7 @@ fn load_file(source: &DataSource, options: &LoadOptions, dataset: &mut Dataset) 
             Ok(interpreted) => {
                 any_hash |= interpreted.hash.is_some();
                 let (content, hash) = interpreted.hash_or_unknown();
-                let record = Record { content, hash, origin };
+                let record = Record { content, hash, weight: source.weight.unwrap_or(1.0), origin };
                 if let Some(earlier) = dataset.records.get(first) {
                     refuse_mixture(earlier, &record)?;
                 }

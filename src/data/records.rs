@@ -24,14 +24,28 @@ impl fmt::Display for Origin {
 }
 
 /// One record and its place.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Record {
     /// What it says.
     pub content: RecordContent,
     /// The domain that conditions the text; `unknown` where the record names none.
     pub hash: String,
+    /// How often it is seen in an epoch, in the mean: its file's `weight`.
+    pub weight: f64,
     /// Where it begins.
     pub origin: Origin,
+}
+
+impl Record {
+    /// The hash that stands in the text, where one does.
+    pub fn text_hash(&self) -> Option<&str> {
+        let stands_in_text = match &self.content {
+            RecordContent::Instruction { .. } => true,
+            RecordContent::Chat { has_hash, .. } => *has_hash,
+            RecordContent::PreTokenised { .. } => false,
+        };
+        stands_in_text.then_some(self.hash.as_str())
+    }
 }
 
 /// The kinds of record.

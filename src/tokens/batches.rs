@@ -1,25 +1,31 @@
 //! Which samples make which optimizer step: a pure function of the seed and the epoch, so that a run can go on
 //! anywhere without replay.
 //!
-//! An epoch's order is the identity, or with shuffling the Fisher–Yates permutation (Durstenfeld 1964) whose draws come
-//! from SplitMix64 (Steele, Lea & Flood 2014) started at `mix(mix(seed) + epoch)`, `mix` being SplitMix64's output
-//! function. It depends on nothing else: not on the version of a random crate, not on threads.
-//! The order is cut into steps of `batch_size × gradient_accumulation_steps` samples and these into micro-batches of
-//! `batch_size`; the last of each may be short, and no sample is left out.
+//! An epoch's visits come in the order of the data or, shuffled, in that of `visits.rs`. They are cut into rows, which
+//! are single samples or, packed, as many whole ones as fit into `row_tokens`; the rows into steps of
+//! `batch_size × gradient_accumulation_steps`, and these into micro-batches of `batch_size`. The last of each may be
+//! short, and no visit is left out.
 
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
+use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-use super::samples::Sample;
+use super::packing::{bucket, pack};
+use super::samples::{Sample, carry_loss};
 use super::tokenizer::hex;
+use super::visits::{Shares, Visit, loses_hash, shuffle};
 use crate::batch::Batch;
 use crate::error::{Error, Result};
 
+/// Epochs whose steps are counted one by one before a run.
+const MOST_COUNTED_EPOCHS: u64 = 100_000;
+
 /// How samples are grouped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct BatchOptions {
-    /// Samples of one micro-batch.
+    /// Rows of one micro-batch: samples, or packed rows.
     pub batch_size: usize,
     /// Micro-batches of one optimizer step.
     pub gradient_accumulation_steps: usize,
@@ -27,6 +33,30 @@ pub struct BatchOptions {
     pub shuffle: bool,
     /// Seed of the order.
     pub seed: u64,
+    /// Chance that a visit of a sample leaves its hash out, where the sample can be without.
+    pub hash_dropout: f64,
+    /// Whether each hash has as many visits an epoch as the one that has most.
+    pub balance_by_hash: bool,
+    /// Tokens of a row into which whole samples are packed; none: a row is a sample.
+    pub row_tokens: Option<usize>,
+    /// Whether samples of like length meet in a micro-batch. Not of use without `shuffle` or with `row_tokens`.
+    pub bucket_by_length: bool,
+}
+
+impl Default for BatchOptions {
+    /// One sample a step, in the order of the data.
+    fn default() -> Self {
+        Self {
+            batch_size: 1,
+            gradient_accumulation_steps: 1,
+            shuffle: false,
+            seed: 0,
+            hash_dropout: 0.0,
+            balance_by_hash: false,
+            row_tokens: None,
+            bucket_by_length: false,
+        }
+    }
 }
 
 /// The steps of every epoch over one set of samples.
@@ -37,8 +67,8 @@ pub struct BatchOptions {
 /// use fastlora::tokens::{BatchOptions, BatchPlan, Sample};
 ///
 /// let origin = Origin { file: "train.json".into(), line: 1 };
-/// let samples = vec![Sample { token_ids: vec![5, 6, 7], labels: vec![-100, 6, 7], hash: 0, origin }; 10];
-/// let options = BatchOptions { batch_size: 2, gradient_accumulation_steps: 2, shuffle: true, seed: 42 };
+/// let samples = vec![Sample::new(vec![5, 6, 7], vec![-100, 6, 7], origin); 10];
+/// let options = BatchOptions { batch_size: 2, gradient_accumulation_steps: 2, shuffle: true, ..BatchOptions::default() };
 /// let plan = BatchPlan::new(&samples, options)?;
 /// let mut batch = Batch::default();
 /// let (epoch, first_step) = plan.position(1);
@@ -51,20 +81,23 @@ pub struct BatchOptions {
 /// }
 /// # Ok::<(), fastlora::error::Error>(())
 /// ```
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct BatchPlan<'a> {
     samples: &'a [Sample],
-    /// `[samples]` tokens with loss of each sample.
-    labelled_counts: Vec<usize>,
+    /// `[samples]` tokens with loss of each sample, with its hash and without.
+    labelled_counts: Vec<[usize; 2]>,
+    shares: Shares,
     options: BatchOptions,
+    /// Where epochs end, in steps from the start of the run; of the first few, and only where their lengths differ.
+    epoch_ends: Mutex<Vec<u64>>,
 }
 
 impl<'a> BatchPlan<'a> {
     /// A plan over `samples`.
     ///
     /// # Errors
-    /// A configuration error when a micro-batch or a step would be empty; a data error when there is no sample or
-    /// more than 2³².
+    /// A configuration error when a micro-batch, a step or an epoch would be empty, or a sample does not fit into a row;
+    /// a data error when there is no sample, or more than 2³² visits an epoch.
     pub fn new(samples: &'a [Sample], options: BatchOptions) -> Result<Self> {
         for (name, value) in [
             ("batch_size", options.batch_size),
@@ -77,8 +110,32 @@ impl<'a> BatchPlan<'a> {
         if samples.is_empty() || u32::try_from(samples.len()).is_err() {
             return Err(Error::data(format!("{} samples, expected 1 to 4294967295", samples.len())));
         }
-        let labelled_counts = samples.iter().map(Sample::labelled_count).collect();
-        Ok(Self { samples, labelled_counts, options })
+        let shares = Shares::new(samples, options.balance_by_hash);
+        // A part of a visit that is left over may make one more, of each group of samples.
+        let most = shares.least().saturating_add(samples.len() as u64);
+        if u32::try_from(most).is_err() {
+            return Err(Error::data(format!(
+                "the weights make {most} samples an epoch, expected at most 4294967295"
+            ))
+            .hint("lower the weights of train_data, or leave balance_by_hash out"));
+        }
+        if shares.least() == 0 {
+            return Err(Error::config("the weights leave epochs without any sample")
+                .at("train_data")
+                .hint("raise the weights: they are how often each record is seen in an epoch"));
+        }
+        let labelled_counts = samples
+            .iter()
+            .map(|sample| [false, true].map(|without| carry_loss(sample.tokens(without).1)))
+            .collect();
+        let plan = Self { samples, labelled_counts, shares, options, epoch_ends: Mutex::default() };
+        match options.row_tokens.filter(|&row_tokens| plan.longest_sample() > row_tokens) {
+            Some(row_tokens) => Err(Error::config(format!(
+                "a sample has {} tokens, a row has room for {row_tokens}",
+                plan.longest_sample()
+            ))),
+            None => Ok(plan),
+        }
     }
 
     /// Number of samples.
@@ -86,123 +143,254 @@ impl<'a> BatchPlan<'a> {
         self.samples.len()
     }
 
-    /// Optimizer steps of one epoch.
-    pub fn steps_per_epoch(&self) -> usize {
-        self.samples.len().div_ceil(self.samples_per_step())
+    /// Optimizer steps of an epoch, from 0.
+    pub fn steps_in(&self, epoch: u64) -> usize {
+        let rows = match self.options.row_tokens {
+            // Visits fit into 32 bits.
+            None => self.shares.count(epoch) as usize,
+            Some(_) => self.epoch(epoch).row_count(),
+        };
+        rows.div_ceil(self.rows_per_step())
+    }
+
+    /// Optimizer steps of the first `epochs` epochs.
+    ///
+    /// # Errors
+    /// A configuration error for more epochs than can be counted, where each has a number of steps of its own.
+    pub fn steps_of(&self, epochs: u64) -> Result<u64> {
+        if self.has_equal_epochs() {
+            return Ok(epochs.saturating_mul(self.steps_in(0) as u64));
+        }
+        if epochs > MOST_COUNTED_EPOCHS {
+            return Err(Error::config(format!(
+                "{epochs} epochs: with packing or fractions of samples the steps of each are counted before the run"
+            ))
+            .at("num_epochs")
+            .hint("give max_steps"));
+        }
+        let mut ends = self.epoch_ends.lock().unwrap_or_else(PoisonError::into_inner);
+        let missing: Vec<u64> =
+            (ends.len() as u64..epochs).into_par_iter().map(|epoch| self.steps_in(epoch) as u64).collect();
+        for steps in missing {
+            let start = ends.last().copied().unwrap_or(0);
+            ends.push(start + steps);
+        }
+        Ok(epochs.checked_sub(1).map_or(0, |last| ends[last as usize]))
     }
 
     /// The epoch of an optimizer step of the whole run, and the step within it; both from 0.
     pub fn position(&self, global_step: u64) -> (u64, usize) {
-        let steps = self.steps_per_epoch() as u64;
-        (global_step / steps, (global_step % steps) as usize)
+        if self.has_equal_epochs() {
+            let steps = self.steps_in(0) as u64;
+            return (global_step / steps, (global_step % steps) as usize);
+        }
+        let mut ends = self.epoch_ends.lock().unwrap_or_else(PoisonError::into_inner);
+        while ends.last().is_none_or(|&end| end <= global_step) {
+            let start = ends.last().copied().unwrap_or(0);
+            let epoch = ends.len() as u64;
+            ends.push(start + self.steps_in(epoch) as u64);
+        }
+        let epoch = ends.partition_point(|&end| end <= global_step);
+        let start = epoch.checked_sub(1).map_or(0, |before| ends[before]);
+        (epoch as u64, (global_step - start) as usize)
     }
 
-    /// The order of one epoch, from 0.
+    fn has_equal_epochs(&self) -> bool {
+        self.options.row_tokens.is_none() && self.shares.is_constant()
+    }
+
+    /// The visits of one epoch, from 0, in their order.
     pub fn epoch(&self, epoch: u64) -> EpochOrder<'_> {
-        let mut order: Vec<u32> = (0..self.samples.len() as u32).collect();
-        if self.options.shuffle {
-            shuffle(&mut order, self.options.seed, epoch);
+        let BatchOptions { batch_size, shuffle: is_shuffled, seed, hash_dropout, .. } = self.options;
+        let mut visits = self.shares.visits(seed, epoch);
+        if hash_dropout > 0.0 {
+            for visit in &mut visits {
+                let can_be_without = self.samples[visit.sample as usize].without_hash.is_some();
+                visit.without_hash = can_be_without && loses_hash(hash_dropout, seed, epoch, *visit);
+            }
         }
-        EpochOrder { plan: self, order }
+        if is_shuffled {
+            shuffle(&mut visits, seed, epoch);
+        }
+        let length = |visit: &Visit| self.tokens_of(*visit).0.len();
+        let row_ends =
+            self.options.row_tokens.map(|row_tokens| pack(&mut visits, length, row_tokens, !is_shuffled));
+        if self.options.bucket_by_length && is_shuffled && row_ends.is_none() {
+            bucket(&mut visits, length, batch_size, (seed, epoch));
+        }
+        EpochOrder { plan: self, visits, row_ends }
     }
 
     /// Replaces `batch` by the samples of one micro-batch, end to end. Allocates only where `batch` must grow.
-    pub fn fill(&self, micro_batch: &[u32], batch: &mut Batch) {
+    pub fn fill(&self, micro_batch: &[Visit], batch: &mut Batch) {
         batch.clear();
-        for &index in micro_batch {
-            let sample = &self.samples[index as usize];
-            batch.push(index as usize, &sample.token_ids, &sample.labels);
+        for &visit in micro_batch {
+            let (token_ids, labels) = self.tokens_of(visit);
+            // Each visit has dropout masks of its own.
+            let id = visit.sample as usize + visit.copy as usize * self.samples.len();
+            batch.push(id, token_ids, labels);
         }
+    }
+
+    /// The sample of an id in a batch.
+    pub fn sample_of(&self, id: usize) -> usize {
+        id % self.samples.len()
     }
 
     /// Tokens of the largest micro-batch that any epoch can have.
     pub fn max_tokens(&self) -> usize {
-        self.largest_micro_batch(|index| self.samples[index].token_ids.len())
+        self.largest_micro_batch(|index| self.longest(index))
     }
 
     /// Rows with loss of the micro-batch, of any epoch, that has the most.
     pub fn max_labelled_rows(&self) -> usize {
-        self.largest_micro_batch(|index| self.labelled_counts[index])
+        self.largest_micro_batch(|index| self.labelled_counts[index][0].max(self.labelled_counts[index][1]))
     }
 
     /// Tokens of the longest sample.
     pub fn longest_sample(&self) -> usize {
-        self.samples.iter().map(|sample| sample.token_ids.len()).max().unwrap_or(0)
+        (0..self.samples.len()).map(|index| self.longest(index)).max().unwrap_or(0)
     }
 
-    fn samples_per_step(&self) -> usize {
+    /// Tokens of a sample, with its hash or without, whichever are more.
+    fn longest(&self, index: usize) -> usize {
+        let [with, without] = [false, true].map(|without| self.samples[index].tokens(without).0.len());
+        with.max(without)
+    }
+
+    fn tokens_of(&self, visit: Visit) -> (&[u32], &[i32]) {
+        self.samples[visit.sample as usize].tokens(visit.without_hash)
+    }
+
+    fn labelled_count(&self, visit: Visit) -> usize {
+        self.labelled_counts[visit.sample as usize][usize::from(visit.without_hash)]
+    }
+
+    fn rows_per_step(&self) -> usize {
         self.options.batch_size.saturating_mul(self.options.gradient_accumulation_steps)
     }
 
-    /// With a fixed order the largest micro-batch there is; shuffled, the `batch_size` largest samples may meet.
+    /// With a fixed order of single samples the largest micro-batch there is; else the largest visits may meet.
     fn largest_micro_batch(&self, size: impl Fn(usize) -> usize) -> usize {
-        let mut sizes: Vec<usize> = (0..self.samples.len()).map(size).collect();
-        if self.options.shuffle {
-            sizes.sort_unstable_by(|left, right| right.cmp(left));
-            sizes.truncate(self.options.batch_size);
+        let BatchOptions { batch_size, row_tokens, shuffle: is_shuffled, .. } = self.options;
+        let sizes = (0..self.samples.len()).map(size);
+        if !is_shuffled && row_tokens.is_none() && self.shares.is_once() {
+            let sizes: Vec<usize> = sizes.collect();
+            return sizes.chunks(batch_size).map(|batch| batch.iter().sum()).max().unwrap_or(0);
         }
-        sizes.chunks(self.options.batch_size).map(|batch| batch.iter().sum()).max().unwrap_or(0)
+        let mut visits: Vec<(usize, usize)> = sizes.zip(self.shares.most_copies()).collect();
+        visits.sort_unstable_by(|left, right| right.cmp(left));
+        // A row may hold any number of samples, but no more tokens than it has room for.
+        let (most_visits, most_size) = match row_tokens {
+            Some(row_tokens) => (usize::MAX, batch_size.saturating_mul(row_tokens)),
+            None => (batch_size, usize::MAX),
+        };
+        let (mut count, mut sum) = (0, 0_usize);
+        for (size, copies) in visits {
+            let copies = copies.min(most_visits - count);
+            (count, sum) = (count + copies, sum.saturating_add(size.saturating_mul(copies)));
+            if count == most_visits || sum >= most_size {
+                break;
+            }
+        }
+        sum.min(most_size)
     }
 }
 
-/// The order of the samples in one epoch.
+/// The visits of one epoch in the order in which they are learned.
 #[derive(Clone, Debug)]
 pub struct EpochOrder<'a> {
     plan: &'a BatchPlan<'a>,
-    order: Vec<u32>,
+    visits: Vec<Visit>,
+    /// Visits up to the end of each packed row; none: a row is a visit.
+    row_ends: Option<Vec<u32>>,
 }
 
-impl EpochOrder<'_> {
-    /// The samples' indices in the order in which they are learned.
-    pub fn sample_indices(&self) -> &[u32] {
-        &self.order
+impl<'a> EpochOrder<'a> {
+    /// The visits.
+    pub fn visits(&self) -> &[Visit] {
+        &self.visits
     }
 
-    /// SHA-256 over the indices (u32, little-endian) in their order, in hexadecimal.
+    /// Rows: visits, or what they are packed into.
+    pub fn row_count(&self) -> usize {
+        self.row_ends.as_ref().map_or(self.visits.len(), Vec::len)
+    }
+
+    /// Tokens of all visits.
+    pub fn token_count(&self) -> usize {
+        self.visits.iter().map(|&visit| self.plan.tokens_of(visit).0.len()).sum()
+    }
+
+    /// Tokens with loss of all visits.
+    pub fn labelled_count(&self) -> usize {
+        self.visits.iter().map(|&visit| self.plan.labelled_count(visit)).sum()
+    }
+
+    /// SHA-256 over the samples' indices (u32, little-endian) in their order, in hexadecimal.
     pub fn fingerprint(&self) -> String {
         let mut hasher = Sha256::new();
-        for index in &self.order {
-            hasher.update(index.to_le_bytes());
+        for visit in &self.visits {
+            hasher.update(visit.sample.to_le_bytes());
         }
         hex(&hasher.finalize())
     }
 
     /// The optimizer steps; `skip` is free, so a resumed run begins where it stopped.
     pub fn steps(&self) -> impl ExactSizeIterator<Item = Step<'_>> {
-        let size = self.plan.samples_per_step();
-        let range: Range<usize> = 0..self.plan.steps_per_epoch();
+        let size = self.plan.rows_per_step();
+        let range: Range<usize> = 0..self.row_count().div_ceil(size);
         range.map(move |number| {
             let start = number * size;
-            let end = start.saturating_add(size).min(self.order.len());
-            Step { plan: self.plan, number, sample_indices: &self.order[start..end] }
+            let end = start.saturating_add(size).min(self.row_count());
+            Step { order: self, number, rows: (start, end) }
         })
+    }
+
+    /// The visits of the rows from `start` to `end`.
+    fn visits_of(&self, (start, end): (usize, usize)) -> &[Visit] {
+        let place = |row: usize| match &self.row_ends {
+            None => row,
+            Some(ends) => row.checked_sub(1).map_or(0, |before| ends[before] as usize),
+        };
+        &self.visits[place(start)..place(end)]
     }
 }
 
 /// One optimizer step: its micro-batches, and what their gradients are divided by.
 #[derive(Clone, Copy, Debug)]
 pub struct Step<'a> {
-    plan: &'a BatchPlan<'a>,
+    order: &'a EpochOrder<'a>,
     /// Number within the epoch, from 0.
     pub number: usize,
-    /// The samples in their order.
-    pub sample_indices: &'a [u32],
+    /// The first row, and the one after the last.
+    rows: (usize, usize),
 }
 
 impl<'a> Step<'a> {
-    /// The sample indices of each micro-batch, for [`BatchPlan::fill`].
-    pub fn micro_batches(&self) -> impl ExactSizeIterator<Item = &'a [u32]> {
-        self.sample_indices.chunks(self.plan.options.batch_size)
+    /// The visits in their order.
+    pub fn visits(&self) -> &'a [Visit] {
+        self.order.visits_of(self.rows)
+    }
+
+    /// The visits of each micro-batch, for [`BatchPlan::fill`].
+    pub fn micro_batches(&self) -> impl ExactSizeIterator<Item = &'a [Visit]> {
+        let (order, (start, end)) = (self.order, self.rows);
+        let size = order.plan.options.batch_size;
+        (0..(end - start).div_ceil(size)).map(move |number| {
+            let first = start + number * size;
+            order.visits_of((first, first.saturating_add(size).min(end)))
+        })
     }
 
     /// Tokens of the whole step.
     pub fn token_count(&self) -> usize {
-        self.sample_indices.iter().map(|&index| self.plan.samples[index as usize].token_ids.len()).sum()
+        self.visits().iter().map(|&visit| self.order.plan.tokens_of(visit).0.len()).sum()
     }
 
     /// Tokens with loss of the whole step.
     pub fn labelled_count(&self) -> usize {
-        self.sample_indices.iter().map(|&index| self.plan.labelled_counts[index as usize]).sum()
+        self.visits().iter().map(|&visit| self.order.plan.labelled_count(visit)).sum()
     }
 
     /// What the summed loss and its gradients are multiplied by to give the step's mean over labelled tokens; 0 where
@@ -215,195 +403,5 @@ impl<'a> Step<'a> {
     }
 }
 
-/// SplitMix64's output function.
-fn mix(value: u64) -> u64 {
-    let value = (value ^ (value >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    let value = (value ^ (value >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    value ^ (value >> 31)
-}
-
-/// The permutation of `(seed, epoch)` that the module describes.
-pub(super) fn shuffle(order: &mut [u32], seed: u64, epoch: u64) {
-    let mut state = mix(mix(seed).wrapping_add(epoch));
-    for last in (1..order.len()).rev() {
-        state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        // 0 ..= last without division (Lemire 2019); the bias of at most 2³²/2⁶⁴ is below notice.
-        let drawn = (u128::from(mix(state)) * (last as u128 + 1)) >> 64;
-        order.swap(last, drawn as usize);
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::data::Origin;
-    use crate::error::ErrorKind;
-    use crate::tokens::NO_LOSS;
-
-    /// Sample `n` has `lengths[n]` tokens, all equal to `n`, of which the last `labelled[n]` carry loss.
-    fn samples(lengths: &[usize], labelled: &[usize]) -> Vec<Sample> {
-        let origin = Origin { file: "a.json".into(), line: 1 };
-        lengths
-            .iter()
-            .zip(labelled)
-            .enumerate()
-            .map(|(number, (&length, &labelled))| Sample {
-                token_ids: vec![number as u32; length],
-                labels: (0..length)
-                    .map(|position| if position + labelled < length { NO_LOSS } else { number as i32 })
-                    .collect(),
-                hash: 0,
-                origin: origin.clone(),
-            })
-            .collect()
-    }
-
-    fn options(batch_size: usize, gradient_accumulation_steps: usize, shuffle: bool) -> BatchOptions {
-        BatchOptions { batch_size, gradient_accumulation_steps, shuffle, seed: 42 }
-    }
-
-    #[test]
-    fn every_sample_is_learned_once_an_epoch() {
-        let samples = samples(&[3; 23], &[1; 23]);
-        for (batch_size, accumulation) in
-            [(1, 1), (4, 1), (4, 2), (5, 3), (100, 1), (1, 100), (usize::MAX, usize::MAX)]
-        {
-            let plan = BatchPlan::new(&samples, options(batch_size, accumulation, true)).unwrap();
-            let order = plan.epoch(3);
-            let mut seen: Vec<u32> = Vec::new();
-            assert_eq!(order.steps().len(), plan.steps_per_epoch());
-            for (number, step) in order.steps().enumerate() {
-                assert_eq!(step.number, number);
-                assert!(step.micro_batches().len() <= accumulation);
-                for micro_batch in step.micro_batches() {
-                    assert!((1..=batch_size).contains(&micro_batch.len()));
-                    seen.extend(micro_batch);
-                }
-            }
-            assert_eq!(seen, order.sample_indices());
-            seen.sort_unstable();
-            assert_eq!(seen, (0..23).collect::<Vec<u32>>(), "{batch_size} × {accumulation}");
-        }
-    }
-
-    #[test]
-    fn a_step_knows_its_tokens_beforehand() {
-        let samples = samples(&[5, 4, 3, 2, 7], &[2, 1, 3, 1, 4]);
-        let plan = BatchPlan::new(&samples, options(2, 2, false)).unwrap();
-        let order = plan.epoch(0);
-        let mut batch = Batch::default();
-        for step in order.steps() {
-            let (mut tokens, mut labelled) = (0, 0);
-            for micro_batch in step.micro_batches() {
-                plan.fill(micro_batch, &mut batch);
-                tokens += batch.token_count();
-                labelled += batch.labelled_count();
-                assert!(batch.token_count() <= plan.max_tokens());
-                assert!(batch.labelled_count() <= plan.max_labelled_rows());
-                assert_eq!(batch.sample_ids.len(), micro_batch.len());
-                assert!(batch.targets.iter().all(|target| micro_batch.contains(target)));
-            }
-            assert_eq!((tokens, labelled), (step.token_count(), step.labelled_count()));
-            assert_eq!(step.token_weight(), 1.0 / labelled as f64);
-        }
-        // Sample 2 has a label on its first token, which no row learns.
-        assert_eq!(order.steps().map(|step| step.labelled_count()).collect::<Vec<_>>(), [2 + 1 + 2 + 1, 4]);
-    }
-
-    #[test]
-    fn the_largest_batch_bounds_every_epoch() {
-        let lengths: Vec<usize> = (0..40).map(|number| 2 + number * 7 % 31).collect();
-        let labelled: Vec<usize> = lengths.iter().map(|length| length / 3).collect();
-        let samples = samples(&lengths, &labelled);
-        for shuffle in [false, true] {
-            let plan = BatchPlan::new(&samples, options(3, 2, shuffle)).unwrap();
-            let mut batch = Batch::default();
-            let (mut tokens, mut rows) = (0, 0);
-            for epoch in 0..50 {
-                for step in plan.epoch(epoch).steps() {
-                    for micro_batch in step.micro_batches() {
-                        plan.fill(micro_batch, &mut batch);
-                        tokens = tokens.max(batch.token_count());
-                        rows = rows.max(batch.labelled_count());
-                    }
-                }
-            }
-            let planned = (plan.max_tokens(), plan.max_labelled_rows());
-            assert!(
-                (tokens, rows) <= planned && (shuffle || (tokens, rows) == planned),
-                "{tokens} {rows} {planned:?}"
-            );
-            assert_eq!(plan.longest_sample(), *lengths.iter().max().unwrap());
-        }
-    }
-
-    #[test]
-    fn the_order_depends_on_seed_and_epoch_alone() {
-        let samples = samples(&[2; 100], &[1; 100]);
-        let order = |seed, epoch| {
-            let options = BatchOptions { seed, ..options(4, 1, true) };
-            BatchPlan::new(&samples, options).unwrap().epoch(epoch).sample_indices().to_vec()
-        };
-        assert_eq!(order(1, 0), order(1, 0));
-        let others =
-            [order(1, 1), order(1, 2), order(2, 0), order(2, 1), order(0, 0), order(u64::MAX, u64::MAX)];
-        for (number, other) in others.iter().enumerate() {
-            assert_ne!(order(1, 0), *other, "{number}");
-        }
-        let fixed = BatchPlan::new(&samples, options(4, 1, false)).unwrap();
-        assert_eq!(fixed.epoch(9).sample_indices(), (0..100).collect::<Vec<u32>>());
-        assert_eq!((fixed.position(0), fixed.position(24), fixed.position(25)), ((0, 0), (0, 24), (1, 0)));
-        // A resumed run sees the same samples at the same step.
-        let plan = BatchPlan::new(&samples, options(4, 2, true)).unwrap();
-        let (epoch, number) = plan.position(41);
-        let resumed = plan.epoch(epoch);
-        let step = resumed.steps().nth(number).unwrap();
-        assert_eq!((epoch, number, step.number), (3, 2, 2));
-        assert_eq!(step.sample_indices, &plan.epoch(3).sample_indices()[16..24]);
-    }
-
-    /// Durstenfeld's shuffle with SplitMix64, from the reference implementation (Vigna 2015) in Python.
-    #[test]
-    fn the_order_is_the_documented_one() {
-        let samples = samples(&[2; 10], &[1; 10]);
-        let plan = BatchPlan::new(&samples, options(1, 1, true)).unwrap();
-        assert_eq!(plan.epoch(0).sample_indices(), [0, 3, 5, 7, 9, 8, 2, 1, 4, 6]);
-        // From Python's hashlib.
-        let fingerprint = "6d7b87fc166e415e2762fa528c10f82b4132f0facce4f020a23ce5441089791c";
-        assert_eq!(plan.epoch(0).fingerprint(), fingerprint);
-        assert_eq!(plan.epoch(1).sample_indices(), [6, 5, 1, 4, 7, 3, 2, 9, 8, 0]);
-    }
-
-    /// Pearson's χ² over where sample 0 lands in 10 000 epochs: 9 degrees of freedom, 99.99 % below 33.72.
-    #[test]
-    fn places_are_equally_likely() {
-        let samples = samples(&[2; 10], &[1; 10]);
-        let plan = BatchPlan::new(&samples, options(1, 1, true)).unwrap();
-        let mut counts = [0_u32; 10];
-        for epoch in 0..10_000 {
-            let order = plan.epoch(epoch);
-            counts[order.sample_indices().iter().position(|&index| index == 0).unwrap()] += 1;
-        }
-        let chi_squared: f64 = counts.iter().map(|&count| (f64::from(count) - 1000.0).powi(2) / 1000.0).sum();
-        assert!(chi_squared < 33.72, "{chi_squared} {counts:?}");
-    }
-
-    #[test]
-    fn fault_39_a_batch_without_targets_is_scaled_by_zero() {
-        let samples = samples(&[3, 3], &[0, 1]);
-        let plan = BatchPlan::new(&samples, options(1, 1, false)).unwrap();
-        let scales: Vec<f64> = plan.epoch(0).steps().map(|step| step.token_weight()).collect();
-        assert_eq!(scales, [0.0, 1.0]);
-        let plan = BatchPlan::new(&samples, options(1, 2, false)).unwrap();
-        assert_eq!(plan.epoch(0).steps().next().unwrap().token_weight(), 1.0);
-    }
-
-    #[test]
-    fn fault_44_empty_batches_are_refused() {
-        let samples = samples(&[3], &[1]);
-        for options in [options(0, 1, true), options(1, 0, true)] {
-            assert_eq!(BatchPlan::new(&samples, options).unwrap_err().kind(), ErrorKind::Config);
-        }
-        assert_eq!(BatchPlan::new(&[], options(1, 1, true)).unwrap_err().kind(), ErrorKind::Data);
-    }
-}
+mod tests;

@@ -1,7 +1,7 @@
 //! A share of the samples set aside for validation.
 
-use super::batches::shuffle;
 use super::samples::SampleSet;
+use super::visits::shuffle;
 use crate::data::Accounting;
 use crate::error::{Error, Result};
 
@@ -34,9 +34,14 @@ impl SampleSet {
             accounting: Accounting::default(),
         };
         let all = std::mem::take(&mut self.samples);
-        for (sample, is_held_out) in all.into_iter().zip(is_held_out) {
-            let part = if is_held_out { &mut validation } else { &mut self };
-            part.samples.push(sample);
+        for (mut sample, is_held_out) in all.into_iter().zip(is_held_out) {
+            if is_held_out {
+                // Each validation sample counts once, as it is.
+                (sample.weight, sample.without_hash) = (1.0, None);
+                validation.samples.push(sample);
+            } else {
+                self.samples.push(sample);
+            }
         }
         validation.accounting.used = held_out;
         Ok((self, validation))
@@ -50,12 +55,8 @@ mod tests {
     use crate::tokens::Sample;
 
     fn set(count: u32) -> SampleSet {
-        let sample = |number| Sample {
-            token_ids: vec![number, 1],
-            labels: vec![1; 2],
-            hash: 0,
-            origin: Origin { file: "a.json".into(), line: 1 },
-        };
+        let origin = || Origin { file: "a.json".into(), line: 1 };
+        let sample = |number| Sample::new(vec![number, 1], vec![1; 2], origin());
         SampleSet {
             samples: (0..count).map(sample).collect(),
             hash_names: vec!["faq".into()],

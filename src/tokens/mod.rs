@@ -6,14 +6,19 @@
 mod batches;
 mod chat;
 mod holdout;
+mod lengths;
+mod packing;
 mod samples;
 mod template;
 mod tokenizer;
 mod truncation;
+mod visits;
 mod vocabulary;
+mod warnings;
 
 pub use batches::{BatchOptions, BatchPlan, EpochOrder, Step};
-pub use samples::{
-    NO_LOSS, Sample, SampleOptions, SampleSet, length_buckets, tokenise, warn_about_ends, warn_about_overlap,
-};
+pub use lengths::length_buckets;
+pub use samples::{NO_LOSS, Sample, SampleOptions, SampleSet, Unconditioned, tokenise};
 pub use tokenizer::Tokenizer;
+pub use visits::Visit;
+pub use warnings::{warn_about_ends, warn_about_overlap};

@@ -1,14 +1,15 @@
 //! Records → samples: token ids with one label each, every record accounted for.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::chat;
+use super::lengths::length_histogram;
 use super::tokenizer::{Tokenizer, hex};
 use super::truncation::{self, Cut};
-use crate::config::{LossOn, OnBadRecord, Overlong};
+use crate::config::{HashTemplate, LossOn, OnBadRecord, Overlong};
 use crate::data::{Accounting, Dataset, Origin, Outcome, Record, RecordContent, render};
 use crate::error::{Error, Result};
 
@@ -16,7 +17,7 @@ use crate::error::{Error, Result};
 pub const NO_LOSS: i32 = -100;
 
 /// One record as the model learns it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Sample {
     /// Token ids.
     pub token_ids: Vec<u32>,
@@ -24,15 +25,48 @@ pub struct Sample {
     pub labels: Vec<i32>,
     /// Index into [`SampleSet::hash_names`].
     pub hash: usize,
+    /// Whether the hash stands in the text.
+    pub is_conditioned: bool,
+    /// The sample without the hash in its text, where it may be learned so.
+    pub without_hash: Option<Box<Unconditioned>>,
+    /// How often it is seen in an epoch, in the mean.
+    pub weight: f64,
     /// Where its record begins.
     pub origin: Origin,
 }
 
+/// A sample without the hash in its text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unconditioned {
+    /// Token ids.
+    pub token_ids: Vec<u32>,
+    /// As [`Sample::labels`].
+    pub labels: Vec<i32>,
+}
+
 impl Sample {
+    /// A sample of tokens alone: of hash 0, which is not in its text, and seen once an epoch.
+    pub fn new(token_ids: Vec<u32>, labels: Vec<i32>, origin: Origin) -> Self {
+        Self { token_ids, labels, hash: 0, is_conditioned: false, without_hash: None, weight: 1.0, origin }
+    }
+
     /// Tokens that carry loss.
     pub fn labelled_count(&self) -> usize {
-        self.labels.iter().skip(1).filter(|&&label| label != NO_LOSS).count()
+        carry_loss(&self.labels)
     }
+
+    /// Ids and labels, with the hash in the text or, where there is that, without.
+    pub(super) fn tokens(&self, without_hash: bool) -> (&[u32], &[i32]) {
+        match &self.without_hash {
+            Some(sample) if without_hash => (&sample.token_ids, &sample.labels),
+            _ => (&self.token_ids, &self.labels),
+        }
+    }
+}
+
+/// Number of labels that carry loss.
+pub(super) fn carry_loss(labels: &[i32]) -> usize {
+    labels.iter().skip(1).filter(|&&label| label != NO_LOSS).count()
 }
 
 /// What holds for every sample.
@@ -48,6 +82,10 @@ pub struct SampleOptions {
     pub on_bad_record: OnBadRecord,
     /// Rows of the model's embedding: every id is below.
     pub embedding_rows: usize,
+    /// What carries the hash in a text.
+    pub hash_template: HashTemplate,
+    /// Whether each sample is made without its hash too, for `hash_dropout`.
+    pub also_without_hash: bool,
 }
 
 impl SampleOptions {
@@ -59,12 +97,14 @@ impl SampleOptions {
             loss_on: LossOn::Completion,
             on_bad_record: OnBadRecord::Skip,
             embedding_rows,
+            hash_template: HashTemplate::default(),
+            also_without_hash: false,
         }
     }
 }
 
 /// Samples in the order of their records.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct SampleSet {
     /// The samples.
     pub samples: Vec<Sample>,
@@ -99,6 +139,12 @@ impl SampleSet {
     pub fn labelled_count(&self) -> usize {
         self.samples.iter().map(Sample::labelled_count).sum()
     }
+
+    /// The hashes that stand in the text of a sample.
+    pub fn hashes_in_text(&self) -> BTreeSet<&str> {
+        let conditioned = self.samples.iter().filter(|sample| sample.is_conditioned);
+        conditioned.map(|sample| self.hash_names[sample.hash].as_str()).collect()
+    }
 }
 
 /// Turns records into samples, on all cores, in order.
@@ -114,7 +160,7 @@ impl SampleSet {
 /// A model error when text meets no tokenizer, or one without EOS.
 ///
 /// ```
-/// use fastlora::config::{DataSource, LossOn, OnBadRecord, Overlong};
+/// use fastlora::config::{DataSource, HashTemplate, LossOn, OnBadRecord, Overlong};
 /// use fastlora::data::{load, LoadOptions};
 /// use fastlora::tokens::{tokenise, SampleOptions, Tokenizer};
 ///
@@ -137,6 +183,8 @@ impl SampleSet {
 ///     loss_on: LossOn::Completion,
 ///     on_bad_record: OnBadRecord::Error,
 ///     embedding_rows: tokenizer.id_count(),
+///     hash_template: HashTemplate::default(),
+///     also_without_hash: false,
 /// };
 /// let set = tokenise(&dataset, Some(&tokenizer), &options)?;
 /// let sample = &set.samples[0];
@@ -151,21 +199,21 @@ pub fn tokenise(
     options: &SampleOptions,
 ) -> Result<SampleSet> {
     let text = text_tokenizer(dataset, tokenizer)?;
-    let fates: Vec<Fate> = dataset
+    let fates: Vec<(Fate, Option<Tokens>)> = dataset
         .records
         .par_iter()
         .map(|record| tokenise_record(record, text, options))
-        .collect::<Vec<Result<Fate>>>()
+        .collect::<Vec<Result<_>>>()
         .into_iter()
         .collect::<Result<_>>()?;
 
     let mut set = SampleSet { accounting: dataset.accounting.clone(), ..SampleSet::default() };
     set.accounting.used = 0;
-    let lengths: Vec<usize> = fates.iter().filter_map(Fate::length).collect();
+    let lengths: Vec<usize> = fates.iter().filter_map(|(fate, _)| fate.length()).collect();
     let mut hashes: HashMap<&str, usize> = HashMap::new();
     let mut first_overlong = None;
     let mut incomplete = Vec::new();
-    for (record, fate) in dataset.records.iter().zip(fates) {
+    for (record, (fate, without_hash)) in dataset.records.iter().zip(fates) {
         let origin = &record.origin;
         match fate {
             Fate::Used { tokens, cut_from } => {
@@ -181,7 +229,17 @@ pub fn tokenise(
                 if is_incomplete {
                     incomplete.push(origin);
                 }
-                set.samples.push(Sample { token_ids, labels, hash, origin: origin.clone() });
+                let unconditioned =
+                    |Tokens { token_ids, labels, .. }| Box::new(Unconditioned { token_ids, labels });
+                set.samples.push(Sample {
+                    token_ids,
+                    labels,
+                    hash,
+                    is_conditioned: record.text_hash().is_some(),
+                    without_hash: without_hash.map(unconditioned),
+                    weight: record.weight,
+                    origin: origin.clone(),
+                });
             }
             Fate::Overlong { length } => {
                 let reason = format!("{length} tokens, more than max_length = {}", options.max_length);
@@ -286,18 +344,36 @@ fn text_tokenizer<'a>(
     Ok(Some(TextTokenizer { tokenizer, eos_id }))
 }
 
+/// What becomes of a record, and its tokens without the hash where they are wanted and others.
 fn tokenise_record(
     record: &Record,
+    text: Option<TextTokenizer<'_>>,
+    options: &SampleOptions,
+) -> Result<(Fate, Option<Tokens>)> {
+    let prefix = record.text_hash().map(|hash| options.hash_template.prefix(hash));
+    let fate = tokenise_with(record, prefix.as_deref().unwrap_or_default(), text, options)?;
+    let is_used = matches!(fate, Fate::Used { .. });
+    if prefix.is_none() || !options.also_without_hash || !is_used {
+        return Ok((fate, None));
+    }
+    Ok(match tokenise_with(record, "", text, options)? {
+        Fate::Used { tokens, .. } => (fate, Some(tokens)),
+        unusable => (unusable, None),
+    })
+}
+
+fn tokenise_with(
+    record: &Record,
+    prefix: &str,
     text: Option<TextTokenizer<'_>>,
     options: &SampleOptions,
 ) -> Result<Fate> {
     let fate = match (&record.content, text) {
         (RecordContent::Instruction { instruction, output }, Some(text)) => {
-            tokenise_instruction(&record.hash, instruction, output, text, options)?
+            tokenise_instruction(prefix, instruction, output, text, options)?
         }
-        (RecordContent::Chat { conversation, has_hash }, Some(text)) => {
-            let conversation = conversation.clone();
-            let conversation = if *has_hash { conversation.with_hash(&record.hash) } else { conversation };
+        (RecordContent::Chat { conversation, .. }, Some(text)) => {
+            let conversation = conversation.clone().with_prefix(prefix);
             chat::tokenise(&conversation, text.tokenizer, options)
                 .map_err(|error| at_record(error, &record.origin))?
         }
@@ -309,7 +385,7 @@ fn tokenise_record(
     if let Fate::Used { tokens, cut_from } = &fate {
         let is_cut = cut_from.is_some();
         check_ids(tokens, options.embedding_rows, &record.origin)?;
-        if tokens.labels.iter().skip(1).all(|&label| label == NO_LOSS) {
+        if carry_loss(&tokens.labels) == 0 {
             let reason = match tokens.token_ids.len() {
                 1 => "one token alone has nothing to predict".into(),
                 _ if is_cut => {
@@ -333,13 +409,13 @@ fn at_record(error: Error, origin: &Origin) -> Error {
 }
 
 fn tokenise_instruction(
-    hash: &str,
+    prefix: &str,
     instruction: &str,
     output: &str,
     text: TextTokenizer<'_>,
     options: &SampleOptions,
 ) -> Result<Fate> {
-    let rendered = render(hash, instruction, output);
+    let rendered = render(prefix, instruction, output);
     let prompt = text.tokenizer.encode_start(&rendered.prompt)?;
     let mut completion = text.tokenizer.encode(&rendered.completion)?;
     completion.push(text.eos_id);
@@ -351,7 +427,7 @@ fn tokenise_instruction(
     if options.overlong != Overlong::Truncate {
         return Ok(Fate::Overlong { length });
     }
-    Ok(match truncation::cut(text.tokenizer, hash, instruction, completion, options.max_length)? {
+    Ok(match truncation::cut(text.tokenizer, prefix, instruction, completion, options.max_length)? {
         Ok(Cut { prompt, completion }) => {
             Fate::Used { tokens: label(prompt, completion, options.loss_on), cut_from: Some(length) }
         }
@@ -402,23 +478,6 @@ fn check_ids(tokens: &Tokens, embedding_rows: usize, origin: &Origin) -> Result<
     }
 }
 
-/// Counts of lengths by powers of two: each bound with the number of lengths up to it and above the one before.
-pub fn length_buckets(lengths: impl IntoIterator<Item = usize>) -> BTreeMap<usize, usize> {
-    let mut counts = BTreeMap::new();
-    for length in lengths {
-        *counts.entry(length.next_power_of_two().max(16)).or_insert(0) += 1;
-    }
-    counts
-}
-
-/// [`length_buckets`] on one line.
-fn length_histogram(lengths: &[usize]) -> String {
-    let counts = length_buckets(lengths.iter().copied());
-    let buckets: Vec<String> = counts.iter().map(|(bound, count)| format!("≤{bound}: {count}")).collect();
-    let longest = lengths.iter().max().copied().unwrap_or(0);
-    format!("lengths in tokens: {}; longest {longest}", buckets.join(", "))
-}
-
 /// Warns about conversations of which the chat template writes only a part.
 fn warn_about_incomplete(origins: &[&Origin]) {
     if let Some(first) = origins.first() {
@@ -426,88 +485,6 @@ fn warn_about_incomplete(origins: &[&Origin]) {
             "the chat template leaves out messages, or rewrites them, in {} conversations; the first is {}",
             origins.len(),
             crate::error::escape_control(&first.to_string())
-        );
-    }
-}
-
-/// Warns where the samples would teach a model never to stop, or begin with two BOS (fault 28).
-pub fn warn_about_ends(set: &SampleSet, eos_ids: &[u32], bos_id: Option<u32>) {
-    if let Some(sample) = eos_never_learned(&set.samples, eos_ids) {
-        tracing::warn!(
-            "EOS is in no sample's labels: the model will not learn to stop; for example {}",
-            crate::error::escape_control(&sample.origin.to_string())
-        );
-    }
-    if let Some(sample) = doubled_bos(&set.samples, bos_id) {
-        tracing::warn!(
-            "a sample begins with BOS twice: {}",
-            crate::error::escape_control(&sample.origin.to_string())
-        );
-    }
-}
-
-/// The first sample, if there is an EOS and none has it in its labels.
-fn eos_never_learned<'a>(samples: &'a [Sample], eos_ids: &[u32]) -> Option<&'a Sample> {
-    let is_eos = |label: &i32| u32::try_from(*label).is_ok_and(|label| eos_ids.contains(&label));
-    let learned = samples.iter().any(|sample| sample.labels.iter().skip(1).any(is_eos));
-    if learned || eos_ids.is_empty() { None } else { samples.first() }
-}
-
-/// The first sample that begins with two BOS.
-fn doubled_bos(samples: &[Sample], bos_id: Option<u32>) -> Option<&Sample> {
-    let bos = bos_id?;
-    samples.iter().find(|sample| sample.token_ids.starts_with(&[bos, bos]))
-}
-
-/// Counts the validation samples that are also training samples, token for token, and warns where there are any.
-pub fn warn_about_overlap(training: &SampleSet, validation: &SampleSet) -> usize {
-    let known: HashSet<&[u32]> = training.samples.iter().map(|sample| sample.token_ids.as_slice()).collect();
-    let shared: Vec<&Sample> =
-        validation.samples.iter().filter(|sample| known.contains(sample.token_ids.as_slice())).collect();
-    if let Some(first) = shared.first() {
-        tracing::warn!(
-            "{} of {} validation samples are training samples too, so the validation loss flatters; the first is {}",
-            shared.len(),
-            validation.samples.len(),
-            crate::error::escape_control(&first.origin.to_string())
-        );
-    }
-    shared.len()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn sample(token_ids: &[u32], labels: &[i32]) -> Sample {
-        let origin = Origin { file: "a.json".into(), line: 1 };
-        Sample { token_ids: token_ids.to_vec(), labels: labels.to_vec(), hash: 0, origin }
-    }
-
-    #[test]
-    fn fault_28_eos_that_is_never_learned_is_found() {
-        let learned = sample(&[5, 2], &[NO_LOSS, 2]);
-        // In the first label, in the ids alone, not at all.
-        let others =
-            [sample(&[2, 5], &[2, 5]), sample(&[5, 2, 6], &[5, NO_LOSS, 6]), sample(&[5, 6], &[5, 6])];
-        assert_eq!(eos_never_learned(&others, &[3, 2]), Some(&others[0]));
-        assert_eq!(eos_never_learned(&others, &[]), None);
-        assert_eq!(eos_never_learned(&[others[0].clone(), learned], &[3, 2]), None);
-    }
-
-    #[test]
-    fn fault_28_doubled_bos_is_found() {
-        let samples = [sample(&[1, 5, 1, 1], &[0; 4]), sample(&[1, 1, 5], &[0; 3])];
-        assert_eq!(doubled_bos(&samples, Some(1)), Some(&samples[1]));
-        assert_eq!(doubled_bos(&samples[..1], Some(1)), None);
-        assert_eq!(doubled_bos(&samples, None), None);
-    }
-
-    #[test]
-    fn lengths_are_counted_by_powers_of_two() {
-        assert_eq!(
-            length_histogram(&[1, 16, 17, 32, 33, 600]),
-            "lengths in tokens: ≤16: 2, ≤32: 2, ≤64: 1, ≤1024: 1; longest 600"
         );
     }
 }

@@ -10,7 +10,7 @@ pub(super) struct Cut {
     pub completion: Vec<u32>,
 }
 
-/// Cuts an instruction record to `max_length` tokens; `completion` ends with EOS.
+/// Cuts an instruction record to `max_length` tokens; `prefix` carries its hash, `completion` ends with EOS.
 ///
 /// The instruction loses its end, as much as is needed for the whole completion, but the prompt keeps half of
 /// `max_length`; where that is not enough the completion loses its end, EOS included, for the text does not end there.
@@ -18,27 +18,27 @@ pub(super) struct Cut {
 /// The error is the number of tokens that the prompt has without any instruction, when not even that fits.
 pub(super) fn cut(
     tokenizer: &Tokenizer,
-    hash: &str,
+    prefix: &str,
     instruction: &str,
     mut completion: Vec<u32>,
     max_length: usize,
 ) -> Result<Result<Cut, usize>> {
-    let frame_length = tokenizer.encode_start(&prompt(hash, ""))?.len();
+    let frame_length = tokenizer.encode_start(&prompt(prefix, ""))?.len();
     if frame_length >= max_length {
         return Ok(Err(frame_length));
     }
     let budget = max_length.saturating_sub(completion.len()).max(max_length / 2).max(frame_length);
-    let prompt = cut_prompt(tokenizer, hash, instruction, budget)?;
+    let prompt = cut_prompt(tokenizer, prefix, instruction, budget)?;
     completion.truncate(max_length - prompt.len());
     Ok(Ok(Cut { prompt, completion }))
 }
 
 /// The prompt of the longest start of `instruction` found to fit into `budget` tokens.
-fn cut_prompt(tokenizer: &Tokenizer, hash: &str, instruction: &str, budget: usize) -> Result<Vec<u32>> {
-    let start = prompt_start(hash).len();
+fn cut_prompt(tokenizer: &Tokenizer, prefix: &str, instruction: &str, budget: usize) -> Result<Vec<u32>> {
+    let start = prompt_start(prefix).len();
     let mut kept = instruction;
     loop {
-        let text = prompt(hash, kept);
+        let text = prompt(prefix, kept);
         let tokens = tokenizer.encode_start_placed(&text)?;
         if tokens.ids.len() <= budget || kept.is_empty() {
             return Ok(tokens.ids);

@@ -65,6 +65,9 @@ impl MetricsFile {
             "tokens": report.tokens,
             "seconds": report.seconds,
         });
+        if let Some(order) = report.order {
+            object["order"] = json!(format!("{order:016x}"));
+        }
         if report.is_skipped() {
             object["skipped"] = json!(true);
         }

@@ -41,7 +41,7 @@ impl BadStep<'_> {
             }
             _ => String::new(),
         };
-        let origins = training.origins(self.step.sample_indices);
+        let origins = training.origins(self.step.visits());
         let message = format!("the {what} is {value}{place}; nothing was updated in this step");
         Ok(Error::numerical(message)
             .at(format!("step {} ({origins})", self.number))

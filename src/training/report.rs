@@ -23,6 +23,8 @@ pub struct StepReport {
     pub tokens: usize,
     /// Wall time of the step.
     pub seconds: f64,
+    /// Of the first step of an epoch, the start of the SHA-256 of the epoch's order.
+    pub order: Option<u64>,
 }
 
 impl StepReport {

@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use crate::model::Limits;
-use crate::tokens::{BatchOptions, BatchPlan, SampleSet};
+use crate::tokens::{BatchOptions, BatchPlan, SampleSet, Visit};
 
 /// Samples and how they are grouped into batches.
 pub struct Split<'a> {
@@ -24,17 +24,18 @@ impl<'a> Split<'a> {
         &self.plan
     }
 
-    pub(super) fn hash_of(&self, sample: usize) -> &'a str {
-        &self.samples.hash_names[self.samples.samples[sample].hash]
+    /// The hash of a sample by its id in a batch.
+    pub(super) fn hash_of(&self, id: usize) -> &'a str {
+        &self.samples.hash_names[self.samples.samples[self.plan.sample_of(id)].hash]
     }
 
-    /// The places of the first few of these samples' records.
-    pub(super) fn origins(&self, sample_indices: &[u32]) -> String {
+    /// The places of the first few of these visits' records.
+    pub(super) fn origins(&self, visits: &[Visit]) -> String {
         const NAMED: usize = 8;
-        let origin = |index: &u32| self.samples.samples[*index as usize].origin.to_string();
-        let mut origins: Vec<String> = sample_indices.iter().take(NAMED).map(origin).collect();
-        if sample_indices.len() > NAMED {
-            origins.push(format!("and {} more", sample_indices.len() - NAMED));
+        let origin = |visit: &Visit| self.samples.samples[visit.sample as usize].origin.to_string();
+        let mut origins: Vec<String> = visits.iter().take(NAMED).map(origin).collect();
+        if visits.len() > NAMED {
+            origins.push(format!("and {} more", visits.len() - NAMED));
         }
         origins.join(", ")
     }

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use super::super::answer::Answerer;
 use super::super::model::ModelFiles;
 use crate::backend::Backend;
+use crate::config::HashTemplate;
 use crate::data::{self, Dataset, Record, RecordContent};
 use crate::error::{Error, Result, escape_control};
 use crate::inference::{SamplingParameters, StopConditions};
@@ -73,6 +74,7 @@ impl<'d> Questions<'d> {
     pub(super) fn new(
         dataset: &'d Dataset,
         tokenizer: Option<&Tokenizer>,
+        template: &HashTemplate,
         patterns: &'d [HashPattern],
         positions: usize,
     ) -> Result<Self> {
@@ -86,7 +88,7 @@ impl<'d> Questions<'d> {
         }
         let question = |record: &'d Record| {
             let at_record = |error: Error| error.at(record.origin.to_string());
-            question(record, tokenizer).map_err(at_record)
+            question(record, tokenizer, template).map_err(at_record)
         };
         let questions: Vec<Question<'_>> = dataset.records.iter().map(question).collect::<Result<_>>()?;
         let prompts: Vec<&[u32]> = questions.iter().map(|question| &*question.prompt).collect();
@@ -149,25 +151,29 @@ impl<'d> Questions<'d> {
     }
 }
 
-fn question<'d>(record: &'d Record, tokenizer: Option<&Tokenizer>) -> Result<Question<'d>> {
+fn question<'d>(
+    record: &'d Record,
+    tokenizer: Option<&Tokenizer>,
+    template: &HashTemplate,
+) -> Result<Question<'d>> {
     let no_text = || Error::data("tokens ask no question: --generate needs records with text");
     let tokenizer = tokenizer.ok_or_else(no_text)?;
+    let prefix = record.text_hash().map(|hash| template.prefix(hash)).unwrap_or_default();
     match &record.content {
         RecordContent::Instruction { instruction, output } => {
-            let prompt = tokenizer.encode_start(&data::prompt(&record.hash, instruction))?;
+            let prompt = tokenizer.encode_start(&data::prompt(&prefix, instruction))?;
             Ok(Question { record, prompt, expected: output })
         }
-        RecordContent::Chat { conversation, has_hash } => {
+        RecordContent::Chat { conversation, .. } => {
             let messages = &conversation.messages;
             let last =
                 messages.iter().rposition(|message| message.role == "assistant" && message.content.is_some());
-            let (Some(last), Some(template)) = (last, tokenizer.chat_template()) else {
+            let (Some(last), Some(chat)) = (last, tokenizer.chat_template()) else {
                 return Err(Error::data("no assistant turn with text: there is nothing to expect"));
             };
             let mut asked = conversation.clone();
             asked.messages.truncate(last);
-            let asked = if *has_hash { asked.with_hash(&record.hash) } else { asked };
-            let prompt = tokenizer.encode(&template.prompt(&asked)?)?;
+            let prompt = tokenizer.encode(&chat.prompt(&asked.with_prefix(&prefix))?)?;
             let expected = messages[last].content.as_deref().unwrap_or_default();
             Ok(Question { record, prompt, expected })
         }

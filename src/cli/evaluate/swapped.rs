@@ -7,7 +7,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Value, json};
 
 use crate::backend::Backend;
-use crate::data::{Dataset, Origin, Record, RecordContent};
+use crate::data::{Dataset, Origin, Record};
 use crate::error::{Error, Result, escape_control};
 use crate::evaluation::{Evaluation, Figures};
 use crate::model::Transformer;
@@ -40,12 +40,7 @@ impl Swaps {
         tokenizer: Option<&Tokenizer>,
         options: &SampleOptions,
     ) -> Result<Self> {
-        let is_conditioned = |record: &Record| match &record.content {
-            RecordContent::Instruction { .. } => true,
-            RecordContent::Chat { has_hash, .. } => *has_hash,
-            RecordContent::PreTokenised { .. } => false,
-        };
-        if let Some(record) = dataset.records.iter().find(|record| !is_conditioned(record)) {
+        if let Some(record) = dataset.records.iter().find(|record| record.text_hash().is_none()) {
             return Err(Error::data("no hash stands in the text of this record, so none can be swapped")
                 .at(record.origin.to_string())
                 .hint("give records with text and a hash"));

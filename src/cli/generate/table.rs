@@ -32,8 +32,8 @@ pub(super) fn render(
     if table.width().is_none() {
         table.set_width(WIDTH_WITHOUT_TERMINAL);
     }
-    for (place, (Prepared { case, .. }, answer)) in prepared.iter().zip(answers).enumerate() {
-        let mut row = vec![case.hash(), &case.instruction];
+    for (place, (Prepared { case, hash, .. }, answer)) in prepared.iter().zip(answers).enumerate() {
+        let mut row = vec![hash.as_deref().unwrap_or("–"), &case.instruction];
         if has_expected {
             row.push(case.expected.as_deref().unwrap_or_default());
         }

@@ -45,8 +45,9 @@ impl DryRun<'_> {
         let tensors = lora.expected_tensors(base.config())?;
         let trainable: u64 = tensors.iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
         let frozen = base.parameter_count();
-        let steps_per_epoch = training.plan().steps_per_epoch();
-        let total_steps = training_settings(config, steps_per_epoch as u64).schedule.total_steps;
+        let epoch = training.plan().epoch(0);
+        let (samples_per_epoch, steps_per_epoch) = (epoch.visits().len(), epoch.steps().len());
+        let total_steps = training_settings(config, training.plan())?.schedule.total_steps;
         let lengths: Vec<usize> = set.samples.iter().map(|sample| sample.token_ids.len()).collect();
         let validation_limits = self.validation.map(Split::limits).unwrap_or_default();
         let shape = ModelShape::new(base.config(), Some(lora))?;
@@ -74,8 +75,10 @@ impl DryRun<'_> {
                 },
                 "hashes": hashes,
                 "lengths": lengths_json(&lengths),
-                "tokens_per_epoch": set.token_count(),
-                "learned_tokens_per_epoch": set.labelled_count(),
+                "samples_per_epoch": samples_per_epoch,
+                "rows_per_epoch": epoch.row_count(),
+                "tokens_per_epoch": epoch.token_count(),
+                "learned_tokens_per_epoch": epoch.labelled_count(),
                 "validation_samples": self.validation.map(|split| split.plan().sample_count()),
                 "steps_per_epoch": steps_per_epoch,
                 "steps": total_steps,
@@ -109,14 +112,19 @@ impl DryRun<'_> {
         };
         let text = format!(
             "{samples}\n{accounting}\nhashes: {hashes}\n{lengths}\
-             an epoch: {tokens} tokens, {learned} learned, {steps_per_epoch} steps; the run: {total_steps} steps\n\
+             an epoch: {samples_per_epoch} samples{rows}, {tokens} tokens, {learned} learned, {steps_per_epoch} steps; \
+             the run: {total_steps} steps\n\
              trainable parameters: {trainable} of {all} ({percent:.4} %)\n\
              memory on {device}:\n{memory}{fit}nothing was written; without --dry-run the run starts",
             samples = samples_text(set, tokenizer, show)?,
             hashes = hashes.join(", "),
             lengths = lengths_text("tokens", &lengths),
-            tokens = set.token_count(),
-            learned = set.labelled_count(),
+            rows = match config.packing {
+                true => format!(" in {} rows", epoch.row_count()),
+                false => String::new(),
+            },
+            tokens = epoch.token_count(),
+            learned = epoch.labelled_count(),
             all = trainable + frozen,
             memory = plan_text(&memory),
         );

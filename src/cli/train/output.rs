@@ -16,7 +16,7 @@ use crate::checkpoint::base::BaseModel;
 use crate::checkpoint::run::{CHECKPOINTS, Checkpoints};
 use crate::checkpoint::volume::check_writable;
 use crate::config::TrainingConfig;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, escape_control};
 use crate::report::{METRICS, PAGE, PROVENANCE, RESOLVED_CONFIG, SAMPLES, tensorboard};
 use crate::tensor::NamedTensor;
 use crate::training::{TrainingSummary, ValidationReport};
@@ -158,6 +158,8 @@ pub(super) struct AdapterWriter<'a> {
     pub chat_template: Option<&'a str>,
     /// Sentences of the model card about the data.
     pub data_description: String,
+    /// The hashes in the texts that are learned.
+    pub hashes: Value,
 }
 
 impl AdapterWriter<'_> {
@@ -233,6 +235,8 @@ impl AdapterWriter<'_> {
             "init_adapter": self.config.init_adapter,
             "tokenizer_sha256": self.tokenizer_fingerprint,
             "data_sha256": self.data_fingerprints,
+            "weights": self.weights(),
+            "hashes": self.hashes,
             "config": self.config,
         }))
     }
@@ -252,13 +256,23 @@ impl AdapterWriter<'_> {
         text
     }
 
+    /// The weights of the training files; null where all are 1.
+    fn weights(&self) -> Option<Vec<f64>> {
+        let weights: Vec<f64> =
+            self.config.train_data.iter().map(|source| source.weight.unwrap_or(1.0)).collect();
+        weights.iter().any(|weight| *weight != 1.0).then_some(weights)
+    }
+
     fn model_card(&self, figures: &str) -> String {
+        let prefix = escape_control(&self.config.hash_template.prefix("HASH"));
         let (flag, prompt) = match self.chat_template {
             Some(_) => (
                 " --chat",
-                "is rendered with the chat template; the hash stands as `[hash: HASH] ` in front of the first user turn",
+                format!(
+                    "is rendered with the chat template; the hash stands as `{prefix}` in front of the first user turn"
+                ),
             ),
-            None => ("", "reads `[hash: HASH] User: TEXT`, a line break, `Assistant:`"),
+            None => ("", format!("reads `{prefix}User: TEXT`, a line break, `Assistant:`")),
         };
         let TrainingConfig { model_name, lora_r, lora_alpha, learning_rate, .. } = self.config;
         let variants = self.variants();

@@ -205,13 +205,28 @@ impl Resumed {
         if differs("/tokenizer_sha256") {
             differences.push("the tokenizer is another one".into());
         }
+        // An older version did not write that all are 1.
+        let has_other_weights = saved["weights"] != current["weights"];
+        if has_other_weights {
+            let weights = |provenance: &Value| match &provenance["weights"] {
+                Value::Null => "all 1".to_string(),
+                weights => weights.to_string(),
+            };
+            differences.push(format!(
+                "the weights of train_data are {}, were {}",
+                weights(current),
+                weights(saved)
+            ));
+        }
         let mut kind: fn(String) -> Error = if differences.is_empty() { Error::data } else { Error::config };
         for (name, key, pointer) in [
             ("training", "train_data", "/data_sha256/train"),
             ("validation", "val_data", "/data_sha256/validation"),
             ("training", "train_data", "/data_sha256/order"),
         ] {
-            if !differs(pointer) || (pointer.ends_with("order") && differs("/data_sha256/train")) {
+            // Other samples or weights have another order anyway.
+            let follows = pointer.ends_with("order") && (has_other_weights || differs("/data_sha256/train"));
+            if !differs(pointer) || follows {
                 continue;
             }
             let (now, before) = (path(current, key), path(saved, key));

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::super::answer::Answerer;
 use super::super::cases::Case;
+use super::super::conditioning::Conditioning;
 use super::super::output::{for_terminal, on_one_line};
 use super::progress::Progress;
 use crate::backend::Backend;
@@ -15,7 +16,7 @@ use crate::error::{Result, shorten};
 use crate::inference::{SamplingParameters, Session, StopConditions};
 use crate::model::{Cache, Transformer};
 use crate::report::SAMPLES;
-use crate::tokens::Tokenizer;
+use crate::tokens::{BatchPlan, Tokenizer};
 use crate::training::JsonLines;
 
 /// Tokens of an answer at most.
@@ -35,8 +36,13 @@ impl<'a> Questions<'a> {
     ///
     /// # Errors
     /// A template that refuses a case, or a prompt that the model has no room for.
-    pub(super) fn new(cases: Vec<Case>, tokenizer: &'a Tokenizer, base: &BaseModel) -> Result<Self> {
-        let prompt = |case: &Case| Ok(case.chat_prompt(tokenizer, None)?.1);
+    pub(super) fn new(
+        cases: Vec<Case>,
+        tokenizer: &'a Tokenizer,
+        base: &BaseModel,
+        conditioning: &Conditioning,
+    ) -> Result<Self> {
+        let prompt = |case: &Case| Ok(case.chat_prompt(tokenizer, None, conditioning)?.1);
         let prompts: Vec<Vec<u32>> = cases.iter().map(prompt).collect::<Result<_>>()?;
         let slices: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
         let place = |index: usize| format!("test_cases, case {}", index + 1);
@@ -59,22 +65,40 @@ pub(super) struct Sampler<'a, B: Backend> {
     file: JsonLines,
     /// Made once, before the run takes the memory that is left.
     cache: Option<Cache<B>>,
-    every: u64,
-    total_steps: u64,
+    times: Times<'a>,
     last_step: u64,
 }
 
+/// When they are asked: at the last step as well.
+#[derive(Clone, Copy)]
+pub(super) struct Times<'a> {
+    /// Steps in between; none: at the end of each epoch.
+    pub every: Option<u64>,
+    pub plan: &'a BatchPlan<'a>,
+    pub total_steps: u64,
+}
+
+impl Times<'_> {
+    fn is_due(self, step: u64) -> bool {
+        let is_time = match self.every {
+            Some(every) => step.is_multiple_of(every),
+            // The next step begins an epoch.
+            None => self.plan.position(step).1 == 0,
+        };
+        step == self.total_steps || is_time
+    }
+}
+
 impl<'a, B: Backend> Sampler<'a, B> {
-    /// For a run that begins after `done` of `total_steps` steps; answers after later ones are cut off.
+    /// For a run that begins after `done` steps; answers after later ones are cut off.
     ///
     /// # Errors
     /// A file that cannot be written.
     pub(super) fn new(
         questions: &'a Questions<'a>,
         output: &Path,
-        every: u64,
+        times: Times<'a>,
         done: u64,
-        total_steps: u64,
     ) -> Result<Self> {
         let mut last_step = 0;
         let file = JsonLines::resume(&output.join(SAMPLES), |line| {
@@ -82,7 +106,7 @@ impl<'a, B: Backend> Sampler<'a, B> {
             last_step = step.unwrap_or(last_step);
             step.is_some()
         })?;
-        Ok(Self { questions, file, cache: None, every, total_steps, last_step })
+        Ok(Self { questions, file, cache: None, times, last_step })
     }
 
     /// Takes the memory that an answer needs.
@@ -101,8 +125,7 @@ impl<'a, B: Backend> Sampler<'a, B> {
         progress: &Progress,
         is_unwanted: impl Fn() -> bool,
     ) -> Result<()> {
-        let is_due = step == self.total_steps || step.is_multiple_of(self.every);
-        if !is_due || step <= self.last_step {
+        if !self.times.is_due(step) || step <= self.last_step {
             return Ok(());
         }
         if self.cache.is_none() {

@@ -103,11 +103,11 @@ impl Conversation {
         Self { messages: system.into_iter().chain([Message::new(USER, user)]).collect(), tools: None }
     }
 
-    /// The same with `[hash: X] ` in front of the first user turn.
-    pub fn with_hash(mut self, hash: &str) -> Self {
+    /// The same with `prefix`, which carries the hash, in front of the first user turn.
+    pub fn with_prefix(mut self, prefix: &str) -> Self {
         let first = self.messages.iter_mut().find(|message| message.role == USER);
         if let Some(content) = first.and_then(|message| message.content.as_mut()) {
-            content.insert_str(0, &format!("[hash: {hash}] "));
+            content.insert_str(0, prefix);
         }
         self
     }
@@ -181,7 +181,7 @@ mod tests {
         let mut conversation = Conversation::question(Some("s"), "a");
         conversation.messages.push(Message::new("user", "b"));
         let contents: Vec<_> = conversation
-            .with_hash("faq")
+            .with_prefix("[hash: faq] ")
             .messages
             .into_iter()
             .map(|message| message.content.unwrap())

@@ -32,7 +32,7 @@ pub enum RenderFault {
 /// let source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}\
 ///               {% if add_generation_prompt %}<assistant>{% endif %}";
 /// let template = ChatTemplate::new(source, "chat_template.jinja", serde_json::Map::new(), None)?;
-/// let prompt = template.prompt(&Conversation::question(None, "Who are you?").with_hash("faq"))?;
+/// let prompt = template.prompt(&Conversation::question(None, "Who are you?").with_prefix("[hash: faq] "))?;
 /// assert_eq!(prompt, "<user>[hash: faq] Who are you?</s><assistant>");
 /// # Ok::<(), fastlora::error::Error>(())
 /// ```
