@@ -192,6 +192,7 @@ fn optimizer(criterion: &mut Criterion) {
                 gradients: &g,
                 first_moment: &mut m,
                 second_moment: &mut v,
+                b_rate: None,
             };
             backend.adamw(state, step).unwrap()
         });

@@ -40,6 +40,8 @@ use crate::tokens::Step;
 pub struct TrainingSettings {
     /// AdamW's constants.
     pub optimizer: AdamWSettings,
+    /// The rate of every `B` over that of the `A`s; 1 but for LoRA+ (Hayou et al. 2024).
+    pub b_rate_ratio: f64,
     /// The rate of every step, and how many there are.
     pub schedule: Schedule,
     /// Chance of a zero in an adapter's input.
@@ -152,6 +154,7 @@ impl<B: Backend> Observer<B> for () {
 /// // Twenty steps; an `Observer` in place of `()` would see each of them.
 /// let settings = TrainingSettings {
 ///     optimizer: AdamWSettings { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01, max_grad_norm: 1.0 },
+///     b_rate_ratio: 1.0,
 ///     schedule: Schedule {
 ///         scheduler: LrScheduler::Linear,
 ///         peak_learning_rate: 0.01,
@@ -186,7 +189,7 @@ pub fn train<B: Backend>(
 ) -> Result<TrainingSummary> {
     let limits =
         validation.map_or(training.limits(), |validation| training.limits().union(validation.limits()));
-    let (optimizer, summary) = match start {
+    let (mut optimizer, summary) = match start {
         Some(state) => (state.restore(model, settings.optimizer)?, state.summary.clone()),
         None => {
             let parameter_count = model.layout().parameter_count();
@@ -194,6 +197,7 @@ pub fn train<B: Backend>(
             (optimizer, TrainingSummary::default())
         }
     };
+    optimizer.set_b_rate(&**model.backend(), model.layout(), settings.b_rate_ratio)?;
     observer.prepare(model)?;
     // Last, because it takes what memory is left.
     model.reserve_training(limits, settings.activation_memory, settings.dropout_probability > 0.0)?;

@@ -9,6 +9,8 @@ use fastlora::checkpoint::adapter::{AdapterConfig, read_adapter};
 use fastlora::checkpoint::base::BaseModel;
 use fastlora::export::{bake_scale, merge};
 use fastlora::model::Transformer;
+use serde_json::Value;
+use support::golden::{Golden, train_at};
 use support::{Tensors, fixture, largest_difference};
 
 /// As in `oracles.rs`: four times the float32 drift of transformers on these models.
@@ -75,5 +77,21 @@ fn merged_or_with_their_scale_baked_in_they_compute_the_same() {
         assert_eq!((*alpha, *use_rslora), (*rank as f64, false));
         assert_eq!(*alpha_pattern, rank_pattern.map(|rank| *rank as f64));
         check(&mut Transformer::load_with_adapter(cpu(), &base(), &baked).unwrap(), variant);
+    }
+}
+
+#[test]
+fn lora_plus_trains_as_in_float64() {
+    let text = std::fs::read_to_string(fixture("variants/loraplus.json")).unwrap();
+    let peft: Value = serde_json::from_str(&text).unwrap();
+    let number = |key: &str| peft[key].as_f64().unwrap();
+    let golden = Golden::new("tiny_qwen3", "brand");
+    let trained = train_at(&golden, cpu(), &base(), number("lr"), number("loraplus_lr_ratio"));
+    let expected = peft["losses_f64"].as_array().unwrap();
+    assert_eq!(trained.losses.len(), expected.len());
+    for (step, (found, expected)) in trained.losses.iter().zip(expected).enumerate() {
+        let expected = expected.as_f64().unwrap();
+        // As in `golden.rs`.
+        assert!((found / expected - 1.0).abs() <= 1e-5, "step {step}: {found} against {expected}");
     }
 }

@@ -240,6 +240,14 @@ pub struct AdamWStep {
     pub loss_scale: f64,
 }
 
+/// A rate of its own for every `B` (LoRA+, Hayou et al. 2024).
+pub struct BRate<'a, B: Backend + ?Sized> {
+    /// B's rate over A's; the decay follows the rate.
+    pub ratio: f64,
+    /// Which parameters are of an `A` and which of a `B`.
+    pub runs: &'a B::Runs,
+}
+
 /// The flat f32 buffers of the optimizer, all of one length.
 pub struct OptimizerState<'a, B: Backend + ?Sized> {
     /// Adapter parameters, updated.
@@ -250,6 +258,8 @@ pub struct OptimizerState<'a, B: Backend + ?Sized> {
     pub first_moment: &'a mut B::Floats,
     /// Running mean of their squares.
     pub second_moment: &'a mut B::Floats,
+    /// None: one rate for all.
+    pub b_rate: Option<BRate<'a, B>>,
 }
 
 /// A compute device with the operations of a LoRA transformer.
@@ -274,6 +284,8 @@ pub trait Backend: Footprint + Send + Sync {
     type Recordings: Default + Send + Sync;
     /// What a [`LinearGroup`] keeps for its adapters.
     type Group: Send + Sync;
+    /// Ends of the stretches of the flat parameter buffer that belong to `A`s and to `B`s.
+    type Runs: Send + Sync;
 
     /// What computes, for the log: "cpu, 2 threads, avx512".
     fn description(&self) -> String;
@@ -349,6 +361,8 @@ pub trait Backend: Footprint + Send + Sync {
     fn write_floats(&self, floats: &mut Self::Floats, values: &[f32]) -> Result<()>;
     /// Reads the first `into.len()` elements.
     fn read_floats(&self, floats: &Self::Floats, into: &mut [f32]) -> Result<()>;
+    /// Keeps the ends of the flat buffer's runs, in order: of `A`s and of `B`s in turn, the first of `A`s.
+    fn runs(&self, ends: &[usize]) -> Result<Self::Runs>;
     /// Starts to read the first `count` elements, in the order of the work, and returns.
     fn start_reading(&self, floats: &Self::Floats, count: usize, landing: &mut Self::Landing) -> Result<()>;
     /// Waits for that read alone, while work behind it goes on, and copies the first `into.len()` elements.

@@ -446,6 +446,7 @@ fn training_settings(config: &TrainingConfig, plan: &BatchPlan<'_>) -> Result<Tr
             weight_decay: config.weight_decay,
             max_grad_norm: config.max_grad_norm,
         },
+        b_rate_ratio: config.loraplus_lr_ratio,
         schedule: Schedule {
             scheduler: config.lr_scheduler,
             peak_learning_rate: config.learning_rate,

@@ -135,6 +135,9 @@ pub struct Options {
     /// Peak learning rate.
     #[arg(long, value_name = "RATE", allow_negative_numbers = true)]
     pub learning_rate: Option<f64>,
+    /// Rate of every B over that of the As (LoRA+).
+    #[arg(long, value_name = "RATIO", allow_negative_numbers = true)]
+    pub loraplus_lr_ratio: Option<f64>,
     /// How the rate moves after the warm-up.
     #[arg(long, value_enum)]
     pub lr_scheduler: Option<LrScheduler>,
@@ -276,7 +279,7 @@ impl Options {
             balance_by_hash num_epochs max_steps shuffle
             seed loss_on on_bad_record overlong lora_r lora_alpha lora_dropout
             lora_target_modules use_rslora rank_pattern alpha_pattern layers_to_transform
-            learning_rate lr_scheduler warmup_steps
+            learning_rate loraplus_lr_ratio lr_scheduler warmup_steps
             weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm val_every
             early_stopping_patience on_nan save_every keep_checkpoints report test_cases sample_every device dtype threads activation_memory
         }

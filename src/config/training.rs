@@ -87,6 +87,8 @@ pub struct TrainingConfig {
     pub layers_to_transform: Vec<usize>,
     /// Peak learning rate.
     pub learning_rate: f64,
+    /// Rate of every B over that of the As (LoRA+, Hayou et al. 2024); 1: the same.
+    pub loraplus_lr_ratio: f64,
     /// How the rate moves after the warm-up.
     pub lr_scheduler: LrScheduler,
     /// Steps over which the rate rises from 0.
@@ -176,6 +178,7 @@ impl TrainingConfig {
             alpha_pattern: options.alpha_pattern.unwrap_or_default(),
             layers_to_transform: in_order(options.layers_to_transform.unwrap_or_default()),
             learning_rate: options.learning_rate.unwrap_or(2e-4),
+            loraplus_lr_ratio: options.loraplus_lr_ratio.unwrap_or(1.0),
             lr_scheduler: options.lr_scheduler.unwrap_or_default(),
             warmup_steps: options.warmup_steps.unwrap_or(0),
             weight_decay: options.weight_decay.unwrap_or(0.01),
@@ -255,6 +258,12 @@ impl TrainingConfig {
                 "0 to 1",
             ),
             ("learning_rate", self.learning_rate.to_string(), positive(self.learning_rate), "above 0"),
+            (
+                "loraplus_lr_ratio",
+                self.loraplus_lr_ratio.to_string(),
+                positive(self.loraplus_lr_ratio),
+                "above 0",
+            ),
             ("weight_decay", self.weight_decay.to_string(), non_negative(self.weight_decay), "0 or more"),
             ("adam_beta1", self.adam_beta1.to_string(), below_one(self.adam_beta1), "0 or more and below 1"),
             ("adam_beta2", self.adam_beta2.to_string(), below_one(self.adam_beta2), "0 or more and below 1"),

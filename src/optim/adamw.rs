@@ -1,8 +1,9 @@
 //! AdamW: moments over the flat parameter buffer.
 
 use super::LossScale;
-use crate::backend::{AdamWStep, Backend, OptimizerState};
+use crate::backend::{AdamWStep, BRate, Backend, OptimizerState};
 use crate::error::Result;
+use crate::model::AdapterLayout;
 
 /// Settings that stay the same over a run; names and meanings as in PyTorch's `AdamW`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -27,6 +28,8 @@ pub struct AdamW<B: Backend> {
     second_moment: B::Floats,
     steps: u64,
     loss_scale: LossScale,
+    /// B's rate over A's, and where they stand, if the two differ.
+    b_rate: Option<(f64, B::Runs)>,
 }
 
 /// What an [`AdamW`] goes on from.
@@ -61,7 +64,17 @@ impl<B: Backend> AdamW<B> {
                 None => LossScale::dynamic(),
                 known => LossScale::from_state(known),
             },
+            b_rate: None,
         })
+    }
+
+    /// Gives every `B` of `layout` a rate of `ratio` times that of the `A`s (LoRA+, Hayou et al. 2024).
+    ///
+    /// # Errors
+    /// A device without room.
+    pub fn set_b_rate(&mut self, backend: &B, layout: &AdapterLayout, ratio: f64) -> Result<()> {
+        self.b_rate = if ratio == 1.0 { None } else { Some((ratio, backend.runs(&layout.runs())?)) };
+        Ok(())
     }
 
     /// All that an optimizer needs to go on bit for bit.
@@ -117,6 +130,7 @@ impl<B: Backend> AdamW<B> {
             gradients,
             first_moment: &mut self.first_moment,
             second_moment: &mut self.second_moment,
+            b_rate: self.b_rate.as_ref().map(|(ratio, runs)| BRate { ratio: *ratio, runs }),
         };
         let norm = backend.adamw(state, step)?;
         if norm.is_finite() {

@@ -1,17 +1,33 @@
 //! AdamW, step after step, against the formulas in float64.
 
-use fastlora::backend::{AdamWStep, Backend, OptimizerState};
+use fastlora::backend::{AdamWStep, BRate, Backend, OptimizerState};
 
 use super::{Record, read_floats, values, widen};
 
 pub fn run<B: Backend>(backend: &B, record: &mut Record) {
     for (count, max_grad_norm) in [(1, 1.0), (77, f64::INFINITY), (40_003, 0.5)] {
-        steps(backend, record, count, max_grad_norm);
+        steps(backend, record, count, max_grad_norm, 1.0, &[]);
     }
+    // LoRA+: runs within a block of every backend, over several, and of one element.
+    steps(backend, record, 40_003, 0.5, 16.0, &[8, 9, 16_384, 16_400, 39_000, 40_003]);
+    steps(backend, record, 300, f64::INFINITY, 0.25, &[256, 300]);
     a_norm_that_is_not_finite_changes_nothing(backend);
 }
 
-fn steps<B: Backend>(backend: &B, record: &mut Record, count: usize, max_grad_norm: f64) {
+/// Four steps; where there are `ends` of runs, every other one has `ratio` times the rate.
+fn steps<B: Backend>(
+    backend: &B,
+    record: &mut Record,
+    count: usize,
+    max_grad_norm: f64,
+    ratio: f64,
+    ends: &[usize],
+) {
+    let runs = backend.runs(ends).unwrap();
+    let mut factors = vec![1.0; count];
+    for run in ends.windows(2).step_by(2) {
+        factors[run[0]..run[1]].fill(ratio);
+    }
     let start = values(count, 60);
     let mut parameters = backend.floats(&start).unwrap();
     let mut first_moment = backend.floats(&vec![0.0; count]).unwrap();
@@ -28,6 +44,7 @@ fn steps<B: Backend>(backend: &B, record: &mut Record, count: usize, max_grad_no
             gradients: &gradients,
             first_moment: &mut first_moment,
             second_moment: &mut second_moment,
+            b_rate: (!ends.is_empty()).then_some(BRate { ratio, runs: &runs }),
         };
         let loss_scale = 2f64.powi(3 * step as i32 - 3);
         let settings =
@@ -43,6 +60,7 @@ fn steps<B: Backend>(backend: &B, record: &mut Record, count: usize, max_grad_no
         let power = step as i32;
         for i in 0..count {
             let g = g[i] * clip;
+            let learning_rate = learning_rate * factors[i];
             p[i] -= learning_rate * weight_decay * p[i];
             m[i] = beta1 * m[i] + (1.0 - beta1) * g;
             v[i] = beta2 * v[i] + (1.0 - beta2) * g * g;
@@ -51,7 +69,7 @@ fn steps<B: Backend>(backend: &B, record: &mut Record, count: usize, max_grad_no
             p[i] -= learning_rate * mean / (root + epsilon);
         }
     }
-    let case = format!("adamw {count} at most {max_grad_norm}");
+    let case = format!("adamw {count} at most {max_grad_norm}, ratio {ratio}");
     record.check_f32(&format!("{case} parameters"), &read_floats(backend, &parameters, count), &p, 8);
     record.check_f32(&format!("{case} first moment"), &read_floats(backend, &first_moment, count), &m, 8);
     record.check_f32(&format!("{case} second moment"), &read_floats(backend, &second_moment, count), &v, 8);
@@ -70,6 +88,7 @@ fn a_norm_that_is_not_finite_changes_nothing<B: Backend>(backend: &B) {
             gradients: &gradients,
             first_moment: &mut first_moment,
             second_moment: &mut second_moment,
+            b_rate: None,
         };
         let settings = AdamWStep {
             learning_rate: 1e-3,

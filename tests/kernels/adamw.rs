@@ -11,6 +11,9 @@ const BETA2: f64 = 0.999;
 const EPSILON: f64 = 1e-8;
 const RATE: f64 = 1e-3;
 const DECAY: f64 = 0.01;
+/// Ends of runs of As and of Bs, whose rate is `RATIO` times as high.
+const RUN_ENDS: [i64; 5] = [8, 512, 513, 1000, COUNT as i64];
+const RATIO: f64 = 16.0;
 const UNSCALE: f64 = 1.0 / 1024.0;
 
 struct State {
@@ -34,6 +37,7 @@ fn step(half: Half, state: &State, step: i32, max_norm: f64) -> Vec<f32> {
         let scalars = [RATE, corrections[0], corrections[1], UNSCALE, 0.0, 0.0].map(|value| value as f32);
         let scalars = upload(device, &scalars);
         let count = Argument::I64(COUNT as i64);
+        let run_ends = upload(device, &RUN_ENDS);
         let arguments = [Argument::of(&gradients), Argument::of(&scalars), Argument::of(&partials), count];
         launch(device, "grad_norm_partials", PARTIALS, 256, &arguments);
         let arguments = [
@@ -58,6 +62,9 @@ fn step(half: Half, state: &State, step: i32, max_norm: f64) -> Vec<f32> {
             float(1.0 - BETA2),
             float(EPSILON),
             float(DECAY),
+            Argument::of(&run_ends),
+            Argument::I32(RUN_ENDS.len() as i32),
+            float(RATIO),
         ];
         launch(device, &kernel, COUNT.div_ceil(256), 256, &arguments);
         let mut outputs: Vec<f32> = download(device, &parameters);
@@ -103,13 +110,15 @@ fn adamw_with_clipping_matches_float64() {
             let m_new = BETA1 * m + (1.0 - BETA1) * g;
             let v_new = BETA2 * v + (1.0 - BETA2) * g * g;
             let root = v_new.sqrt() / (1.0 - BETA2.powi(3)).sqrt() + EPSILON;
-            let update = RATE / (1.0 - BETA1.powi(3)) * m_new / root;
+            let is_b = RUN_ENDS.iter().filter(|end| **end <= i as i64).count() % 2 == 1;
+            let rate = if is_b { RATE * RATIO } else { RATE };
+            let update = rate / (1.0 - BETA1.powi(3)) * m_new / root;
             let m_magnitude = m.abs() + g.abs();
             expected[0].push(Expected {
-                value: p * (1.0 - RATE * DECAY) - update,
+                value: p * (1.0 - rate * DECAY) - update,
                 // A few roundings of p; the update's share errs relative to the moment's terms, and by the norm's error.
                 tolerance: F32_ROUNDOFF * (4.0 * p.abs() + 20.0 * update.abs())
-                    + F32_ROUNDOFF * 20.0 * RATE / (1.0 - BETA1.powi(3)) * m_magnitude / root,
+                    + F32_ROUNDOFF * 20.0 * rate / (1.0 - BETA1.powi(3)) * m_magnitude / root,
             });
             expected[1].push(Expected::float_sum(m_new, m_magnitude, 20));
             expected[2].push(Expected { value: v_new, tolerance: F32_ROUNDOFF * 24.0 * v_new + 1e-30 });

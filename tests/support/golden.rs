@@ -72,6 +72,17 @@ pub struct Trained<B: Backend> {
 }
 
 pub fn train<B: Backend>(golden: &Golden, backend: Arc<B>, base: &BaseModel) -> Trained<B> {
+    train_at(golden, backend, base, golden.learning_rate(), 1.0)
+}
+
+/// The same at another rate, with that of every B `ratio` times as high (LoRA+).
+pub fn train_at<B: Backend>(
+    golden: &Golden,
+    backend: Arc<B>,
+    base: &BaseModel,
+    learning_rate: f64,
+    ratio: f64,
+) -> Trained<B> {
     let mut model = golden.model(backend, base);
     let batch = golden.batch();
     let settings =
@@ -79,6 +90,7 @@ pub fn train<B: Backend>(golden: &Golden, backend: Arc<B>, base: &BaseModel) -> 
     let parameter_count = model.layout().parameter_count();
     let backend = Arc::clone(model.backend());
     let mut optimizer = AdamW::new(&*backend, parameter_count, settings).unwrap();
+    optimizer.set_b_rate(&*backend, model.layout(), ratio).unwrap();
     let scale = 1.0 / batch.labelled_count() as f64;
     let (mut losses, mut norms, mut first_gradients) = (Vec::new(), Vec::new(), Vec::new());
     for step in 0..10 {
@@ -91,7 +103,7 @@ pub fn train<B: Backend>(golden: &Golden, backend: Arc<B>, base: &BaseModel) -> 
             first_gradients = model.gradients().unwrap().into_iter().map(unscaled).collect();
         }
         let (backend, parameters, gradients) = model.trainable();
-        norms.push(optimizer.update(backend, parameters, gradients, golden.learning_rate()).unwrap());
+        norms.push(optimizer.update(backend, parameters, gradients, learning_rate).unwrap());
     }
     losses.push(model.evaluate(&batch).unwrap().loss_sum() * scale);
     Trained { losses, norms, first_gradients, model }

@@ -120,6 +120,7 @@ impl Backend for CpuBackend {
     type Floats = AlignedFloats;
     type Batch = CpuBatch;
     type Group = ();
+    type Runs = Vec<usize>;
     type Landing = Vec<f32>;
     type Recordings = ();
 
@@ -164,6 +165,10 @@ impl Backend for CpuBackend {
     fn read_floats(&self, floats: &Self::Floats, into: &mut [f32]) -> Result<()> {
         into.copy_from_slice(&floats[first_elements(into.len(), floats.len())?]);
         Ok(())
+    }
+
+    fn runs(&self, ends: &[usize]) -> Result<Vec<usize>> {
+        Ok(ends.to_vec())
     }
 
     fn start_reading(&self, floats: &Self::Floats, count: usize, landing: &mut Vec<f32>) -> Result<()> {

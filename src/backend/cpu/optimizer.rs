@@ -3,6 +3,8 @@
 //!
 //! Scalars are computed in f64; moments and parameters are f32. The norm is summed in f64, block after block.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::simd::simd_fn;
@@ -49,6 +51,18 @@ simd_fn! {
     }
 }
 
+/// Cuts a block of the flat buffer where a run ends: each piece from the block's start on, and whether it is of `B`s. Behind
+/// the last end, and where there is none, everything is of one kind.
+fn pieces(ends: &[usize], block: Range<usize>) -> impl Iterator<Item = (Range<usize>, bool)> + '_ {
+    let first = ends.partition_point(|&end| end <= block.start);
+    let mut at = block.start;
+    (first..).map_while(move |run| {
+        let start = at;
+        at = ends.get(run).copied().unwrap_or(block.end).min(block.end);
+        (start < block.end).then(|| (start - block.start..at - block.start, run % 2 == 1))
+    })
+}
+
 impl CpuBackend {
     pub(super) fn adamw_update(&self, state: OptimizerState<'_, Self>, step: AdamWStep) -> f64 {
         let norm = self.global_norm(state.gradients) / step.loss_scale;
@@ -56,22 +70,35 @@ impl CpuBackend {
             return norm;
         }
         let exponent = i32::try_from(step.step).unwrap_or(i32::MAX);
-        let factors = Factors {
+        let factors = |learning_rate: f64| Factors {
             clip: ((step.max_grad_norm / (norm + 1e-6)).min(1.0) / step.loss_scale) as f32,
-            decay: (1.0 - step.learning_rate * step.weight_decay) as f32,
+            decay: (1.0 - learning_rate * step.weight_decay) as f32,
             one_minus_beta1: (1.0 - step.beta1) as f32,
             beta2: step.beta2 as f32,
             one_minus_beta2: (1.0 - step.beta2) as f32,
             second_correction: (1.0 - step.beta2.powi(exponent)).sqrt() as f32,
             epsilon: step.epsilon as f32,
-            step_size: (step.learning_rate / (1.0 - step.beta1.powi(exponent))) as f32,
+            step_size: (learning_rate / (1.0 - step.beta1.powi(exponent))) as f32,
         };
+        let (ratio, ends) = state.b_rate.map_or((1.0, &[][..]), |rate| (rate.ratio, &rate.runs[..]));
+        let factors = [step.learning_rate, step.learning_rate * ratio].map(factors);
         let update = || {
             let parameters = state.parameters.par_chunks_mut(BLOCK).zip(state.gradients.par_chunks(BLOCK));
             let moments =
                 state.first_moment.par_chunks_mut(BLOCK).zip(state.second_moment.par_chunks_mut(BLOCK));
-            parameters.zip(moments).for_each(|((parameters, gradients), (first, second))| {
-                update_block(self.simd, factors, parameters, gradients, first, second);
+            let blocks = parameters.zip(moments).enumerate();
+            blocks.for_each(|(block, ((parameters, gradients), (first, second)))| {
+                let start = block * BLOCK;
+                for (piece, is_b) in pieces(ends, start..start + parameters.len()) {
+                    update_block(
+                        self.simd,
+                        factors[usize::from(is_b)],
+                        &mut parameters[piece.clone()],
+                        &gradients[piece.clone()],
+                        &mut first[piece.clone()],
+                        &mut second[piece],
+                    );
+                }
             });
         };
         self.threads.pool().install(update);
@@ -88,5 +115,21 @@ impl CpuBackend {
             });
         });
         sums.iter().sum::<f64>().sqrt()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_cut_where_runs_end() {
+        let found = |block| pieces(&[4, 10, 12], block).collect::<Vec<_>>();
+        assert_eq!(found(0..4), [(0..4, false)]);
+        assert_eq!(found(4..8), [(0..4, true)]);
+        assert_eq!(found(8..12), [(0..2, true), (2..4, false)]);
+        assert_eq!(found(0..12), [(0..4, false), (4..10, true), (10..12, false)]);
+        assert_eq!(found(12..15), [(0..3, true)]);
+        assert_eq!(pieces(&[], 3..5).collect::<Vec<_>>(), [(0..2, false)]);
     }
 }

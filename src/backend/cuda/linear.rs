@@ -89,7 +89,7 @@ impl Sizes {
     }
 }
 
-fn upload<D: Device, T: bytemuck::NoUninit>(device: &D, values: &[T]) -> Result<Region<D>> {
+pub(super) fn upload<D: Device, T: bytemuck::NoUninit>(device: &D, values: &[T]) -> Result<Region<D>> {
     let bytes = bytemuck::cast_slice(values);
     let region = Region::allocate(device, bytes.len())?;
     region.upload(device, bytes, 0)?;

@@ -25,6 +25,7 @@ pub use batch::CudaBatch;
 pub use launch::ComputeType;
 pub use linear::CudaGroup;
 pub use memory::{CudaBuffer, CudaFloats, CudaMatrix, Region};
+pub use optimizer::CudaRuns;
 pub use recordings::CudaRecordings;
 
 use crate::backend::{
@@ -139,6 +140,7 @@ impl<D: Device> Backend for CudaBackend<D> {
     type Floats = CudaFloats<D>;
     type Batch = CudaBatch<D>;
     type Group = CudaGroup<D>;
+    type Runs = CudaRuns<D>;
     type Landing = D::Landing;
     type Recordings = CudaRecordings<D>;
 
@@ -214,6 +216,10 @@ impl<D: Device> Backend for CudaBackend<D> {
 
     fn read_floats(&self, floats: &Self::Floats, into: &mut [f32]) -> Result<()> {
         floats.region.download(self.device(), bytemuck::cast_slice_mut(into))
+    }
+
+    fn runs(&self, ends: &[usize]) -> Result<CudaRuns<D>> {
+        self.upload_runs(ends)
     }
 
     fn start_reading(&self, floats: &Self::Floats, count: usize, landing: &mut D::Landing) -> Result<()> {

@@ -1,7 +1,8 @@
 //! Gradient norm, clip and AdamW on the device (adamw.cu).
 
-use super::launch::{Shape, int};
-use super::memory::{FLOAT_BYTES, take};
+use super::launch::{NULL, Shape, int};
+use super::linear::upload;
+use super::memory::{FLOAT_BYTES, Region, take};
 use super::{CudaBackend, Scratch};
 use crate::backend::{AdamWStep, OptimizerState};
 use crate::device::{Argument, Device};
@@ -14,7 +15,18 @@ const MAX_PARTIALS: usize = 512;
 const SCALARS: usize = 6;
 const NORM: usize = 4;
 
+/// Ends of the runs of `A`s and `B`s.
+pub struct CudaRuns<D: Device> {
+    ends: Region<D>,
+    count: usize,
+}
+
 impl<D: Device> CudaBackend<D> {
+    pub(super) fn upload_runs(&self, ends: &[usize]) -> Result<CudaRuns<D>> {
+        let values: Vec<i64> = ends.iter().map(|&end| end as i64).collect();
+        Ok(CudaRuns { ends: upload(self.device(), &values)?, count: ends.len() })
+    }
+
     /// Returns when the norm is known, while the update still runs: the next step can be enqueued behind it in time.
     pub(super) fn adamw_update(&self, state: OptimizerState<'_, Self>, step: AdamWStep) -> Result<f64> {
         let count = state.parameters.elements();
@@ -31,6 +43,13 @@ impl<D: Device> CudaBackend<D> {
         // The half copy is written with the update; it must exist, and be what the parameters were.
         let half = self.half_copy(state.parameters)?;
 
+        let (run_ends, run_count, ratio) = match &state.b_rate {
+            Some(rate) => {
+                (rate.runs.ends.first(rate.runs.count * size_of::<i64>())?, rate.runs.count, rate.ratio)
+            }
+            None => (NULL, 0, 1.0),
+        };
+
         let mut scratch = super::lock(&self.scratch);
         let Scratch { norm, norm_landing, .. } = &mut *scratch;
         let bytes = (SCALARS + 1 + partial_count) * FLOAT_BYTES;
@@ -41,7 +60,7 @@ impl<D: Device> CudaBackend<D> {
         let partials = region.at((SCALARS + 1) * FLOAT_BYTES, partial_count * FLOAT_BYTES)?;
         let elements = Argument::I64(count as i64);
         let clip = Argument::F32(step.max_grad_norm as f32);
-        // SAFETY: gradients, parameters and moments hold `count` values, the partials one a block.
+        // SAFETY: gradients, parameters and moments hold `count` values, the partials one a block, the ends one a run.
         unsafe {
             let shape = Shape::blocks(partial_count, THREADS as u32);
             self.kernels.launch("grad_norm_partials", shape, &[gradients, scalars, partials, elements])?;
@@ -62,6 +81,9 @@ impl<D: Device> CudaBackend<D> {
                 Argument::F32((1.0 - step.beta2) as f32),
                 Argument::F32(step.epsilon as f32),
                 Argument::F32(step.weight_decay as f32),
+                run_ends,
+                int(run_count)?,
+                Argument::F32(ratio as f32),
             ];
             self.kernels.launch_half(
                 "adamw",

@@ -58,6 +58,7 @@ fn fault_44_values_out_of_range_name_the_range() {
         "lora_r=0",
         "learning_rate=-1",
         "learning_rate=0",
+            "loraplus_lr_ratio=0",
         "batch_size=0",
         "lora_dropout=1",
         "max_length=1",

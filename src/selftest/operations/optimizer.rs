@@ -103,6 +103,7 @@ impl<B: Backend + 'static> Operation<B> for AdamW {
                     gradients: &state.gradients,
                     first_moment: &mut state.first_moment,
                     second_moment: &mut state.second_moment,
+                    b_rate: None,
                 };
                 state.norm = backend.adamw(optimizer, STEP)?;
                 Ok(())
