@@ -21,6 +21,7 @@ const KERNELS: &[&str] = &[
     "conformance",
     "convert",
     "cross_entropy",
+    "embedding_noise",
     "gated_activation",
     "layer_norm",
     "linear",

@@ -21,7 +21,13 @@ fn batch_of(backend: &CpuBackend, samples: usize, length: usize, dropout: Option
         batch.push(sample, &vec![1; length], &vec![1; length]);
     }
     let mut resident = backend.new_batch().unwrap();
-    backend.load_batch(&mut resident, &batch, PassSettings { gradient_scale: 0.1, dropout }).unwrap();
+    backend
+        .load_batch(
+            &mut resident,
+            &batch,
+            PassSettings { gradient_scale: 0.1, dropout, embedding_noise: None },
+        )
+        .unwrap();
     resident
 }
 

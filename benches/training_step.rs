@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use fastlora::backend::PassSettings;
 use fastlora::backend::cpu::CpuBackend;
 use fastlora::backend::cuda::{ComputeType, CudaBackend};
 use fastlora::batch::Batch;
@@ -78,7 +79,8 @@ fn bench<B: Measurable>(criterion: &mut Criterion, backend: Arc<B>, batches: &[B
     for &shape @ (samples, length, _) in batches {
         let batch = batch_of(shape, model.config().vocabulary);
         let work = StepWork::count(model.config(), &lora, &batch).unwrap();
-        let scale = 1.0 / batch.labelled_count() as f32;
+        let gradient_scale = 1.0 / batch.labelled_count() as f32;
+        let settings = PassSettings { gradient_scale, ..PassSettings::default() };
         let mut least_seconds = f64::INFINITY;
         group.throughput(Throughput::Elements(batch.token_count() as u64));
         group.bench_function(BenchmarkId::from_parameter(format!("{samples}x{length}")), |bencher| {
@@ -87,7 +89,7 @@ fn bench<B: Measurable>(criterion: &mut Criterion, backend: Arc<B>, batches: &[B
                     let start = backend.mark().unwrap();
                     for _ in 0..steps {
                         model.zero_gradients().unwrap();
-                        model.accumulate_gradients(&batch, scale, None).unwrap();
+                        model.accumulate_gradients(&batch, settings).unwrap();
                         let (backend, parameters, gradients) = model.trainable();
                         optimizer.update(backend, parameters, gradients, 1e-4).unwrap();
                     }

@@ -24,7 +24,7 @@ pub use split::Split;
 pub use state::{Pause, TrainingState};
 
 use self::not_finite::BadStep;
-use crate::backend::{Backend, Dropout};
+use crate::backend::{Backend, Dropout, EmbeddingNoise, PassSettings};
 use crate::batch::Batch;
 use crate::checkpoint::mapped;
 use crate::config::{ActivationMemory, OnNan};
@@ -46,7 +46,9 @@ pub struct TrainingSettings {
     pub schedule: Schedule,
     /// Chance of a zero in an adapter's input.
     pub dropout_probability: f32,
-    /// Seed of the dropout masks.
+    /// α of the noise on the embeddings (NEFTune, Jain et al. 2023); 0: none.
+    pub embedding_noise_alpha: f32,
+    /// Seed of the dropout masks and of the noise.
     pub seed: u64,
     /// Which activations the backward finds instead of computing them again.
     pub activation_memory: ActivationMemory,
@@ -56,6 +58,18 @@ pub struct TrainingSettings {
     pub early_stopping_patience: Option<u64>,
     /// What happens to a step whose loss or gradients are not finite.
     pub on_nan: OnNan,
+}
+
+impl TrainingSettings {
+    /// What is drawn at random in the passes of an epoch.
+    fn pass(&self, epoch: u32) -> PassSettings {
+        let (probability, alpha, seed) = (self.dropout_probability, self.embedding_noise_alpha, self.seed);
+        PassSettings {
+            dropout: (probability > 0.0).then_some(Dropout { probability, seed, epoch }),
+            embedding_noise: (alpha > 0.0).then_some(EmbeddingNoise { alpha, seed, epoch }),
+            ..PassSettings::default()
+        }
+    }
 }
 
 /// Digits of an order's SHA-256 that stand in the log and the metrics.
@@ -162,6 +176,7 @@ impl<B: Backend> Observer<B> for () {
 ///         total_steps: 20,
 ///     },
 ///     dropout_probability: 0.05,
+///     embedding_noise_alpha: 0.0,
 ///     seed: 42,
 ///     activation_memory: ActivationMemory::Auto,
 ///     val_every: None,
@@ -219,15 +234,11 @@ pub fn train<B: Backend>(
         let order_number = u64::from_str_radix(fingerprint, 16).ok();
         let (samples, steps) = (order.visits().len(), order.steps().len());
         info!("epoch {}: {samples} samples in {steps} steps, their order {fingerprint}", epoch + 1);
-        let dropout = (settings.dropout_probability > 0.0).then_some(Dropout {
-            probability: settings.dropout_probability,
-            seed: settings.seed,
-            epoch: epoch as u32,
-        });
+        let pass = settings.pass(epoch as u32);
         let left = total_steps - run.summary.steps;
         for step in order.steps().skip(done).take(left as usize) {
             let named = order_number.filter(|_| step.number == 0);
-            run.step(&step, Place { epoch, order: named }, dropout)?;
+            run.step(&step, Place { epoch, order: named }, pass)?;
             if run.between_steps()? == Flow::Stop {
                 return Ok(run.summary);
             }
@@ -258,13 +269,13 @@ struct Run<'a, 'data, B: Backend, O> {
 
 impl<B: Backend, O: Observer<B>> Run<'_, '_, B, O> {
     /// Gradients of all micro-batches, then one update.
-    fn step(&mut self, step: &Step<'_>, place: Place, dropout: Option<Dropout>) -> Result<()> {
+    fn step(&mut self, step: &Step<'_>, place: Place, pass: PassSettings) -> Result<()> {
         let _range = range!("step", number = self.summary.steps + 1);
         let started = Instant::now();
         let learning_rate = self.settings.schedule.learning_rate(self.summary.steps);
         // Once, but for gradients that overflow f16: those are computed again with a lower loss scale.
         let (loss, grad_norm) = loop {
-            let loss = self.gradients(step, dropout)?;
+            let loss = self.gradients(step, pass)?;
             if !loss.is_finite() {
                 break (loss, f64::NAN);
             }
@@ -278,7 +289,7 @@ impl<B: Backend, O: Observer<B>> Run<'_, '_, B, O> {
         };
         let number = self.summary.steps + 1;
         if !loss.is_finite() || !grad_norm.is_finite() {
-            let bad = BadStep { number, step, loss, grad_norm, dropout };
+            let bad = BadStep { number, step, loss, grad_norm, settings: pass };
             let error = bad.explain(self.model, self.training)?;
             if self.settings.on_nan == OnNan::Stop || self.summary.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW {
                 return Err(error);
@@ -306,13 +317,14 @@ impl<B: Backend, O: Observer<B>> Run<'_, '_, B, O> {
     }
 
     /// Leaves the gradients of all micro-batches in the model, times the loss scale, and returns the mean loss.
-    fn gradients(&mut self, step: &Step<'_>, dropout: Option<Dropout>) -> Result<f64> {
+    fn gradients(&mut self, step: &Step<'_>, pass: PassSettings) -> Result<f64> {
         self.model.zero_gradients()?;
-        let gradient_scale = step.token_weight() * self.optimizer.loss_scale().factor();
+        let gradient_scale = (step.token_weight() * self.optimizer.loss_scale().factor()) as f32;
+        let pass = PassSettings { gradient_scale, ..pass };
         let mut loss_sum = 0.0;
         for micro_batch in step.micro_batches() {
             self.training.plan().fill(micro_batch, &mut self.batch);
-            let scores = self.model.accumulate_gradients(&self.batch, gradient_scale as f32, dropout)?;
+            let scores = self.model.accumulate_gradients(&self.batch, pass)?;
             loss_sum += scores.loss_sum();
         }
         mapped::check_intact()?;

@@ -4,8 +4,8 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use fastlora::backend::Dropout;
 use fastlora::backend::cpu::CpuBackend;
+use fastlora::backend::{Dropout, EmbeddingNoise, PassSettings};
 use fastlora::batch::Batch;
 use fastlora::checkpoint::base::BaseModel;
 use fastlora::config::TargetModules;
@@ -50,7 +50,11 @@ fn a_step_allocates_nothing() {
     let settings =
         AdamWSettings { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0, max_grad_norm: 1.0 };
     let mut optimizer = AdamW::new(&**model.backend(), parameters.len(), settings).unwrap();
-    let dropout = Some(Dropout { probability: 0.1, seed: 1, epoch: 0 });
+    let settings = PassSettings {
+        gradient_scale: 0.01,
+        dropout: Some(Dropout { probability: 0.1, seed: 1, epoch: 0 }),
+        embedding_noise: Some(EmbeddingNoise { alpha: 5.0, seed: 1, epoch: 0 }),
+    };
 
     let batch = |lengths: &[u32]| {
         let mut batch = Batch::default();
@@ -64,7 +68,7 @@ fn a_step_allocates_nothing() {
     let (largest, smaller) = (batch(&[64, 100]), batch(&[50, 1, 33]));
     let mut step = |batch: &Batch| {
         model.zero_gradients().unwrap();
-        model.accumulate_gradients(batch, 0.01, dropout).unwrap();
+        model.accumulate_gradients(batch, settings).unwrap();
         let (backend, parameters, gradients) = model.trainable();
         optimizer.update(backend, parameters, gradients, 1e-3).unwrap();
     };

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use backend_suite::{Precision, batch_of, run};
 use fastlora::backend::cuda::{ComputeType, CudaBackend};
-use fastlora::backend::{Backend, Dropout, Footprint};
+use fastlora::backend::{Backend, Dropout, EmbeddingNoise, Footprint, PassSettings};
 use fastlora::checkpoint::base::BaseModel;
 use fastlora::config::{ActivationMemory, TargetModules};
 use fastlora::device::Device;
@@ -111,7 +111,7 @@ fn what_the_kernels_cannot_read_is_refused() {
     assert_eq!(error.location(), Some("w"));
 }
 
-/// A few steps over batches of two shapes, with dropout, validation and a change of the parameters by the host; every
+/// A few steps over batches of two shapes, with dropout, noise, validation and a change of the parameters by the host; every
 /// figure that comes out, and how much of the work was started from recordings.
 fn figures_of_a_run(is_recorded: bool) -> (Vec<f32>, u64) {
     let device = Emulator::new(Flavour::Fast, 0).unwrap();
@@ -138,8 +138,12 @@ fn figures_of_a_run(is_recorded: bool) -> (Vec<f32>, u64) {
         for batch in &batches {
             model.zero_gradients().unwrap();
             let dropout = Some(Dropout { probability: 0.2, seed: 3, epoch });
-            let scale = 1.0 / batch.labelled_count() as f32;
-            figures.extend(&model.accumulate_gradients(batch, scale, dropout).unwrap().losses);
+            let settings = PassSettings {
+                gradient_scale: 1.0 / batch.labelled_count() as f32,
+                dropout,
+                embedding_noise: Some(EmbeddingNoise { alpha: 5.0, seed: 4, epoch }),
+            };
+            figures.extend(&model.accumulate_gradients(batch, settings).unwrap().losses);
             let (backend, parameters, gradients) = model.trainable();
             figures.push(optimizer.update(backend, parameters, gradients, 1e-3).unwrap() as f32);
             figures.extend(&model.evaluate(batch).unwrap().losses);

@@ -10,7 +10,7 @@
 //! | counter 0 | `feature / 4`; the element takes output word `feature % 4` |
 //! | counter 1 | position inside the sample |
 //! | counter 2 | the sample's index in its data set, its low 32 bits |
-//! | counter 3 | input index in the low 16 bits, epoch in the high 16 (both modulo 2¹⁶) |
+//! | counter 3 | input index in the low 16 bits, epoch in the high 16 (both modulo 2¹⁶); input 0xFFFF: [noise](super::noise) |
 //!
 //! An element is kept where its word is at least `⌊probability · 2³²⌋` ([`threshold`]).
 
@@ -52,13 +52,26 @@ pub fn words<const N: usize>(
     input_index: u32,
     first_group: usize,
 ) -> [[u32; N]; 4] {
+    words_at(dropout.seed, dropout.epoch, sample, position, input_index, first_group)
+}
+
+/// The same of a seed and an epoch, whatever the words are for.
+#[inline(always)]
+pub fn words_at<const N: usize>(
+    seed: u64,
+    epoch: u32,
+    sample: usize,
+    position: usize,
+    input_index: u32,
+    first_group: usize,
+) -> [[u32; N]; 4] {
     let counters = [
         std::array::from_fn(|n| (first_group + n) as u32),
         [position as u32; N],
         [sample as u32; N],
-        [(input_index & 0xFFFF) | (dropout.epoch << 16); N],
+        [(input_index & 0xFFFF) | (epoch << 16); N],
     ];
-    philox4x32_10(counters, [dropout.seed as u32, (dropout.seed >> 32) as u32])
+    philox4x32_10(counters, [seed as u32, (seed >> 32) as u32])
 }
 
 /// Whether the element survives.

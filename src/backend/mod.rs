@@ -11,8 +11,10 @@ pub mod cpu;
 pub mod cuda;
 pub mod dropout;
 mod footprint;
+pub mod noise;
 
 pub use footprint::{AdapterShape, Footprint, GroupShape, OperationShapes};
+pub use noise::EmbeddingNoise;
 
 use crate::batch::Batch;
 use crate::error::{Error, Result};
@@ -156,6 +158,8 @@ pub struct PassSettings {
     pub gradient_scale: f32,
     /// Dropout on the adapters' inputs; none in evaluation.
     pub dropout: Option<Dropout>,
+    /// Noise on the embeddings; none in evaluation.
+    pub embedding_noise: Option<EmbeddingNoise>,
 }
 
 /// What a linear group reads besides its weights.
@@ -303,7 +307,7 @@ pub trait Backend: Footprint + Send + Sync {
         &self,
         recordings: &mut Self::Recordings,
         name: &'static str,
-        shape: [u64; 5],
+        shape: [u64; 6],
         work: impl FnOnce() -> Result<()>,
     ) -> Result<()>
     where
@@ -313,9 +317,9 @@ pub trait Backend: Footprint + Send + Sync {
         work()
     }
     /// All that the shapes and constants of operations over a resident batch depend on.
-    fn shape_of(&self, batch: &Self::Batch) -> [u64; 5] {
+    fn shape_of(&self, batch: &Self::Batch) -> [u64; 6] {
         let _ = batch;
-        [0; 5]
+        [0; 6]
     }
     /// Runs `make`, whose buffers are then cut from one allocation of `bytes` where the backend cuts memory itself.
     fn in_arena<R>(&self, bytes: u64, make: impl FnOnce() -> Result<R>) -> Result<R>
@@ -380,7 +384,7 @@ pub trait Backend: Footprint + Send + Sync {
     /// Replaces the resident batch and its settings.
     fn load_batch(&self, resident: &mut Self::Batch, batch: &Batch, settings: PassSettings) -> Result<()>;
 
-    /// `x[t] = table[token_ids[t]]`: `x [T, H]` from `table [V, H]`.
+    /// `x[t] = table[token_ids[t]]`: `x [T, H]` from `table [V, H]`; with the noise of the batch's settings, if any.
     fn embedding(
         &self,
         batch: &Self::Batch,

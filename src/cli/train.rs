@@ -454,6 +454,7 @@ fn training_settings(config: &TrainingConfig, plan: &BatchPlan<'_>) -> Result<Tr
             total_steps,
         },
         dropout_probability: config.lora_dropout as f32,
+        embedding_noise_alpha: config.neftune_noise_alpha as f32,
         seed: config.seed,
         activation_memory: config.activation_memory,
         val_every: config.val_every,

@@ -96,7 +96,7 @@ pub struct Options {
     /// Whether the order of the samples is drawn anew each epoch.
     #[arg(long, value_name = "BOOL")]
     pub shuffle: Option<bool>,
-    /// Seed of the order, the adapters' start and the dropout masks.
+    /// Seed of the order, the adapters' start, the dropout masks and the noise.
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
     /// Which tokens carry loss.
@@ -117,6 +117,9 @@ pub struct Options {
     /// Chance of a zero in an adapter's input while training.
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub lora_dropout: Option<f64>,
+    /// Noise on the embeddings while training, α of NEFTune: uniform in ±α/√(length · width).
+    #[arg(long, value_name = "ALPHA", allow_negative_numbers = true)]
+    pub neftune_noise_alpha: Option<f64>,
     /// Linears to adapt: names (`q_proj,v_proj`), a regular expression, or `all-linear`.
     #[arg(long, value_name = "MODULES", value_parser = parse_targets)]
     pub lora_target_modules: Option<TargetModules>,
@@ -277,7 +280,7 @@ impl Options {
             schema model_name train_data val_data val_fraction output_dir init_adapter instruction_key output_key hash_key
             hash_template hash_dropout chat_template chat_date max_length batch_size gradient_accumulation_steps packing bucket_by_length
             balance_by_hash num_epochs max_steps shuffle
-            seed loss_on on_bad_record overlong lora_r lora_alpha lora_dropout
+            seed loss_on on_bad_record overlong lora_r lora_alpha lora_dropout neftune_noise_alpha
             lora_target_modules use_rslora rank_pattern alpha_pattern layers_to_transform
             learning_rate loraplus_lr_ratio lr_scheduler warmup_steps
             weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm val_every

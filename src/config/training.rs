@@ -61,7 +61,7 @@ pub struct TrainingConfig {
     pub max_steps: Option<u64>,
     /// Whether the order of the samples is drawn anew each epoch.
     pub shuffle: bool,
-    /// Seed of the order, the adapters' start and the dropout masks.
+    /// Seed of the order, the adapters' start, the dropout masks and the noise.
     pub seed: u64,
     /// Which tokens carry loss.
     pub loss_on: LossOn,
@@ -75,6 +75,8 @@ pub struct TrainingConfig {
     pub lora_alpha: f64,
     /// Chance of a zero in an adapter's input while training.
     pub lora_dropout: f64,
+    /// α of the noise on the embeddings while training (NEFTune, Jain et al. 2023); 0: none.
+    pub neftune_noise_alpha: f64,
     /// Linears to adapt.
     pub lora_target_modules: TargetModules,
     /// Scale by α/√r.
@@ -172,6 +174,7 @@ impl TrainingConfig {
             lora_r: options.lora_r.unwrap_or(8),
             lora_alpha: options.lora_alpha.unwrap_or(16.0),
             lora_dropout: options.lora_dropout.unwrap_or(0.05),
+            neftune_noise_alpha: options.neftune_noise_alpha.unwrap_or(0.0),
             lora_target_modules: options.lora_target_modules.unwrap_or_else(default_targets),
             use_rslora: options.use_rslora.unwrap_or(false),
             rank_pattern: options.rank_pattern.unwrap_or_default(),
@@ -256,6 +259,12 @@ impl TrainingConfig {
                 self.hash_dropout.to_string(),
                 (0.0..=1.0).contains(&self.hash_dropout),
                 "0 to 1",
+            ),
+            (
+                "neftune_noise_alpha",
+                self.neftune_noise_alpha.to_string(),
+                non_negative(self.neftune_noise_alpha) && (self.neftune_noise_alpha as f32).is_finite(),
+                "0 or more",
             ),
             ("learning_rate", self.learning_rate.to_string(), positive(self.learning_rate), "above 0"),
             (

@@ -11,7 +11,7 @@ use super::config::ModelConfig;
 use super::lora::{AdapterLayout, LoraConfig, adapted_linears};
 use super::memory::{MemoryPlan, ModelShape, Needs, choose_plan};
 use super::workspace::{Allocator, Gradient, HeadBuffers, Limits, Purpose, Workspace};
-use crate::backend::{Backend, Dropout, Head, PassSettings, RmsNorm};
+use crate::backend::{Backend, Head, PassSettings, RmsNorm};
 use crate::batch::{Batch, BatchRows, NO_ROW};
 use crate::checkpoint::base::BaseModel;
 use crate::config::ActivationMemory;
@@ -314,17 +314,11 @@ impl<B: Backend> Transformer<B> {
     /// labelled tokens of a whole step as the scale, the sum over its micro-batches is the mean's gradient.
     ///
     /// Returns when the losses are known, while the backward may still run: what follows is enqueued behind it.
-    pub fn accumulate_gradients(
-        &mut self,
-        batch: &Batch,
-        gradient_scale: f32,
-        dropout: Option<Dropout>,
-    ) -> Result<&TokenScores> {
+    pub fn accumulate_gradients(&mut self, batch: &Batch, settings: PassSettings) -> Result<&TokenScores> {
         if batch.labelled_count() == 0 {
             self.scores = TokenScores::default();
             return Ok(&self.scores);
         }
-        let settings = PassSettings { gradient_scale, dropout };
         let rows = self.load_padded(Purpose::Training, batch, settings)?;
         self.repeat("forward", |model| {
             model.forward(rows.tokens)?;
@@ -340,9 +334,9 @@ impl<B: Backend> Transformer<B> {
     pub fn first_not_finite(
         &mut self,
         batch: &Batch,
-        dropout: Option<Dropout>,
+        settings: PassSettings,
     ) -> Result<Option<(usize, usize)>> {
-        self.load_batch(Purpose::Inference, batch, PassSettings { dropout, ..PassSettings::default() })?;
+        self.load_batch(Purpose::Inference, batch, settings)?;
         let width = self.config.hidden_size;
         let mut output = vec![0.0; batch.token_count() * width];
         let mut found = None;

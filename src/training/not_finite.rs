@@ -1,7 +1,7 @@
 //! Where a number stopped being finite, found after the fact.
 
 use super::Split;
-use crate::backend::{Backend, Dropout};
+use crate::backend::{Backend, PassSettings};
 use crate::batch::Batch;
 use crate::error::{Error, Result};
 use crate::model::Transformer;
@@ -14,7 +14,7 @@ pub(super) struct BadStep<'a> {
     pub step: &'a Step<'a>,
     pub loss: f64,
     pub grad_norm: f64,
-    pub dropout: Option<Dropout>,
+    pub settings: PassSettings,
 }
 
 impl BadStep<'_> {
@@ -57,7 +57,7 @@ impl BadStep<'_> {
         let mut batch = Batch::default();
         for micro_batch in self.step.micro_batches() {
             training.plan().fill(micro_batch, &mut batch);
-            let Some((layer, row)) = model.first_not_finite(&batch, self.dropout)? else { continue };
+            let Some((layer, row)) = model.first_not_finite(&batch, self.settings)? else { continue };
             let sample = batch.sample_starts.partition_point(|&start| start <= row).saturating_sub(1);
             let position = row - batch.sample_starts[sample];
             let record = training.origins(&micro_batch[sample..=sample]);

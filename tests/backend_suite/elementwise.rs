@@ -1,12 +1,16 @@
 //! Norm, gated activation, embedding, and moves of rows.
 
-use fastlora::backend::{Backend, RmsNorm};
-use fastlora::batch::BatchRows;
+use fastlora::backend::dropout::words_at;
+use fastlora::backend::{Backend, EmbeddingNoise, PassSettings, RmsNorm};
+use fastlora::batch::{Batch, BatchRows};
 use fastlora::dtype::DType;
 use fastlora::tensor::WeightTensor;
 
 use super::reference::{dot, gated_silu, rms_norm};
-use super::{Precision, Record, batch_of, buffer, finite_differences, read, resident, stored, values, widen};
+use super::{
+    Precision, Record, batch_of, buffer, finite_differences, read, resident, resident_with, stored, values,
+    widen,
+};
 
 pub fn run<B: Backend>(backend: &B, record: &mut Record) {
     for (rows, width) in [(1, 1), (3, 5), (2, 16), (7, 33), (4, 100), (40, 576)] {
@@ -14,6 +18,7 @@ pub fn run<B: Backend>(backend: &B, record: &mut Record) {
         activation(backend, record, rows, record.precision.width(width));
     }
     embedding(backend, record);
+    embedding_noise(backend, record);
     labelled_rows(backend, record.precision);
     rows_that_are_none(backend, record.precision);
     reading(backend);
@@ -99,6 +104,45 @@ fn embedding<B: Backend>(backend: &B, record: &mut Record) {
             assert!(error.message().contains("43"), "{error}");
         }
     }
+}
+
+fn embedding_noise<B: Backend>(backend: &B, record: &mut Record) {
+    let precision = record.precision;
+    let width = precision.width(21);
+    let tensor = stored(precision, "table", DType::F32, vec![43, width], &values(43 * width, 7), 0);
+    let table = backend.matrix(&[tensor.0]).unwrap();
+    let rows = tensor.1;
+    let noise = EmbeddingNoise { alpha: 7.0, seed: 5 | 9 << 32, epoch: 2 };
+    let settings = PassSettings { embedding_noise: Some(noise), ..PassSettings::default() };
+    let embed = |batch: &Batch| {
+        let mut x = backend.buffer(batch.token_count() * width).unwrap();
+        backend.embedding(&resident_with(backend, batch, settings), &table, width, &mut x).unwrap();
+        read(backend, &x, batch.token_count() * width)
+    };
+    let batch = batch_of(&[5, 1, 300], 43);
+    let mut expected = Vec::new();
+    for (bounds, &sample) in batch.sample_starts.windows(2).zip(&batch.sample_ids) {
+        let length = bounds[1] - bounds[0];
+        for (position, &id) in batch.token_ids[bounds[0]..bounds[1]].iter().enumerate() {
+            for feature in 0..width {
+                let words = words_at::<1>(noise.seed, noise.epoch, sample, position, 0xFFFF, feature / 4);
+                let step = f64::from((words[feature % 4][0] as i32) >> 8);
+                let bound = f64::from(noise.alpha) / ((length * width) as f64).sqrt();
+                expected.push(rows[id as usize * width + feature] + bound * (step + 0.5) / 2f64.powi(23));
+            }
+        }
+    }
+    let found = embed(&batch);
+    record.check("embedding with noise", &found, &expected, 1);
+    // The same bits when the last sample stands alone.
+    let start = batch.sample_starts[2];
+    let alone = Batch {
+        token_ids: batch.token_ids[start..].to_vec(),
+        sample_starts: vec![0, batch.token_count() - start],
+        sample_ids: vec![batch.sample_ids[2]],
+        ..Batch::default()
+    };
+    assert_eq!(embed(&alone), found[start * width..]);
 }
 
 fn labelled_rows<B: Backend>(backend: &B, precision: Precision) {

@@ -25,7 +25,7 @@ fn check<B: Backend>(backend: &B, record: &mut Record, vocabulary: usize, width:
     let head = || Head { weight: &weight, vocabulary, width };
     let host = batch_of(&[6, 1, 9], vocabulary as u32);
     let gradient_scale = 0.37;
-    let settings = PassSettings { gradient_scale, dropout: None };
+    let settings = PassSettings { gradient_scale, ..PassSettings::default() };
     let batch = resident_with(backend, &host, settings);
     let count = host.labelled_count();
     let x = record.precision.values(count * width, 51);

@@ -151,7 +151,8 @@ fn head_loss<B: Backend>(backend: &B, whole: &Batch, cuts: &[Batch]) {
         let mut losses = backend.floats(&vec![0.0; 2 * count]).unwrap();
         let mut dx = backend.buffer(count * width).unwrap();
         let head = Head { weight: &weight, vocabulary, width };
-        let resident = resident_with(backend, batch, PassSettings { gradient_scale: 0.5, dropout: None });
+        let resident =
+            resident_with(backend, batch, PassSettings { gradient_scale: 0.5, ..PassSettings::default() });
         backend.head_loss(head, &resident, &buffer(backend, x), &mut losses, Some(&mut dx)).unwrap();
         let mut losses = read_floats(backend, &losses, 2 * count);
         losses.truncate(count);

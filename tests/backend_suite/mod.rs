@@ -13,7 +13,7 @@ mod invariance;
 mod linear;
 mod optimizer;
 
-use fastlora::backend::{Backend, Dropout, PassSettings};
+use fastlora::backend::{Backend, Dropout, EmbeddingNoise, PassSettings};
 use fastlora::batch::Batch;
 #[allow(unused_imports)] // Each backend's test uses its part.
 pub use fastlora::selftest::inputs::{batch_of, rope_table, stored, values, widen};
@@ -129,7 +129,8 @@ pub fn resident_with<B: Backend>(backend: &B, batch: &Batch, settings: PassSetti
     let mut resident = backend.new_batch().unwrap();
     // A larger one first: nothing of it may stay.
     let before = Dropout { probability: 0.9, seed: 8, epoch: 3 };
-    let before = PassSettings { gradient_scale: 5.0, dropout: Some(before) };
+    let noise = EmbeddingNoise { alpha: 3.0, seed: 8, epoch: 3 };
+    let before = PassSettings { gradient_scale: 5.0, dropout: Some(before), embedding_noise: Some(noise) };
     backend.load_batch(&mut resident, &batch_of(&[9, 30], 7), before).unwrap();
     backend.load_batch(&mut resident, batch, settings).unwrap();
     resident

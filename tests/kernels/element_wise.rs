@@ -1,5 +1,6 @@
-//! gated_activation.cu, rows.cu, convert.cu
+//! gated_activation.cu, rows.cu, convert.cu, embedding_noise.cu
 
+use fastlora::backend::EmbeddingNoise;
 use fastlora::device::Argument;
 
 use crate::harness::*;
@@ -232,6 +233,54 @@ fn a_single_number_that_is_not_finite_is_found_anywhere() {
                 download::<u32>(device, &flag)
             });
             assert_eq!(flag, [u32::from(place.is_some())], "{kernel}, {bad} at {place:?}");
+        }
+    }
+}
+
+#[test]
+fn embedding_noise_is_that_of_the_cpu() {
+    let noise = EmbeddingNoise { alpha: 6.0, seed: 0x1234_5678_9ABC_DEF0, epoch: 3 };
+    for half in [Half::F16, Half::Bf16] {
+        for (rows, width) in SHAPES {
+            let name = format!("embedding_noise_{}", half.suffix());
+            let x = Random(width as u64).halves(half, rows * width, 1.0);
+            let positions: Vec<u32> = (0..rows as u32).collect();
+            let (samples, lengths) = (vec![77u32; rows], vec![rows as u32; rows]);
+            let blocks = (rows * width / 8).div_ceil(256);
+            let found = run_everywhere(&name, |device| {
+                let memory = upload(device, &x);
+                let keys = [&positions, &samples, &lengths].map(|values| upload(device, values));
+                let epoch = upload(device, &[noise.epoch]);
+                let arguments = [
+                    Argument::of(&memory),
+                    Argument::of(&keys[0]),
+                    Argument::of(&keys[1]),
+                    Argument::of(&keys[2]),
+                    Argument::U32(noise.seed as u32),
+                    Argument::U32((noise.seed >> 32) as u32),
+                    Argument::of(&epoch),
+                    Argument::F32(noise.alpha),
+                    Argument::I32(rows as i32),
+                    Argument::I32(width as i32),
+                ];
+                launch(device, &name, blocks, 256, &arguments);
+                download::<u16>(device, &memory)
+            });
+            for (row, (x, found)) in x.chunks(width).zip(found.chunks(width)).enumerate() {
+                let before: Vec<f64> = x.iter().map(|&bits| half.decode(bits)).collect();
+                let mut expected: Vec<f32> = before.iter().map(|&value| value as f32).collect();
+                noise.add(77, row, rows, &mut expected);
+                for (feature, (&found, &expected)) in found.iter().zip(&expected).enumerate() {
+                    let (found, expected) = (half.decode(found), f64::from(expected));
+                    // One rounding to the half type, of a sum that differs by roundings of its parts, which are below 4.
+                    let in_f32 = 16.0 * F32_ROUNDOFF;
+                    let allowed = half.unit_roundoff() * expected.abs() + half.underflow() + in_f32;
+                    assert!(
+                        (found - expected).abs() <= allowed,
+                        "{name} [{row}, {feature}]: {found} {expected}"
+                    );
+                }
+            }
         }
     }
 }

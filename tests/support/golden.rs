@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use fastlora::backend::Backend;
+use fastlora::backend::{Backend, PassSettings};
 use fastlora::batch::Batch;
 use fastlora::checkpoint::adapter::read_adapter;
 use fastlora::checkpoint::base::BaseModel;
@@ -96,8 +96,9 @@ pub fn train_at<B: Backend>(
     for step in 0..10 {
         model.zero_gradients().unwrap();
         let loss_scale = optimizer.loss_scale().factor();
-        let gradient_scale = (scale * loss_scale) as f32;
-        losses.push(model.accumulate_gradients(&batch, gradient_scale, None).unwrap().loss_sum() * scale);
+        let settings =
+            PassSettings { gradient_scale: (scale * loss_scale) as f32, ..PassSettings::default() };
+        losses.push(model.accumulate_gradients(&batch, settings).unwrap().loss_sum() * scale);
         if step == 0 {
             let unscaled = |gradient: f32| gradient / loss_scale as f32;
             first_gradients = model.gradients().unwrap().into_iter().map(unscaled).collect();

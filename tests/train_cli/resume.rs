@@ -8,8 +8,8 @@ use crate::faulty_files::Fault;
 use crate::workspace::Workspace;
 
 /// 44 steps of 2 × 2 samples: ten an epoch, the last epoch cut short; a validation every 7 steps and at the end,
-/// checkpoints every 11, and dropout.
-const RUN: [&str; 20] = [
+/// checkpoints every 11, dropout, noise and LoRA+.
+const RUN: [&str; 24] = [
     "--val-data",
     "val.jsonl",
     "--batch-size",
@@ -26,6 +26,10 @@ const RUN: [&str; 20] = [
     "1",
     "--lora-dropout",
     "0.2",
+    "--neftune-noise-alpha",
+    "5",
+    "--loraplus-lr-ratio",
+    "2",
     "--lr-scheduler",
     "cosine",
     "--learning-rate",

@@ -10,6 +10,8 @@ pub(super) struct Place {
     pub sample: usize,
     /// Position inside the sample.
     pub position: usize,
+    /// The sample's tokens.
+    pub length: usize,
 }
 
 /// The places of the rows from `first` on.
@@ -19,7 +21,8 @@ pub(super) fn places(batch: &Batch, first: usize) -> impl Iterator<Item = Place>
     let samples = batch.sample_starts.windows(2).zip(&batch.sample_ids).skip(after.saturating_sub(1));
     samples
         .flat_map(|(bounds, &sample)| {
-            (0..bounds[1] - bounds[0]).map(move |position| Place { sample, position })
+            let length = bounds[1] - bounds[0];
+            (0..length).map(move |position| Place { sample, position, length })
         })
         .skip(skipped)
 }

@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use half::slice::HalfFloatSliceExt;
 
-use super::CpuBackend;
 use super::matmul::{Elements, MAX_PARTS, Weight};
 use super::memory::AlignedFloats;
+use super::rows::{Place, places};
+use super::{CpuBackend, CpuBatch};
 use crate::backend::check_id;
-use crate::batch::Batch;
 use crate::error::{Error, Result};
 use crate::tensor::WeightTensor;
 
@@ -93,11 +93,24 @@ impl CpuMatrix {
 }
 
 impl CpuBackend {
-    pub(super) fn embed(&self, batch: &Batch, table: &CpuMatrix, width: usize, x: &mut [f32]) -> Result<()> {
+    pub(super) fn embed(
+        &self,
+        batch: &CpuBatch,
+        table: &CpuMatrix,
+        width: usize,
+        x: &mut [f32],
+    ) -> Result<()> {
         check_ids("token", &batch.token_ids, table.rows())?;
         self.threads.for_row_blocks(&mut x[..batch.token_count() * width], width, |first, x| {
             for (&id, x) in batch.token_ids[first..].iter().zip(x.chunks_exact_mut(width)) {
                 table.read_row(id as usize, x);
+            }
+            if let Some(noise) = batch.settings.embedding_noise {
+                for (Place { sample, position, length }, x) in
+                    places(batch, first).zip(x.chunks_exact_mut(width))
+                {
+                    noise.add(sample, position, length, x);
+                }
             }
         });
         Ok(())

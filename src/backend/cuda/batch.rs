@@ -3,7 +3,7 @@
 use super::CudaBackend;
 use super::memory::{FLOAT_BYTES, Growing, Region};
 use super::recordings::bucket_of_tiles;
-use crate::backend::{Dropout, PassSettings, check_id};
+use crate::backend::{Dropout, EmbeddingNoise, PassSettings, check_id};
 use crate::batch::{Batch, NO_ROW};
 use crate::device::{Argument, Device};
 use crate::error::{Error, Result};
@@ -11,10 +11,11 @@ use crate::error::{Error, Result};
 /// Queries or keys of one tile (`outer_rows` in attention_tile.h).
 const TILE_ROWS: usize = 64;
 
-/// What stands before the arrays: the gradient's scale and the epoch, which recorded work reads from memory.
+/// What stands before the arrays: the gradient's scale and the epochs, which recorded work reads from memory.
 const HEADER: usize = 4;
 const GRADIENT_SCALE: usize = 0;
 const EPOCH: usize = 1;
+const NOISE_EPOCH: usize = 2;
 
 /// Places of the arrays inside one stretch of 32-bit elements.
 #[derive(Clone, Copy, Debug, Default)]
@@ -24,6 +25,7 @@ struct Places {
     labelled_rows: usize,
     targets: usize,
     tiles: usize,
+    lengths: usize,
 }
 
 /// A [`Batch`] on the device.
@@ -32,6 +34,7 @@ pub struct CudaBatch<D: Device> {
     host: Vec<u32>,
     places: Places,
     pub(super) dropout: Option<Dropout>,
+    pub(super) embedding_noise: Option<EmbeddingNoise>,
     pub(super) tokens: usize,
     pub(super) labelled: usize,
     pub(super) tiles: usize,
@@ -58,6 +61,7 @@ impl<D: Device> CudaBatch<D> {
             host: Vec::new(),
             places: Places::default(),
             dropout: None,
+            embedding_noise: None,
             tokens: 0,
             labelled: 0,
             tiles: 0,
@@ -74,7 +78,9 @@ impl<D: Device> CudaBatch<D> {
         self.host.resize(HEADER, 0);
         self.host[GRADIENT_SCALE] = settings.gradient_scale.to_bits();
         self.host[EPOCH] = settings.dropout.map_or(0, |dropout| dropout.epoch);
+        self.host[NOISE_EPOCH] = settings.embedding_noise.map_or(0, |noise| noise.epoch);
         self.dropout = settings.dropout;
+        self.embedding_noise = settings.embedding_noise;
         self.host.extend_from_slice(&batch.token_ids);
         self.places.positions = self.host.len();
         let samples = || batch.sample_starts.windows(2).map(|pair| (pair[0] as u32, pair[1] as u32));
@@ -98,6 +104,12 @@ impl<D: Device> CudaBatch<D> {
         // Empty tiles, which cost nothing, so that fewer numbers of tiles come up.
         let tiles = (self.host.len() - self.places.tiles) / 3;
         self.host.resize(self.places.tiles + 3 * bucket_of_tiles(tiles), 0);
+        self.places.lengths = self.host.len();
+        if settings.embedding_noise.is_some() {
+            for (start, end) in samples() {
+                self.host.resize(self.host.len() + (end - start) as usize, end - start);
+            }
+        }
         self.tokens = tokens;
         self.labelled = labelled;
         self.tiles = bucket_of_tiles(tiles);
@@ -109,10 +121,13 @@ impl<D: Device> CudaBatch<D> {
     }
 
     /// What recorded work over it depends on.
-    pub(super) fn shape(&self) -> [u64; 5] {
-        let [probability, seed] =
-            self.dropout.map_or([0, 0], |dropout| [dropout.probability.to_bits().into(), dropout.seed]);
-        [self.tokens as u64, self.labelled as u64, self.tiles as u64, probability, seed]
+    pub(super) fn shape(&self) -> [u64; 6] {
+        let (probability, seed) =
+            self.dropout.map_or((0, 0), |dropout| (dropout.probability.to_bits(), dropout.seed));
+        let (alpha, noise_seed) =
+            self.embedding_noise.map_or((0, 0), |noise| (noise.alpha.to_bits(), noise.seed));
+        let strengths = u64::from(probability) | u64::from(alpha) << 32;
+        [self.tokens as u64, self.labelled as u64, self.tiles as u64, strengths, seed, noise_seed]
     }
 
     fn array(&self, start: usize, count: usize) -> Result<Argument> {
@@ -130,6 +145,16 @@ impl<D: Device> CudaBatch<D> {
     /// The epoch of the dropout masks.
     pub(super) fn epoch(&self) -> Result<Argument> {
         self.array(EPOCH, 1)
+    }
+
+    /// The epoch of the noise on the embeddings.
+    pub(super) fn noise_epoch(&self) -> Result<Argument> {
+        self.array(NOISE_EPOCH, 1)
+    }
+
+    /// `[T]` tokens of each token's sample; there with noise on the embeddings alone.
+    pub(super) fn lengths(&self) -> Result<Argument> {
+        self.array(self.places.lengths, self.tokens)
     }
 
     /// `[T]` token ids, all below `rows`.

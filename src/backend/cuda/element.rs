@@ -1,4 +1,5 @@
-//! Norms, the gated activation, and moves of rows (rms_norm.cu, gated_activation.cu, rows.cu).
+//! Norms, the gated activation, and moves of rows (rms_norm.cu, gated_activation.cu, rows.cu,
+//! embedding_noise.cu).
 
 use super::launch::{NULL, Shape, int};
 use super::memory::{CudaBuffer, CudaMatrix};
@@ -125,7 +126,22 @@ impl<D: Device> CudaBackend<D> {
     ) -> Result<()> {
         let rows = batch.tokens;
         let ids = batch.token_ids(table.rows)?;
-        self.gather(table.shaped(table.rows, width)?, ids, x.first(rows * width)?, rows, width)
+        self.gather(table.shaped(table.rows, width)?, ids, x.first(rows * width)?, rows, width)?;
+        let Some(noise) = batch.embedding_noise else { return Ok(()) };
+        let arguments = [
+            x.first(rows * width)?,
+            batch.positions()?,
+            batch.samples()?,
+            batch.lengths()?,
+            Argument::U32(noise.seed as u32),
+            Argument::U32((noise.seed >> 32) as u32),
+            batch.noise_epoch()?,
+            Argument::F32(noise.alpha),
+            int(rows)?,
+            int(width)?,
+        ];
+        // SAFETY: x holds [rows, width], and the batch has a position, sample and length for every row.
+        unsafe { self.kernels.launch_half("embedding_noise", vector_shape(rows * width), &arguments) }
     }
 
     pub(super) fn gather_rows(

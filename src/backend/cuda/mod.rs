@@ -156,13 +156,13 @@ impl<D: Device> Backend for CudaBackend<D> {
         &self,
         recordings: &mut CudaRecordings<D>,
         name: &'static str,
-        shape: [u64; 5],
+        shape: [u64; 6],
         work: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
         self.repeat_work(recordings, (name, shape), work)
     }
 
-    fn shape_of(&self, batch: &CudaBatch<D>) -> [u64; 5] {
+    fn shape_of(&self, batch: &CudaBatch<D>) -> [u64; 6] {
         batch.shape()
     }
 

@@ -8,7 +8,7 @@ use crate::device::Device;
 use crate::error::Result;
 
 /// What names work: which, and the shape of its batch.
-type Key = (&'static str, [u64; 5]);
+type Key = (&'static str, [u64; 6]);
 
 /// Recordings kept at most: one of a deep model takes a few megabytes of host memory.
 const MOST_RECORDINGS: usize = 256;

@@ -144,7 +144,7 @@ impl<B: Backend + 'static> Operation<B> for HeadLoss {
             batch: resident(
                 backend,
                 &self.batch,
-                PassSettings { gradient_scale: GRADIENT_SCALE, dropout: None },
+                PassSettings { gradient_scale: GRADIENT_SCALE, ..PassSettings::default() },
             )?,
             x: upload(backend, &self.x)?,
             losses: poisoned_floats(backend, 2 * count)?,
