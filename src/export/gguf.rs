@@ -40,9 +40,13 @@ const MODULES: [(&str, &str); 7] = [
 pub fn write_gguf(adapter: &Adapter, base: &ModelConfig, path: &Path) -> Result<()> {
     adapter.check_base(base)?;
     let scales = LoraConfig::from(&adapter.config).scales()?;
-    let plain_alpha =
-        |tensor: &NamedTensor| scales.plain_alpha(Adapter::module_of(&tensor.name).unwrap_or_default());
-    let file_alpha = adapter.tensors.first().map_or(Ok(0.0), plain_alpha)?;
+    let alphas = adapter
+        .tensors
+        .iter()
+        .map(|tensor| scales.plain_alpha(Adapter::module_of(&tensor.name).unwrap_or_default()))
+        .collect::<Result<Vec<f64>>>()?;
+    // llama.cpp takes 0 for a scale of 1: a module that adds nothing has a B of zeros instead.
+    let file_alpha = alphas.iter().copied().find(|alpha| *alpha != 0.0).unwrap_or(1.0);
     let architecture = architecture(base.family);
     let metadata = [
         text_pair("general.architecture", architecture),
@@ -58,13 +62,15 @@ pub fn write_gguf(adapter: &Adapter, base: &ModelConfig, path: &Path) -> Result<
     let tensors: Vec<(String, &NamedTensor, Vec<f32>)> = adapter
         .tensors
         .iter()
-        .map(|tensor| {
+        .zip(&alphas)
+        .map(|(tensor, alpha)| {
             let (name, heads) = place(&tensor.name, base)
                 .ok_or_else(|| Error::model("llama.cpp has no such linear").at(tensor.name.clone()))?;
             let mut values = rows_in_order(tensor, heads);
-            let ratio = (plain_alpha(tensor)? / file_alpha) as f32;
+            let ratio = (alpha / file_alpha) as f32;
             if ratio != 1.0 && tensor.name.ends_with(".lora_B.weight") {
-                values.iter_mut().for_each(|value| *value *= ratio);
+                // Not a product with zero, which would leave signs.
+                values.iter_mut().for_each(|value| *value = if ratio == 0.0 { 0.0 } else { *value * ratio });
             }
             Ok((name, tensor, values))
         })
@@ -140,6 +146,8 @@ fn text_pair(key: &str, value: &str) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::adapter::read_adapter;
+    use crate::checkpoint::base::BaseModel;
 
     #[test]
     fn rows_of_a_head_are_interleaved() {
@@ -148,5 +156,32 @@ mod tests {
         let rows: Vec<f32> = rows_in_order(&tensor, Some(2)).chunks(2).map(|row| row[0] / 2.0).collect();
         assert_eq!(rows, [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]);
         assert_eq!(rows_in_order(&tensor, None), tensor.values);
+    }
+
+    #[test]
+    fn a_module_that_adds_nothing_has_zeros_and_no_number_is_lost() {
+        let mut adapter = read_adapter("tests/fixtures/tiny_qwen2/adapter_final_b0".as_ref()).unwrap();
+        let base = BaseModel::open("tests/fixtures/tiny_qwen2").unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let written = |adapter: &Adapter| {
+            let path = folder.path().join("adapter.gguf");
+            write_gguf(adapter, base.config(), &path).unwrap();
+            std::fs::read(path).unwrap()
+        };
+        let key =
+            |value: f32| [&b"adapter.lora.alpha"[..], &F32.to_le_bytes(), &value.to_le_bytes()].concat();
+        let holds = |bytes: &[u8], part: &[u8]| bytes.windows(part.len()).any(|window| window == part);
+        // B stands right behind its A, whose length asks for no padding.
+        let (a, b) = (adapter.tensors[0].clone(), adapter.tensors[1].clone());
+        assert!(b.name.ends_with("layers.0.mlp.down_proj.lora_B.weight"));
+        let a: Vec<u8> = a.values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let zeros = vec![0; size_of_val(&b.values[..])];
+        assert!(!holds(&written(&adapter), &[&a[..], &zeros].concat()));
+        adapter.config.alpha_pattern = "layers.0.mlp.down_proj=0".parse().unwrap();
+        let bytes = written(&adapter);
+        assert!(holds(&bytes, &key(adapter.config.alpha as f32)));
+        assert!(holds(&bytes, &[&a[..], &zeros].concat()));
+        adapter.config.alpha = 0.0;
+        assert!(holds(&written(&adapter), &key(1.0)));
     }
 }
