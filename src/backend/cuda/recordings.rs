@@ -32,7 +32,8 @@ fn bucket(count: usize, least: usize) -> usize {
     count.next_multiple_of((count.next_power_of_two() / 32).max(least))
 }
 
-/// Rows up to which those of a batch are filled: half a tile of the products at least, a sixteenth of the batch at most.
+/// Rows up to which those of a batch are filled: to a multiple of 64, half a tile of the products, and in large batches by
+/// less than a sixteenth.
 pub(super) fn bucket_of(rows: BatchRows) -> BatchRows {
     BatchRows { tokens: bucket(rows.tokens, 64), labelled: bucket(rows.labelled, 64) }
 }
