@@ -103,6 +103,9 @@ impl BackPass {
 
 /// What the gradients of a group are computed from.
 pub(super) struct GradientInputs<'a, D: Device> {
+    /// The adapters, and the call's sizes.
+    pub adapters: &'a Adapters<D>,
+    pub sizes: Sizes,
     /// `dy [T, O]`.
     pub dy: Argument,
     /// `s [T, R̄]`.
@@ -117,27 +120,24 @@ impl<D: Device> CudaBackend<D> {
     /// Writes `ds = dy · B̂` and adds `dA = dsᵀ · x̃` and `dB = scale · dyᵀ · s`.
     pub(super) fn adapter_gradients(
         &self,
-        adapters: &Adapters<D>,
-        sizes: Sizes,
         inputs: &GradientInputs<'_, D>,
         gradients: &CudaFloats<D>,
         partials: &mut Growing<D>,
     ) -> Result<()> {
-        let bytes = partial_bytes(&adapters.shapes, sizes.inputs, sizes.tokens);
+        let bytes = partial_bytes(&inputs.adapters.shapes, inputs.sizes.inputs, inputs.sizes.tokens);
         let partials = partials.reserve(self.device(), bytes)?;
-        self.back_pass(adapters, sizes, inputs, gradients, partials)?;
-        self.a_gradient(adapters, sizes, inputs, gradients, partials)
+        self.back_pass(inputs, gradients, partials)?;
+        self.a_gradient(inputs, gradients, partials)
     }
 
     fn back_pass(
         &self,
-        adapters: &Adapters<D>,
-        sizes: Sizes,
         inputs: &GradientInputs<'_, D>,
         gradients: &CudaFloats<D>,
         partials: &Region<D>,
     ) -> Result<()> {
-        let Sizes { tokens, outputs, rank, leading, .. } = sizes;
+        let GradientInputs { adapters, sizes, .. } = inputs;
+        let Sizes { tokens, outputs, rank, leading, .. } = *sizes;
         let pass = BackPass::new(&adapters.shapes, tokens);
         let ds_partials = partials.first(pass.ds_bytes())?;
         let b_partials = partials.at(pass.ds_bytes(), pass.b_bytes())?;
@@ -167,13 +167,12 @@ impl<D: Device> CudaBackend<D> {
 
     fn a_gradient(
         &self,
-        adapters: &Adapters<D>,
-        sizes: Sizes,
         inputs: &GradientInputs<'_, D>,
         gradients: &CudaFloats<D>,
         partials: &Region<D>,
     ) -> Result<()> {
-        let Sizes { tokens, inputs: width, rank, leading, .. } = sizes;
+        let GradientInputs { adapters, sizes, .. } = inputs;
+        let Sizes { tokens, inputs: width, rank, leading, .. } = *sizes;
         let stretches = stretch_count(rank, width, tokens);
         let elements = rank * width;
         let partials = partials.first(stretches * elements * FLOAT_BYTES)?;

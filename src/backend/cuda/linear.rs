@@ -258,8 +258,8 @@ impl<D: Device> CudaBackend<D> {
             ds = scratch.ds.reserve(self.device(), bytes)?.first(bytes)?;
             a = self.half_copy(parameters)?.at(adapters.a_offset, rank * inputs)?;
             let x = self.adapter_input(group, &input, &mut scratch)?;
-            let inputs = GradientInputs { dy, s, x, ds };
-            self.adapter_gradients(adapters, sizes, &inputs, gradients, &mut scratch.partials)?;
+            let inputs = GradientInputs { adapters, sizes, dy, s, x, ds };
+            self.adapter_gradients(&inputs, gradients, &mut scratch.partials)?;
         }
         let Some(dx) = dx else { return Ok(()) };
         let mut arguments =
