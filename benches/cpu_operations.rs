@@ -6,8 +6,8 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use fastlora::backend::cpu::{AlignedFloats, CpuBackend, CpuBatch};
 use fastlora::backend::{
-    AdamWStep, Attention, Backend, Dropout, Head, KvCache, LinearGroup, LinearInput, LoraSlot,
-    OptimizerState, PassSettings, Projection, RmsNorm,
+    Activation, AdamWStep, Attention, Backend, Dropout, Head, KvCache, LinearGroup, LinearInput, LoraSlot,
+    OptimizerState, PassSettings, Projection, RmsNorm, Rotations,
 };
 use fastlora::batch::Batch;
 use fastlora::dtype::DType;
@@ -57,10 +57,11 @@ fn attention(criterion: &mut Criterion) {
             key_value_heads,
             head_dim,
             softmax_scale: 0.125,
+            soft_cap: None,
             window: None,
             query_norm: None,
             key_norm: None,
-            rope: &rope,
+            rotations: Rotations { table: &rope, width: head_dim, first_row: 0, long: None },
         };
         let mut log_sum = floats(rows * query_heads);
         let (mut out, mut dqkv) = (dout.clone(), qkv.clone());
@@ -86,10 +87,11 @@ fn attention(criterion: &mut Criterion) {
         key_value_heads: 3,
         head_dim: 64,
         softmax_scale: 0.125,
+        soft_cap: None,
         window: None,
         query_norm: None,
         key_norm: None,
-        rope: &rope,
+        rotations: Rotations { table: &rope, width: 64, first_row: 0, long: None },
     };
     let mut cache = KvCache { keys: floats(capacity * 192), values: floats(capacity * 192), capacity };
     let (qkv, mut out) = (floats(15 * 64), floats(HIDDEN));
@@ -109,11 +111,11 @@ fn rows(criterion: &mut Criterion) {
     let backend = CpuBackend::new(Some(2)).unwrap();
     let (rows, width) = (1024, HIDDEN);
     let weight = floats(width);
-    let norm = RmsNorm { weight: &weight, epsilon: 1e-5, width };
+    let norm = RmsNorm { weight: &weight, weight_offset: 0.0, epsilon: 1e-5, width };
     let (x, dy, mut y) = (floats(rows * width), floats(rows * width), floats(rows * width));
     group.throughput(Throughput::Elements((rows * width) as u64));
     group.bench_function("rms_norm 1024x576", |bencher| {
-        bencher.iter(|| backend.rms_norm(norm, rows, &x, &mut y).unwrap());
+        bencher.iter(|| backend.rms_norm(norm, rows, &x, None, &mut y).unwrap());
     });
     group.bench_function("rms_norm_backward 1024x576", |bencher| {
         bencher.iter(|| backend.rms_norm_backward(norm, rows, &x, &dy, &mut y).unwrap());
@@ -121,11 +123,11 @@ fn rows(criterion: &mut Criterion) {
     let (gate_up, mut act) = (floats(rows * 3072), floats(rows * 1536));
     group.throughput(Throughput::Elements((rows * 1536) as u64));
     group.bench_function("gated_silu 1024x1536", |bencher| {
-        bencher.iter(|| backend.gated_silu(rows, 1536, &gate_up, &mut act).unwrap());
+        bencher.iter(|| backend.gated(Activation::Silu, rows, 1536, &gate_up, &mut act).unwrap());
     });
     let mut gradient = gate_up.clone();
     group.bench_function("gated_silu_backward 1024x1536", |bencher| {
-        bencher.iter(|| backend.gated_silu_backward(rows, 1536, &act, &mut gradient).unwrap());
+        bencher.iter(|| backend.gated_backward(Activation::Silu, rows, 1536, &act, &mut gradient).unwrap());
     });
 
     let data = floats(HIDDEN * 1536);
@@ -166,7 +168,7 @@ fn head(criterion: &mut Criterion) {
         group.throughput(Throughput::Elements((4 * rows * vocabulary * HIDDEN) as u64));
         group.bench_function(BenchmarkId::new("loss with gradient", rows), |bencher| {
             bencher.iter(|| {
-                let head = Head { weight: &weight, vocabulary, width: HIDDEN };
+                let head = Head { weight: &weight, vocabulary, width: HIDDEN, soft_cap: None };
                 backend.head_loss(head, &batch, &x, &mut losses, Some(&mut dx)).unwrap();
             });
         });

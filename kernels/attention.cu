@@ -118,7 +118,7 @@ DEVICE void attention_forward(const T* __restrict__ q, const T* __restrict__ k, 
         const type* q, const type* k, const type* v, type* out, float* log_sum, const int* tiles, int query_heads, \
         int key_value_heads, int q_leading, int k_leading, int v_leading, float scale, float soft_cap, int window) { \
         attention_forward<type, D>(q, k, v, out, log_sum, tiles, query_heads, key_value_heads, q_leading, k_leading, \
-                                   v_leading, Score{scale, soft_cap}, window); \
+                                   v_leading, Score{scale, {soft_cap}}, window); \
     } \
     REGISTER_KERNEL(attention_forward_d##D##_##type);
 #define EXPORT_ATTENTION(D) \

@@ -204,7 +204,7 @@ DEVICE void attention_backward_keys(const AttentionInputs<T>& in, T* __restrict_
 #define ATTENTION_INPUTS(type) \
     AttentionInputs<type> { \
         q, k, v, dout, log_sum, delta, tiles, query_heads, key_value_heads, q_leading, k_leading, v_leading, \
-            Score{scale, soft_cap}, window \
+            Score{scale, {soft_cap}}, window \
     }
 #define EXPORT_BACKWARD_FOR(D, type) \
     extern "C" __global__ void __launch_bounds__(attention_threads) attention_backward_queries_d##D##_##type( \

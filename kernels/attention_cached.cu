@@ -79,4 +79,4 @@ EXPORT_HALF_KERNELS(attention_cached, attention_threads,
                     (const T* q, const T* keys, const T* values, T* out, int position, int query_heads, int key_value_heads,
                      int head_dim, int q_leading, float scale, float soft_cap, int window),
                     (q, keys, values, out, position, query_heads, key_value_heads, head_dim, q_leading,
-                     Score{scale, soft_cap}, window))
+                     Score{scale, {soft_cap}}, window))

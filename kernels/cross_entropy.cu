@@ -1,7 +1,8 @@
 // Output head and cross-entropy over a chunk of labelled rows; the logits of all rows never exist.
 //
 //   head_logits           z = x · Wᵀ                        x [L, H], W [V, H], z [L, V̄]
-//   cross_entropy         loss = log Σ_v exp(z_v) − z_target,   dz = (softmax(z) − onehot(target)) · scale   over z;
+//   cross_entropy         c = cap · tanh(z / cap), or z where the cap is 0
+//                         loss = log Σ_v exp(c_v) − c_target,   dz = (softmax(c) − onehot(target)) · scale · dc/dz   over z;
 //                         for a target that is no_target, loss and dz are 0
 //   head_backward_input   dx = dz · W                       dx [L, H]
 //
@@ -10,6 +11,7 @@
 // maximum and sum over its own columns, in order, then the block in a fixed order. Offsets are 64-bit.
 #include "common/block_sum.h"
 #include "common/matmul_tile.h"
+#include "common/soft_cap.h"
 #include "ptx/math.h"
 
 constexpr int head_tile = 128, head_threads = 256;
@@ -59,7 +61,7 @@ DEVICE void head_backward_input(const T* __restrict__ dz, const T* __restrict__ 
 template <class T>
 DEVICE void cross_entropy(T* z, const unsigned* __restrict__ targets, float* __restrict__ losses,
                           float* __restrict__ correct, const float* __restrict__ gradient_scale, int vocabulary,
-                          int vocabulary_leading) {
+                          int vocabulary_leading, float soft_cap) {
     SHARED_ARRAY(float, partials, [max_warps_per_block]);
     T* row = z + static_cast<long long>(blockIdx.x) * vocabulary_leading;
     const int target = static_cast<int>(targets[blockIdx.x]), stride = head_threads * vector_width;
@@ -70,7 +72,8 @@ DEVICE void cross_entropy(T* z, const unsigned* __restrict__ targets, float* __r
             for (int column = threadIdx.x * vector_width; column < vocabulary; column += stride) store8(row + column, zeros);
         return;
     }
-    const float at_target = to_float(row[target]);
+    const SoftCap cap{soft_cap};
+    const float at_target = cap.value(to_float(row[target]));
 
     float greatest = -INFINITY, sum = 0.f, beaten = 0.f;
     for (int column = threadIdx.x * vector_width; column < vocabulary; column += stride) {
@@ -81,6 +84,7 @@ DEVICE void cross_entropy(T* z, const unsigned* __restrict__ targets, float* __r
 #pragma unroll
         for (int i = 0; i < vector_width; i++) {
             if (i >= count) continue;
+            values[i] = cap.value(values[i]);
             now = fmaxf(now, values[i]);
             if (values[i] > at_target || (values[i] == at_target && column + i < target)) beaten = 1.f;
         }
@@ -107,8 +111,10 @@ DEVICE void cross_entropy(T* z, const unsigned* __restrict__ targets, float* __r
         load8(values, row + column);
 #pragma unroll
         for (int i = 0; i < vector_width; i++) {
-            values[i] = exp_fast(values[i] - row_maximum) * factor;
+            const float capped = cap.value(values[i]);
+            values[i] = exp_fast(capped - row_maximum) * factor;
             if (column + i == target) values[i] -= scale;
+            values[i] *= cap.slope(capped);
         }
         store8(row + column, values);
     }
@@ -123,5 +129,5 @@ EXPORT_HALF_KERNELS(head_backward_input, head_threads,
 // Grid: L blocks.
 EXPORT_HALF_KERNELS(cross_entropy, head_threads,
                     (T* z, const unsigned* targets, float* losses, float* correct, const float* gradient_scale,
-                     int vocabulary, int vocabulary_leading),
-                    (z, targets, losses, correct, gradient_scale, vocabulary, vocabulary_leading))
+                     int vocabulary, int vocabulary_leading, float soft_cap),
+                    (z, targets, losses, correct, gradient_scale, vocabulary, vocabulary_leading, soft_cap))

@@ -1,12 +1,13 @@
 // Rows by index: the embedding's gather, and the labelled rows' gather and scatter; and columns of rows, into a cache.
 //
 //   gather         out[i] = table[index[i]], zeros where index[i] is no_row
+//   gather_scaled  out[i] = table[index[i]] · scale, rounded to T (an embedding times a factor, Gemma)
 //   scatter        out[index[i]] = in[i] unless index[i] is no_row; the other rows keep what they hold (zero them first),
 //                  indices must differ
 //   copy_columns   out[i][0 … width) = in[i][0 … width), rows of `in` and `out` being longer
 //
-// in, out [count, width], table [*, width] in 16-bit elements, width a multiple of 8; no arithmetic, so f16 and bf16 share
-// a kernel. A thread moves 16 bytes. An index is at most 2³¹ − 1; offsets are 64-bit.
+// in, out [count, width], table [*, width] in 16-bit elements, width a multiple of 8; where there is no
+// arithmetic, f16 and bf16 share a kernel. A thread moves 16 bytes. An index is at most 2³¹ − 1; offsets are 64-bit.
 #include "common/halves.h"
 
 constexpr int rows_threads = 256;
@@ -36,6 +37,22 @@ extern "C" __global__ void __launch_bounds__(rows_threads)
         row == no_row ? uint4{} : table[static_cast<long long>(row) * vectors_per_row + at.vector];
 }
 REGISTER_KERNEL(gather_rows);
+
+template <class T>
+DEVICE void gather_scaled(const T* __restrict__ table, const unsigned* __restrict__ index, T* __restrict__ out, int count,
+                          int width, float scale) {
+    const RowVector at = find_row_vector(count, width / vector_width);
+    if (!at.inside) return;
+    const int column = at.vector * vector_width;
+    float values[vector_width];
+    load8(values, table + static_cast<long long>(index[at.row]) * width + column);
+#pragma unroll
+    for (int i = 0; i < vector_width; i++) values[i] *= scale;
+    store8(out + at.row * width + column, values);
+}
+EXPORT_HALF_KERNELS(gather_scaled, rows_threads,
+                    (const T* table, const unsigned* index, T* out, int count, int width, float scale),
+                    (table, index, out, count, width, scale))
 
 extern "C" __global__ void __launch_bounds__(rows_threads)
     scatter_rows(const uint4* __restrict__ in, const unsigned* __restrict__ index, uint4* __restrict__ out, int count,

@@ -45,7 +45,7 @@ fn chunks_of_logits_leave_no_seam() {
         assert_eq!(count * width, x.len());
         let mut losses = backend.floats(&vec![0.0; 2 * count]).unwrap();
         let mut dx = backend.buffer(x.len()).unwrap();
-        let head = Head { weight: &weight, vocabulary, width };
+        let head = Head { weight: &weight, vocabulary, width, soft_cap: None };
         let settings = PassSettings { gradient_scale: 0.5, ..PassSettings::default() };
         let batch = resident_with(&backend, &batch, settings);
         backend.head_loss(head, &batch, &buffer(&backend, x), &mut losses, Some(&mut dx)).unwrap();

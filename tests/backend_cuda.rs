@@ -103,7 +103,7 @@ fn free_before_batches() -> u64 {
 #[test]
 fn what_the_kernels_cannot_read_is_refused() {
     let backend = CudaBackend::new(Emulator::new(Flavour::Fast, 0).unwrap(), ComputeType::Bf16);
-    let error = backend.check_head_dim(48).unwrap_err();
+    let error = backend.check_heads(48, 48).unwrap_err();
     assert!(error.message().contains("width 48"), "{error}");
     let odd = fastlora::tensor::WeightTensor::from_f32("w", vec![2, 12], &[0.0; 24]);
     let error = backend.matrix(&[odd]).err().unwrap();

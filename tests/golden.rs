@@ -95,6 +95,20 @@ fn tiny_llama3_with_scaled_rope_trains_as_in_float64() {
     check_tiny("tiny_llama3rope", "brand");
 }
 
+#[test]
+fn gemma_trains_as_in_float64() {
+    check_tiny("tiny_gemma", "brand");
+    check_tiny("tiny_gemma2", "brand");
+    check_tiny("tiny_gemma3", "brand");
+}
+
+/// In the second, texts of more than 12 tokens are rotated by factors of their own: one of three.
+#[test]
+fn phi3_trains_as_in_float64() {
+    check_tiny("tiny_phi3", "brand");
+    check_tiny("tiny_phi3_longrope", "brand");
+}
+
 /// The golden adapter of SmolLM2 is too large to keep here: `FASTLORA_GOLDEN` names the folder that has
 /// `smollm2/adapter_init_brand` and `models/smollm2-135m-instruct` is the model (`scripts/test` gets it).
 #[test]

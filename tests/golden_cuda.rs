@@ -112,9 +112,23 @@ fn the_tiny_models_train_on_the_emulator_as_in_float64() {
     }
 }
 
+const FAMILIES: [&str; 5] = ["tiny_gemma", "tiny_gemma2", "tiny_gemma3", "tiny_phi3", "tiny_phi3_longrope"];
+
+#[test]
+fn gemma_and_phi3_train_on_the_emulator_as_in_float64() {
+    let device = Emulator::new(Flavour::Fast, 0).unwrap();
+    for name in FAMILIES {
+        for compute in [ComputeType::F16, ComputeType::Bf16] {
+            check(&device, name, "brand", compute);
+        }
+    }
+}
+
 #[test]
 fn a_whole_run_is_clean_in_the_checker() {
-    check(&Emulator::new(Flavour::Checked, 3).unwrap(), "tiny_qwen3", "brand", ComputeType::Bf16);
+    let device = Emulator::new(Flavour::Checked, 3).unwrap();
+    check(&device, "tiny_qwen3", "brand", ComputeType::Bf16);
+    check(&device, "tiny_gemma2", "brand", ComputeType::Bf16);
 }
 
 #[test]
@@ -123,7 +137,7 @@ fn the_tiny_models_train_on_a_gpu_as_in_float64() {
     let name = std::env::var("FASTLORA_TEST_DEVICE").expect("FASTLORA_TEST_DEVICE=cuda:N");
     let index = name.strip_prefix("cuda:").and_then(|index| index.parse().ok()).expect("cuda:N");
     let device = Driver::new(index).unwrap();
-    for name in MODELS {
+    for name in MODELS.into_iter().chain(FAMILIES) {
         for compute in [ComputeType::F16, ComputeType::Bf16] {
             check(&device, name, "brand", compute);
         }

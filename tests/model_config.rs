@@ -1,5 +1,6 @@
 //! Promises about `config.json`: both spellings read alike, families differ where they should, absurd values are refused.
 
+use fastlora::backend::Activation;
 use fastlora::dtype::DType;
 use fastlora::error::ErrorKind;
 use fastlora::model::config::{Family, ModelConfig};
@@ -45,6 +46,11 @@ fn both_spellings_give_the_same_configuration() {
         assert_eq!(version_5.stored_dtype, Some(DType::F32));
         assert_eq!(version_5.eos_token_ids, [2]);
         assert_eq!((version_5.bos_token_id, version_5.pad_token_id), (Some(1), Some(0)));
+    }
+    for model in ["tiny_gemma", "tiny_gemma2", "tiny_gemma3", "tiny_phi3", "tiny_phi3_longrope"] {
+        let version_5 = ModelConfig::from_json(&fixture(model, "config.json"), "config.json").unwrap();
+        let version_4 = ModelConfig::from_json(&fixture(model, "config_v4.json"), "config_v4.json").unwrap();
+        assert_eq!(version_5, version_4, "{model}");
     }
     let llama = ModelConfig::from_folder("tests/fixtures/tiny_llama3rope").unwrap();
     let llama3 = RopeScaling::Llama3 {
@@ -111,6 +117,98 @@ fn windows_follow_family_and_layer_types() {
     assert!(refusal(sliding).contains("no `sliding_window` is in force"));
 }
 
+/// A Gemma of the sizes above.
+fn gemma(family: &str, changes: Value) -> Value {
+    let mut gemma = json!({ "model_type": family, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": null,
+        "rope_theta": null, "rms_norm_eps": 1e-6 });
+    gemma.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+    gemma
+}
+
+#[test]
+fn gemma_has_its_own_defaults() {
+    let first = read(gemma("gemma", json!({})));
+    assert!(first.tied_embeddings);
+    assert_eq!((first.head_dim, first.activation, first.embedding_scale), (256, Activation::GeluTanh, 8.0));
+    assert_eq!((first.norm_weight_offset, first.post_norms, first.qk_norm), (1.0, false, false));
+    assert_eq!((first.attention_soft_cap, first.logit_soft_cap), (None, None));
+    assert_eq!((first.softmax_scale, first.rope.theta, first.local_rope), (1.0 / 16.0, 1e4, None));
+    assert_eq!(first.windows, [None; 3]);
+    // The first releases' name for the approximation.
+    read(gemma("gemma", json!({ "hidden_act": "gelu" })));
+
+    let second = read(gemma("gemma2", json!({ "query_pre_attn_scalar": 144, "head_dim": 16 })));
+    assert_eq!((second.attention_soft_cap, second.logit_soft_cap), (Some(50.0), Some(30.0)));
+    assert_eq!((second.softmax_scale, second.post_norms, second.qk_norm), (1.0 / 12.0, true, false));
+    assert_eq!(second.windows, [Some(4096), None, Some(4096)]);
+    let text = with(gemma("gemma2", json!({ "final_logit_softcapping": 5.0 })));
+    let text = text.replacen('{', r#"{"attn_logit_softcapping": null,"#, 1);
+    let second = ModelConfig::from_json(&text, "config.json").unwrap();
+    assert_eq!((second.attention_soft_cap, second.logit_soft_cap), (None, Some(5.0)), "null is none");
+
+    let third = read(gemma("gemma3_text", json!({ "sliding_window": 8, "sliding_window_pattern": 3 })));
+    assert_eq!((third.attention_soft_cap, third.logit_soft_cap, third.qk_norm), (None, None, true));
+    assert_eq!(third.windows, [Some(8), Some(8), None]);
+    assert_eq!((third.rope.theta, third.local_rope.as_ref().unwrap().theta), (1e6, 1e4));
+    assert_eq!(third.rope_table(5).len(), third.rope_table_length(5));
+    assert_eq!(third.rope_table(5).len(), 2 * 5 * 256, "one table for each rotary embedding");
+}
+
+#[test]
+fn phi3_has_fused_linears_and_heads_that_are_rotated_in_part() {
+    let phi = |changes: Value| {
+        let mut phi = json!({ "model_type": "phi3", "num_hidden_layers": 1 });
+        phi.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        phi
+    };
+    let config = read(phi(json!({ "partial_rotary_factor": 0.75 })));
+    assert_eq!((config.fused_linears, config.rotary_width, config.head_dim), (true, 12, 16));
+    assert_eq!(config.windows, [None], "absent means none");
+    assert_eq!(read(phi(json!({ "sliding_window": 6 }))).windows, [Some(6)]);
+    let modules: Vec<_> = config.linear_modules().collect();
+    let names: Vec<&str> = modules.iter().map(|module| module.name.as_str()).collect();
+    assert_eq!(
+        names,
+        [
+            "model.layers.0.self_attn.qkv_proj",
+            "model.layers.0.self_attn.o_proj",
+            "model.layers.0.mlp.gate_up_proj",
+            "model.layers.0.mlp.down_proj"
+        ]
+    );
+    assert_eq!((modules[0].out_features, modules[2].out_features), (64 + 2 * 32, 2 * 128));
+    assert_eq!(config.group_sizes(), [1; 4]);
+
+    let scaling = json!({ "type": "longrope", "short_factor": [1, 1, 1, 1, 1, 1, 1, 1], "long_factor": [2, 2, 2, 2, 2, 2, 2, 2] });
+    let long = |more: Value| {
+        let mut scaling = scaling.clone();
+        scaling.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        phi(json!({ "rope_scaling": scaling, "original_max_position_embeddings": 64 }))
+    };
+    for name in ["longrope", "su", "yarn"] {
+        let config = read(long(json!({ "type": name })));
+        assert_eq!(config.rope.original_max_positions(), Some(64), "{name}");
+        // max_position_embeddings is four times as much: √(1 + ln 4 / ln 64).
+        let (frequencies, factor) = config.rope.inverse_frequencies(16);
+        assert!((factor - (4.0f64 / 3.0).sqrt()).abs() < 1e-15, "{factor}");
+        let (of_long, same) = config.rope.of_long_texts().unwrap().inverse_frequencies(16);
+        assert_eq!(same, factor);
+        assert!(frequencies.iter().zip(&of_long).all(|(short, long)| *short == 2.0 * long));
+        assert_eq!(config.rope_table(5).len(), 2 * 5 * 16);
+    }
+    for (changes, named) in [
+        (long(json!({ "short_factor": [1.0] })), "`short_factor`"),
+        (long(json!({ "long_factor": [1, 1, 1, 1, 1, 1, 1, 0] })), "`long_factor`"),
+        (long(json!({ "type": "linear", "factor": 2.0 })), "`linear`"),
+        (phi(json!({ "partial_rotary_factor": 1.5 })), "`partial_rotary_factor` 1.5"),
+        (phi(json!({ "partial_rotary_factor": 0.32 })), "makes 5 rotated columns"),
+        (phi(json!({ "hidden_act": "gelu" })), "\"gelu\""),
+    ] {
+        let message = refusal(changes);
+        assert!(message.contains(named), "{message}, expected {named}");
+    }
+}
+
 #[test]
 fn end_tokens_come_from_both_files() {
     let folder = tempfile::tempdir().unwrap();
@@ -156,7 +254,19 @@ fn tensors_and_modules_of_a_layer() {
 #[test]
 fn what_is_not_implemented_is_refused_by_name() {
     for (changes, named) in [
-        (json!({ "model_type": "gemma3" }), "\"gemma3\""),
+        (json!({ "model_type": "gemma3" }), "images and text"),
+        (json!({ "model_type": "gemma3n_text" }), "\"gemma3n_text\""),
+        (json!({ "model_type": "phi3small" }), "\"phi3small\""),
+        (gemma("gemma2", json!({ "hidden_activation": "gelu" })), "`hidden_activation` \"gelu\""),
+        (gemma("gemma", json!({ "hidden_act": "silu" })), "`hidden_act` \"silu\""),
+        (gemma("gemma", json!({ "partial_rotary_factor": 0.5 })), "`partial_rotary_factor`"),
+        (gemma("gemma2", json!({ "attn_logit_softcapping": -1.0 })), "`attn_logit_softcapping`"),
+        (gemma("gemma2", json!({ "query_pre_attn_scalar": 0 })), "`query_pre_attn_scalar`"),
+        (
+            gemma("gemma3_text", json!({ "use_bidirectional_attention": true })),
+            "`use_bidirectional_attention`",
+        ),
+        (gemma("gemma3_text", json!({ "rope_parameters": { "rope_type": "default" } })), "`full_attention`"),
         (json!({ "model_type": "qwen2_moe" }), "\"qwen2_moe\""),
         (json!({ "model_type": null }), "`model_type` is missing"),
         (json!({ "hidden_act": "gelu" }), "\"gelu\""),

@@ -3,16 +3,20 @@
 
 mod support;
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use fastlora::backend::cpu::CpuBackend;
 use fastlora::batch::Batch;
 use fastlora::checkpoint::base::BaseModel;
+use fastlora::inference::{Sampler, SamplingParameters, Session, StopConditions, generate};
 use fastlora::model::Transformer;
 use support::{Tensors, fixture};
 
 /// Four times the float32 drift of transformers itself on these models, 2e-5: another order of sums, not another model.
 const LOGIT_TOLERANCE: f64 = 8e-5;
+
+const FAMILIES: [&str; 5] = ["tiny_gemma", "tiny_gemma2", "tiny_gemma3", "tiny_phi3", "tiny_phi3_longrope"];
 
 fn check(folder: &str, expected: &str, ids: &str, logits: &str, lengths: Option<&str>) {
     let folder = fixture(folder);
@@ -61,8 +65,9 @@ fn check_decoding<'a>(
     tokens: &[u32],
     expected: impl Fn(usize) -> &'a [f64],
 ) {
-    // Part of the prompt at once, then one token at a time.
-    let prompt = tokens.len() / 2;
+    // Part of the prompt at once, then one token at a time. The start of a long text that is no long one has other logits.
+    let most = model.config().rope.original_max_positions().filter(|most| tokens.len() > *most);
+    let prompt = most.map_or(tokens.len() / 2, |most| most + 1);
     let mut cache = model.new_cache(tokens.len()).unwrap();
     let mut logits = Vec::new();
     let mut position = prompt;
@@ -97,7 +102,34 @@ oracle!(mistral_window, qwen2_window, qwen3_layer_types, llama_biases, llama_yar
 
 #[test]
 fn tiny_golden_models() {
-    for name in ["tiny_qwen2", "tiny_qwen3", "tiny_llama3rope"] {
+    for name in ["tiny_qwen2", "tiny_qwen3", "tiny_llama3rope"].iter().chain(&FAMILIES) {
         check(name, "forward.safetensors", "input_ids", "logits_f64", Some("attention_mask"));
+    }
+}
+
+/// The cache of `tiny_phi3_longrope` must be filled anew where the text becomes a long one: at its 13th token.
+#[test]
+fn greedy_answers_are_those_of_transformers() {
+    for name in FAMILIES {
+        let folder = fixture(name);
+        let text = std::fs::read_to_string(folder.join("golden.json")).unwrap();
+        let golden: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let ids = |key: &str| -> Vec<u32> {
+            let list = golden["generation"][key].as_array().unwrap();
+            list.iter().map(|id| id.as_u64().unwrap() as u32).collect()
+        };
+        let (prompt, expected) = (ids("prompt"), ids("token_ids"));
+        let base = BaseModel::open(&folder).unwrap();
+        let mut model = Transformer::load(Arc::new(CpuBackend::new(None).unwrap()), &base, None).unwrap();
+        let mut session = Session::new(&mut model, 64).unwrap();
+        // Twice: the second text is read where the first one was.
+        for _ in 0..2 {
+            session.clear();
+            let mut sampler = Sampler::new(SamplingParameters::default()).unwrap();
+            let stop = StopConditions { max_new_tokens: expected.len(), eos_token_ids: vec![] };
+            let go_on = |_| ControlFlow::Continue(());
+            let found = generate(&mut session, &prompt, &mut sampler, &stop, go_on).unwrap().token_ids;
+            assert_eq!(found, expected, "{name}");
+        }
     }
 }

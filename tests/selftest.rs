@@ -41,6 +41,8 @@ fn every_operation_is_right_and_timed_on_the_cpu() {
         "rms_norm backward",
         "gated_silu",
         "gated_silu backward",
+        "gated_gelu",
+        "gated_gelu backward",
         "embedding",
         "gather_labelled",
         "scatter_labelled",

@@ -8,6 +8,7 @@
 #include "../ptx/math.h"
 #include "../ptx/mma.h"
 #include "halves.h"
+#include "soft_cap.h"
 
 constexpr int attention_threads = 128;  // four warps of 16 rows
 constexpr int outer_rows = 64;          // rows that a block owns: queries, or keys in the backward of keys
@@ -89,19 +90,13 @@ DEVICE void multiply(float (&sums)[1][W / 8][4], const float (&weights)[1][K / 8
     }
 }
 
-// z = scale · q·k, or softly capped (Gemma 2): cap · tanh(scale · q·k / cap); cap 0 is none.
+// z = scale · q·k, softly capped where there is a cap.
 struct Score {
-    float scale, cap;
-    __device__ __forceinline__ float value(float product) const {
-        const float z = product * scale;
-        return cap > 0.f ? cap * tanhf(z / cap) : z;
-    }
+    float scale;
+    SoftCap cap;
+    __device__ __forceinline__ float value(float product) const { return cap.value(product * scale); }
     // dz / d(q·k)
-    __device__ __forceinline__ float slope(float z) const {
-        if (cap <= 0.f) return scale;
-        const float t = z / cap;
-        return scale * (1.f - t * t);
-    }
+    __device__ __forceinline__ float slope(float z) const { return scale * cap.slope(z); }
 };
 
 // Which part of a sample a block owns: tiles[blockIdx.x] = (first row of the sample, its end, first row owned). The host

@@ -12,32 +12,15 @@ pub mod cuda;
 pub mod dropout;
 mod footprint;
 pub mod noise;
+mod operands;
 
 pub use footprint::{AdapterShape, Footprint, GroupShape, OperationShapes};
 pub use noise::EmbeddingNoise;
+pub use operands::{Activation, Attention, Embedding, Head, KvCache, LongTexts, RmsNorm, Rotations};
 
 use crate::batch::Batch;
 use crate::error::{Error, Result};
 use crate::tensor::WeightTensor;
-
-/// Root-mean-square norm: `y = x · rstd · w`, `rstd = 1/√(mean(x²) + ε)` over each row (Zhang & Sennrich 2019).
-pub struct RmsNorm<'a, B: Backend + ?Sized> {
-    /// `[width]` frozen weight.
-    pub weight: &'a B::Vector,
-    /// ε inside the root.
-    pub epsilon: f32,
-    /// Row length.
-    pub width: usize,
-}
-
-// Derived, these would ask for `B: Copy`.
-impl<B: Backend + ?Sized> Clone for RmsNorm<'_, B> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<B: Backend + ?Sized> Copy for RmsNorm<'_, B> {}
 
 /// One adapter inside the flat parameter buffer: `A [rank, I]` at `a_offset`, `B [O, rank]` at `b_offset`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -172,57 +155,6 @@ pub struct LinearInput<'a, B: Backend + ?Sized> {
     pub batch: &'a B::Batch,
 }
 
-/// Causal attention with grouped heads over `qkv [T, (Q + 2K)·D]` (queries, keys, values side by side).
-///
-/// Queries and keys are first normalised head by head where norms are given (Qwen3), then rotated: with
-/// `half = D/2`, pairs are `(i, i + half)`.
-pub struct Attention<'a, B: Backend + ?Sized> {
-    /// `Q`.
-    pub query_heads: usize,
-    /// `K`; `Q` is a multiple of it.
-    pub key_value_heads: usize,
-    /// `D`.
-    pub head_dim: usize,
-    /// Factor on `q·k` before the softmax.
-    pub softmax_scale: f32,
-    /// A query at position `p` sees keys at positions `> p - window`.
-    pub window: Option<usize>,
-    /// `[D]` norm over each query head.
-    pub query_norm: Option<RmsNorm<'a, B>>,
-    /// `[D]` norm over each key head.
-    pub key_norm: Option<RmsNorm<'a, B>>,
-    /// `[positions, 2, D/2]`: cosines, then sines, of each position's angles.
-    pub rope: &'a B::Floats,
-}
-
-/// Keys (rotated) and values of earlier positions of one layer: each `[capacity, K·D]`.
-pub struct KvCache<B: Backend + ?Sized> {
-    /// Rotated keys.
-    pub keys: B::Buffer,
-    /// Values.
-    pub values: B::Buffer,
-    /// Positions that fit.
-    pub capacity: usize,
-}
-
-/// Output head `[V, H]` and the labelled rows' targets.
-pub struct Head<'a, B: Backend + ?Sized> {
-    /// `[V, H]` frozen weight; the embedding where the two are tied.
-    pub weight: &'a B::Matrix,
-    /// `V`.
-    pub vocabulary: usize,
-    /// `H`.
-    pub width: usize,
-}
-
-impl<B: Backend + ?Sized> Clone for Head<'_, B> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<B: Backend + ?Sized> Copy for Head<'_, B> {}
-
 /// One AdamW step with decoupled decay and bias correction (Loshchilov & Hutter 2019; as in PyTorch).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamWStep {
@@ -341,9 +273,9 @@ pub trait Backend: Footprint + Send + Sync {
     fn needs_loss_scale(&self) -> bool {
         false
     }
-    /// Refuses heads of a width that attention has no kernel for.
-    fn check_head_dim(&self, head_dim: usize) -> Result<()> {
-        let _ = head_dim;
+    /// Refuses heads of a width, or with so many columns that are rotated, that attention has no kernel for.
+    fn check_heads(&self, head_dim: usize, rotated: usize) -> Result<()> {
+        let _ = (head_dim, rotated);
         Ok(())
     }
     /// Elements from one row of a group's `s [T, R]` to the next; `R` or more.
@@ -384,21 +316,21 @@ pub trait Backend: Footprint + Send + Sync {
     /// Replaces the resident batch and its settings.
     fn load_batch(&self, resident: &mut Self::Batch, batch: &Batch, settings: PassSettings) -> Result<()>;
 
-    /// `x[t] = table[token_ids[t]]`: `x [T, H]` from `table [V, H]`; with the noise of the batch's settings, if any.
+    /// `x[t] = scale · table[token_ids[t]]`: `x [T, H]`; plus the noise of the batch's settings, if any.
     fn embedding(
         &self,
         batch: &Self::Batch,
-        table: &Self::Matrix,
-        width: usize,
+        embedding: Embedding<'_, Self>,
         x: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// `y = norm(x)`, both `[rows, width]`.
+    /// `y = residual + norm(x)`, all `[rows, width]`.
     fn rms_norm(
         &self,
         norm: RmsNorm<'_, Self>,
         rows: usize,
         x: &Self::Buffer,
+        residual: Option<&Self::Buffer>,
         y: &mut Self::Buffer,
     ) -> Result<()>;
     /// Adds to `dx` the gradient through the norm of `x`, given `dy`; all `[rows, width]`.
@@ -469,17 +401,19 @@ pub trait Backend: Footprint + Send + Sync {
         out: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// `act = silu(gate)·up [rows, F]` from the gate|up group's output (Shazeer 2020).
-    fn gated_silu(
+    /// `act = activation(gate)·up [rows, F]` from the gate|up group's output (Shazeer 2020).
+    fn gated(
         &self,
+        activation: Activation,
         rows: usize,
         width: usize,
         gate_up: &Self::Buffer,
         act: &mut Self::Buffer,
     ) -> Result<()>;
     /// Replaces `gate_up` by its gradient, given `dact`.
-    fn gated_silu_backward(
+    fn gated_backward(
         &self,
+        activation: Activation,
         rows: usize,
         width: usize,
         dact: &Self::Buffer,

@@ -21,7 +21,7 @@ const F32: u32 = 6;
 const F32_TENSOR: u32 = 0;
 
 /// PEFT's and llama.cpp's names of the linears of a block.
-const MODULES: [(&str, &str); 7] = [
+const MODULES: [(&str, &str); 9] = [
     ("self_attn.q_proj", "attn_q"),
     ("self_attn.k_proj", "attn_k"),
     ("self_attn.v_proj", "attn_v"),
@@ -29,6 +29,9 @@ const MODULES: [(&str, &str); 7] = [
     ("mlp.gate_proj", "ffn_gate"),
     ("mlp.up_proj", "ffn_up"),
     ("mlp.down_proj", "ffn_down"),
+    // Phi-3's: what llama.cpp calls up has the gate in front.
+    ("self_attn.qkv_proj", "attn_qkv"),
+    ("mlp.gate_up_proj", "ffn_up"),
 ];
 
 /// Writes `adapter`, which belongs to a base of this shape, in f32. llama.cpp scales by α/r with one α for all modules:
@@ -101,6 +104,7 @@ pub fn write_gguf(adapter: &Adapter, base: &ModelConfig, path: &Path) -> Result<
 const fn architecture(family: Family) -> &'static str {
     match family {
         Family::Llama | Family::Mistral => "llama",
+        Family::Gemma3 => "gemma3",
         other => other.model_type(),
     }
 }

@@ -2,16 +2,21 @@
 //!
 //! ```text
 //! qkv      = linear(norm(x_in))            middle = x_in   + linear(attention(qkv))
-//! gate|up  = linear(norm(middle))          x_out  = middle + linear(silu(gate)·up)
+//! gate|up  = linear(norm(middle))          x_out  = middle + linear(activation(gate)·up)
 //! ```
 //!
-//! Kept for the backward: `x_in`, `qkv`, the attention's output and softmax sums, `middle`, `gate|up` and every
-//! adapter's `s`. The norms' outputs and the activation are cheap: they are kept where there is room, else computed again.
+//! Where the model has norms behind attention and MLP, what is added to the stream is `norm(linear(…))`.
+//!
+//! Kept for the backward: `x_in`, `qkv`, the attention's output and softmax sums, `middle`, `gate|up`, every adapter's `s` and
+//! the inputs of the norms behind. The other norms' outputs and the activation are cheap: they are kept where there is room,
+//! else computed again.
 
-use super::config::ModelConfig;
+use super::config::{GROUP_COUNT, ModelConfig};
 use super::lora::{AdaptedLinear, AdapterLayout};
 use super::workspace::Allocator;
-use crate::backend::{Attention, Backend, KvCache, LinearGroup, LinearInput, Projection, RmsNorm};
+use crate::backend::{
+    Activation, Attention, Backend, KvCache, LinearGroup, LinearInput, Projection, RmsNorm, Rotations,
+};
 use crate::checkpoint::base::BaseModel;
 use crate::error::Result;
 
@@ -20,7 +25,6 @@ const QKV: usize = 0;
 const OUTPUT: usize = 1;
 const GATE_UP: usize = 2;
 const DOWN: usize = 3;
-pub(super) const GROUP_COUNT: usize = 4;
 
 /// Frozen weights of one block, and which of its linears have adapters.
 pub(super) struct Block<B: Backend> {
@@ -29,14 +33,18 @@ pub(super) struct Block<B: Backend> {
     query_norm: Option<B::Vector>,
     key_norm: Option<B::Vector>,
     output: LinearGroup<B>,
-    post_attention_norm: B::Vector,
+    /// Behind attention, before its output is added to the stream.
+    attention_norm: Option<B::Vector>,
+    middle_norm: B::Vector,
     gate_up: LinearGroup<B>,
     down: LinearGroup<B>,
+    /// The same behind the MLP.
+    mlp_norm: Option<B::Vector>,
     shape: BlockShape,
     window: Option<usize>,
 }
 
-/// Widths shared by all blocks of a model.
+/// Widths and constants shared by all blocks of a model.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct BlockShape {
     /// Width of the residual stream, H.
@@ -51,6 +59,16 @@ pub(super) struct BlockShape {
     pub head_dim: usize,
     /// ε of every norm.
     pub epsilon: f32,
+    /// Added to the weight of every norm.
+    pub norm_weight_offset: f32,
+    /// Whether there are norms behind attention and MLP.
+    pub post_norms: bool,
+    /// Of the gate.
+    pub activation: Activation,
+    /// Factor on the products of queries and keys.
+    pub softmax_scale: f32,
+    /// Soft cap of attention's scores.
+    pub soft_cap: Option<f32>,
 }
 
 impl BlockShape {
@@ -62,7 +80,21 @@ impl BlockShape {
             key_value_heads: config.key_value_heads,
             head_dim: config.head_dim,
             epsilon: config.rms_norm_epsilon,
+            norm_weight_offset: config.norm_weight_offset,
+            post_norms: config.post_norms,
+            activation: config.activation,
+            softmax_scale: config.softmax_scale,
+            soft_cap: config.attention_soft_cap,
         }
+    }
+
+    /// A norm over rows of the residual stream.
+    pub(super) fn norm<'a, B: Backend>(&self, weight: &'a B::Vector) -> RmsNorm<'a, B> {
+        self.norm_over(weight, self.hidden_size)
+    }
+
+    fn norm_over<'a, B: Backend>(&self, weight: &'a B::Vector, width: usize) -> RmsNorm<'a, B> {
+        RmsNorm { weight, weight_offset: self.norm_weight_offset, epsilon: self.epsilon, width }
     }
 
     /// Width of all query heads, `Q·D`.
@@ -89,6 +121,8 @@ pub(super) struct Saved<B: Backend> {
     middle: B::Buffer,
     gate_up: B::Buffer,
     s: [B::Buffer; GROUP_COUNT],
+    /// Inputs `[T, H]` of the norms behind attention and MLP.
+    branches: Option<[B::Buffer; 2]>,
 }
 
 impl<B: Backend> Saved<B> {
@@ -99,7 +133,10 @@ impl<B: Backend> Saved<B> {
         tokens: usize,
     ) -> Result<Self> {
         let [qkv, output, gate_up, down] = ranks.map(|rank| memory.low_rank_buffer(tokens, rank));
+        let mut branch = || memory.buffer(tokens * shape.hidden_size);
+        let branches = if shape.post_norms { Some([branch()?, branch()?]) } else { None };
         Ok(Self {
+            branches,
             qkv: memory.buffer(tokens * shape.qkv_width())?,
             log_sum: memory.floats(tokens * shape.query_heads)?,
             attended: memory.buffer(tokens * shape.query_width())?,
@@ -154,7 +191,8 @@ pub(super) struct Pass<'a, B: Backend> {
     pub backend: &'a B,
     pub adapters: &'a B::Floats,
     pub batch: &'a B::Batch,
-    pub rope: &'a B::Floats,
+    /// Of layers without and with a window.
+    pub rotations: [Rotations<'a, B>; 2],
     pub tokens: usize,
 }
 
@@ -194,12 +232,12 @@ pub(super) struct BackwardBuffers<'a, B: Backend> {
 
 impl<B: Backend> Block<B> {
     /// Loads layer `layer` of `base`, and gives the targets among its linears a place in `layout`. `linears` are the
-    /// layer's seven, in the order of [`ModelConfig::linear_modules`], each with its adapter.
+    /// layer's by what they read, each with its adapter.
     pub(super) fn load(
         backend: &B,
         base: &BaseModel,
         layer: usize,
-        linears: &[AdaptedLinear],
+        linears: [&[AdaptedLinear]; GROUP_COUNT],
         layout: &mut AdapterLayout,
     ) -> Result<Self> {
         let config = base.config();
@@ -224,15 +262,21 @@ impl<B: Backend> Block<B> {
                 linears.iter().zip(slots).map(projection).collect(),
             )
         };
+        let norm_if = |is_there: bool, name: &str| is_there.then(|| norm(name)).transpose();
+        // What is behind attention has another name where something else is too.
+        let middle_norm =
+            if config.post_norms { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
         Ok(Self {
             input_norm: norm("input_layernorm")?,
-            qkv: group(QKV, &linears[0..3])?,
-            query_norm: if config.qk_norm { Some(norm("self_attn.q_norm")?) } else { None },
-            key_norm: if config.qk_norm { Some(norm("self_attn.k_norm")?) } else { None },
-            output: group(OUTPUT, &linears[3..4])?,
-            post_attention_norm: norm("post_attention_layernorm")?,
-            gate_up: group(GATE_UP, &linears[4..6])?,
-            down: group(DOWN, &linears[6..7])?,
+            qkv: group(QKV, linears[QKV])?,
+            query_norm: norm_if(config.qk_norm, "self_attn.q_norm")?,
+            key_norm: norm_if(config.qk_norm, "self_attn.k_norm")?,
+            output: group(OUTPUT, linears[OUTPUT])?,
+            attention_norm: norm_if(config.post_norms, "post_attention_layernorm")?,
+            middle_norm: norm(middle_norm)?,
+            gate_up: group(GATE_UP, linears[GATE_UP])?,
+            down: group(DOWN, linears[DOWN])?,
+            mlp_norm: norm_if(config.post_norms, "post_feedforward_layernorm")?,
             window: config.windows[layer],
             shape: BlockShape::new(config),
         })
@@ -248,28 +292,25 @@ impl<B: Backend> Block<B> {
         self.ranks().iter().position(|rank| *rank > 0).unwrap_or(GROUP_COUNT)
     }
 
-    fn norm<'a>(&self, weight: &'a B::Vector) -> RmsNorm<'a, B> {
-        RmsNorm { weight, epsilon: self.shape.epsilon, width: self.shape.hidden_size }
-    }
-
-    fn attention<'a>(&'a self, rope: &'a B::Floats) -> Attention<'a, B> {
-        let head_norm = |weight| RmsNorm { weight, epsilon: self.shape.epsilon, width: self.shape.head_dim };
+    fn attention<'a>(&'a self, rotations: [Rotations<'a, B>; 2]) -> Attention<'a, B> {
+        let head_norm = |weight| self.shape.norm_over(weight, self.shape.head_dim);
         Attention {
             query_heads: self.shape.query_heads,
             key_value_heads: self.shape.key_value_heads,
             head_dim: self.shape.head_dim,
-            softmax_scale: (1.0 / (self.shape.head_dim as f64).sqrt()) as f32,
+            softmax_scale: self.shape.softmax_scale,
+            soft_cap: self.shape.soft_cap,
             window: self.window,
             query_norm: self.query_norm.as_ref().map(head_norm),
             key_norm: self.key_norm.as_ref().map(head_norm),
-            rope,
+            rotations: rotations[usize::from(self.window.is_some())],
         }
     }
 
     /// `x_out` from `x_in`, both `[T, H]`, with attention inside each sample.
     pub(super) fn forward(&self, pass: Pass<'_, B>, mut buffers: ForwardBuffers<'_, B>) -> Result<()> {
         self.project_qkv(pass, &mut buffers)?;
-        let attention = self.attention(pass.rope);
+        let attention = self.attention(pass.rotations);
         let Saved { qkv, log_sum, attended, .. } = &mut *buffers.saved;
         pass.backend.attention(&attention, pass.batch, qkv, log_sum, attended)?;
         self.after_attention(pass, &mut buffers)
@@ -284,7 +325,7 @@ impl<B: Backend> Block<B> {
         mut buffers: ForwardBuffers<'_, B>,
     ) -> Result<()> {
         self.project_qkv(pass, &mut buffers)?;
-        let attention = self.attention(pass.rope);
+        let attention = self.attention(pass.rotations);
         let Saved { qkv, attended, .. } = &mut *buffers.saved;
         pass.backend.attention_cached(&attention, pass.tokens, position, qkv, cache, attended)?;
         self.after_attention(pass, &mut buffers)
@@ -292,21 +333,65 @@ impl<B: Backend> Block<B> {
 
     fn project_qkv(&self, pass: Pass<'_, B>, buffers: &mut ForwardBuffers<'_, B>) -> Result<()> {
         let ForwardBuffers { x_in, saved, inputs, .. } = buffers;
-        pass.backend.rms_norm(self.norm(&self.input_norm), pass.tokens, x_in, &mut inputs.normed_input)?;
+        let norm = self.shape.norm(&self.input_norm);
+        pass.backend.rms_norm(norm, pass.tokens, x_in, None, &mut inputs.normed_input)?;
         let input = pass.input(&inputs.normed_input);
         pass.backend.linear(&self.qkv, pass.adapters, input, None, &mut saved.s[QKV], &mut saved.qkv)
     }
 
     fn after_attention(&self, pass: Pass<'_, B>, buffers: &mut ForwardBuffers<'_, B>) -> Result<()> {
-        let Pass { backend, adapters, tokens, .. } = pass;
+        let Pass { backend, tokens, .. } = pass;
         let ForwardBuffers { x_in, saved, inputs, x_out } = buffers;
         let Inputs { normed_middle, act, .. } = &mut **inputs;
-        let Saved { attended, middle, gate_up, s, .. } = &mut **saved;
-        backend.linear(&self.output, adapters, pass.input(attended), Some(x_in), &mut s[OUTPUT], middle)?;
-        backend.rms_norm(self.norm(&self.post_attention_norm), tokens, middle, normed_middle)?;
-        backend.linear(&self.gate_up, adapters, pass.input(normed_middle), None, &mut s[GATE_UP], gate_up)?;
-        backend.gated_silu(tokens, self.shape.intermediate_size, gate_up, act)?;
-        backend.linear(&self.down, adapters, pass.input(act), Some(middle), &mut s[DOWN], x_out)
+        let Saved { attended, middle, gate_up, s, branches, .. } = &mut **saved;
+        let [attention_branch, mlp_branch] = split(branches);
+        let behind = self.attention_norm.as_ref().zip(attention_branch);
+        self.add_branch(pass, &self.output, attended, behind, &mut s[OUTPUT], x_in, middle)?;
+        backend.rms_norm(self.shape.norm(&self.middle_norm), tokens, middle, None, normed_middle)?;
+        let input = pass.input(normed_middle);
+        backend.linear(&self.gate_up, pass.adapters, input, None, &mut s[GATE_UP], gate_up)?;
+        backend.gated(self.shape.activation, tokens, self.shape.intermediate_size, gate_up, act)?;
+        let behind = self.mlp_norm.as_ref().zip(mlp_branch);
+        self.add_branch(pass, &self.down, act, behind, &mut s[DOWN], middle, x_out)
+    }
+
+    /// `sum = residual + linear(x)`, the linear's output being normalised first where there is a norm behind it, with a buffer
+    /// for its input.
+    #[allow(clippy::too_many_arguments)]
+    fn add_branch(
+        &self,
+        pass: Pass<'_, B>,
+        group: &LinearGroup<B>,
+        x: &B::Buffer,
+        behind: Option<(&B::Vector, &mut B::Buffer)>,
+        s: &mut B::Buffer,
+        residual: &B::Buffer,
+        sum: &mut B::Buffer,
+    ) -> Result<()> {
+        let Pass { backend, adapters, tokens, .. } = pass;
+        match behind {
+            None => backend.linear(group, adapters, pass.input(x), Some(residual), s, sum),
+            Some((weight, branch)) => {
+                backend.linear(group, adapters, pass.input(x), None, s, branch)?;
+                backend.rms_norm(self.shape.norm(weight), tokens, branch, Some(residual), sum)
+            }
+        }
+    }
+
+    /// The gradient at the output of a branch's linear, given `dx` at the stream: `dx` itself, or, where there is a norm behind
+    /// the linear, what that leaves of it in `dbranch`.
+    fn branch_gradient<'a>(
+        &self,
+        pass: Pass<'_, B>,
+        behind: Option<(&B::Vector, &B::Buffer)>,
+        dx: &'a B::Buffer,
+        dbranch: &'a mut B::Buffer,
+    ) -> Result<&'a B::Buffer> {
+        let Some((weight, branch)) = behind else { return Ok(dx) };
+        let Pass { backend, tokens, .. } = pass;
+        backend.zero_buffer(dbranch, tokens * self.shape.hidden_size)?;
+        backend.rms_norm_backward(self.shape.norm(weight), tokens, branch, dx, dbranch)?;
+        Ok(dbranch)
     }
 
     /// Turns `dx`, the gradient at `x_out`, into the gradient at `x_in`, and adds the adapters' gradients.
@@ -321,7 +406,8 @@ impl<B: Backend> Block<B> {
     ) -> Result<()> {
         let Pass { backend, adapters, tokens, .. } = pass;
         let BackwardBuffers { x_in, saved, inputs, inputs_are_kept, gradient, dx } = buffers;
-        let Saved { qkv, log_sum, attended, middle, gate_up, s } = saved;
+        let Saved { qkv, log_sum, attended, middle, gate_up, s, branches } = saved;
+        let [attention_branch, mlp_branch] = split(branches).map(|branch| branch.map(|branch| &*branch));
         let Inputs { normed_input, normed_middle, act } = inputs;
         let GradientScratch { dnormed, dqkv, dattended, dact } = gradient;
         let shape = &self.shape;
@@ -331,17 +417,19 @@ impl<B: Backend> Block<B> {
         let needs_dx = |group: usize| has_adapters_below || first_adapted < group;
 
         if must_recompute(DOWN) {
-            backend.gated_silu(tokens, shape.intermediate_size, gate_up, act)?;
+            backend.gated(shape.activation, tokens, shape.intermediate_size, gate_up, act)?;
         }
         let wanted = needs_dx(DOWN).then_some(&mut *dact);
-        backend.linear_backward(&self.down, adapters, pass.input(act), &s[DOWN], dx, gradients, wanted)?;
+        // Free until the gradients of gate and up need it, and again until those of q, k and v do.
+        let dy = self.branch_gradient(pass, self.mlp_norm.as_ref().zip(mlp_branch), dx, dnormed)?;
+        backend.linear_backward(&self.down, adapters, pass.input(act), &s[DOWN], dy, gradients, wanted)?;
         if !needs_dx(DOWN) {
             return Ok(());
         }
-        backend.gated_silu_backward(tokens, shape.intermediate_size, dact, gate_up)?;
-        let norm = self.norm(&self.post_attention_norm);
+        backend.gated_backward(shape.activation, tokens, shape.intermediate_size, dact, gate_up)?;
+        let norm = self.shape.norm(&self.middle_norm);
         if must_recompute(GATE_UP) {
-            backend.rms_norm(norm, tokens, middle, normed_middle)?;
+            backend.rms_norm(norm, tokens, middle, None, normed_middle)?;
         }
         let wanted = needs_dx(GATE_UP).then_some(&mut *dnormed);
         let input = pass.input(normed_middle);
@@ -352,23 +440,18 @@ impl<B: Backend> Block<B> {
         backend.rms_norm_backward(norm, tokens, middle, dnormed, dx)?;
 
         let wanted = needs_dx(OUTPUT).then_some(&mut *dattended);
-        backend.linear_backward(
-            &self.output,
-            adapters,
-            pass.input(attended),
-            &s[OUTPUT],
-            dx,
-            gradients,
-            wanted,
-        )?;
+        let dy =
+            self.branch_gradient(pass, self.attention_norm.as_ref().zip(attention_branch), dx, dnormed)?;
+        let input = pass.input(attended);
+        backend.linear_backward(&self.output, adapters, input, &s[OUTPUT], dy, gradients, wanted)?;
         if !needs_dx(OUTPUT) {
             return Ok(());
         }
-        let attention = self.attention(pass.rope);
+        let attention = self.attention(pass.rotations);
         backend.attention_backward(&attention, pass.batch, qkv, log_sum, attended, dattended, dqkv)?;
-        let norm = self.norm(&self.input_norm);
+        let norm = self.shape.norm(&self.input_norm);
         if must_recompute(QKV) {
-            backend.rms_norm(norm, tokens, x_in, normed_input)?;
+            backend.rms_norm(norm, tokens, x_in, None, normed_input)?;
         }
         let wanted = needs_dx(QKV).then_some(&mut *dnormed);
         backend.linear_backward(
@@ -384,5 +467,13 @@ impl<B: Backend> Block<B> {
             return Ok(());
         }
         backend.rms_norm_backward(norm, tokens, x_in, dnormed, dx)
+    }
+}
+
+/// Both buffers, where they are.
+fn split<T>(buffers: &mut Option<[T; 2]>) -> [Option<&mut T>; 2] {
+    match buffers {
+        Some([first, second]) => [Some(first), Some(second)],
+        None => [None, None],
     }
 }

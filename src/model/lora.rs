@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::config::{LinearModule, ModelConfig};
+use super::config::{GROUP_COUNT, LinearModule, ModelConfig};
 use crate::backend::LoraSlot;
 use crate::config::{CompiledPatterns, PatternMap, TargetModules};
 use crate::error::{Error, Result};
@@ -190,6 +190,22 @@ pub(super) fn adapted_linears(model: &ModelConfig, lora: Option<&LoraConfig>) ->
         Some(lora) => lora.linears(model),
         None => Ok(model.linear_modules().map(|module| (module, None)).collect()),
     }
+}
+
+/// The linears of each layer by what they read: q, k, v; o; gate, up; down.
+pub(super) fn layer_groups<'a>(
+    model: &ModelConfig,
+    linears: &'a [AdaptedLinear],
+) -> impl Iterator<Item = [&'a [AdaptedLinear]; GROUP_COUNT]> {
+    let sizes = model.group_sizes();
+    linears.chunks_exact(sizes.iter().sum()).map(move |layer| {
+        let mut rest = layer;
+        sizes.map(|size| {
+            let (group, others) = rest.split_at(size);
+            rest = others;
+            group
+        })
+    })
 }
 
 fn layers_there_are(model: &ModelConfig) -> String {

@@ -4,9 +4,9 @@ use std::fmt;
 
 use indicatif::HumanBytes;
 
-use super::block::{BlockShape, GROUP_COUNT};
-use super::config::ModelConfig;
-use super::lora::{AdapterLayout, LoraConfig, adapted_linears};
+use super::block::BlockShape;
+use super::config::{GROUP_COUNT, ModelConfig};
+use super::lora::{AdapterLayout, LoraConfig, adapted_linears, layer_groups};
 use super::workspace::{Allocator, Limits, Purpose, Workspace};
 use crate::backend::{AdapterShape, Backend, GroupShape, OperationShapes};
 use crate::config::ActivationMemory;
@@ -95,6 +95,8 @@ pub struct ModelShape {
     vocabulary: usize,
     parameter_count: usize,
     frozen_count: u64,
+    /// Elements of the table of rotations for each position.
+    rotations_per_position: usize,
 }
 
 impl ModelShape {
@@ -106,20 +108,19 @@ impl ModelShape {
         let linears = adapted_linears(config, lora)?;
         let mut layout = AdapterLayout::default();
         let (mut ranks, mut groups) = (Vec::new(), Vec::new());
-        for layer in linears.chunks_exact(linears.len() / config.layer_count) {
-            let of_layer: [GroupShape; GROUP_COUNT] =
-                [&layer[0..3], &layer[3..4], &layer[4..6], &layer[6..7]].map(|group| GroupShape {
-                    in_features: group[0].0.in_features,
-                    out_features: group.iter().map(|(linear, _)| linear.out_features).sum(),
-                    adapters: group
-                        .iter()
-                        .filter_map(|(linear, lora)| {
-                            let rank = (*lora)?.rank;
-                            Some(AdapterShape { out_features: linear.out_features, rank })
-                        })
-                        .collect(),
-                });
-            layout.push_group(layer);
+        for layer in layer_groups(config, &linears) {
+            let of_layer: [GroupShape; GROUP_COUNT] = layer.map(|group| GroupShape {
+                in_features: group[0].0.in_features,
+                out_features: group.iter().map(|(linear, _)| linear.out_features).sum(),
+                adapters: group
+                    .iter()
+                    .filter_map(|(linear, lora)| {
+                        let rank = (*lora)?.rank;
+                        Some(AdapterShape { out_features: linear.out_features, rank })
+                    })
+                    .collect(),
+            });
+            layer.iter().for_each(|group| drop(layout.push_group(group)));
             ranks.push(of_layer.each_ref().map(GroupShape::rank));
             groups.extend(of_layer);
         }
@@ -130,6 +131,7 @@ impl ModelShape {
             vocabulary: config.vocabulary,
             parameter_count: layout.parameter_count(),
             frozen_count: config.parameter_count(),
+            rotations_per_position: config.rope_table_length(1),
         })
     }
 
@@ -170,7 +172,8 @@ impl ModelShape {
             weights: backend.weight_bytes(self.frozen_count, stored),
             adapters: backend.adapter_bytes(self.parameter_count, &self.groups),
             optimizer: moments * backend.floats_bytes(self.parameter_count),
-            activations: counter.bytes() + backend.floats_bytes(limits.positions * self.block.head_dim),
+            activations: counter.bytes()
+                + backend.floats_bytes(limits.positions * self.rotations_per_position),
             arena: counter.bytes(),
             scratch: backend.scratch_bytes(&self.operations(needs)),
             recompute,

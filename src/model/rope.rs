@@ -1,12 +1,13 @@
 //! Rotary position embedding (Su et al. 2021): inverse frequencies of each scaling, and the table of cosines and sines.
 //!
-//! With `D = head_dim`, pair `i < D/2` of a head turns by `position · f_i` with `f_i = θ^(-2i/D)` before scaling.
-//! Formulas as in transformers 5; all angles are computed in f64.
+//! With `R` the columns of a head that are rotated, pair `i < R/2` turns by `position · f_i` with `f_i = θ^(-2i/R)` before
+//! scaling. Formulas as in transformers 5; all angles are computed in f64.
+
+mod reading;
 
 use std::f64::consts::TAU;
 
-use super::fields::Fields;
-use crate::error::{Result, shorten};
+pub(super) use reading::Ropes;
 
 /// Base and scaling of the rotary embedding.
 #[derive(Clone, Debug, PartialEq)]
@@ -53,50 +54,48 @@ pub enum RopeScaling {
         /// Factor on cosines and sines.
         attention_factor: f64,
     },
+    /// Each frequency divided by a factor of its own, others for texts that are longer than the original context (Ding et
+    /// al. 2024, "LongRoPE").
+    LongRope {
+        /// `[R / 2]` of texts up to the original context.
+        short_factors: Vec<f64>,
+        /// `[R / 2]` of longer ones.
+        long_factors: Vec<f64>,
+        /// Tokens of the longest text that the short factors are for.
+        original_max_positions: usize,
+        /// Factor on cosines and sines of both.
+        attention_factor: f64,
+    },
 }
 
 impl Rope {
-    /// Reads `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (version 4).
-    pub(crate) fn from_fields(config: Fields<'_>, max_positions: usize) -> Result<Self> {
-        if let Some(factor) = config.number("partial_rotary_factor")? {
-            refuse_partial(config, factor)?;
-        }
-        let nested = config.get("rope_parameters").or_else(|| config.get("rope_scaling"));
-        let Some(nested) = nested else {
-            return Ok(Self { theta: theta(config, None)?, scaling: RopeScaling::Default });
+    /// The same for texts that are longer than the original context, where they have factors of their own.
+    pub fn of_long_texts(&self) -> Option<Self> {
+        let RopeScaling::LongRope { long_factors, original_max_positions, attention_factor, .. } =
+            &self.scaling
+        else {
+            return None;
         };
-        let place = format!("{}: rope_parameters", config.place());
-        let rope = Fields::of(nested, &place)?;
-        if let Some(factor) = rope.number("partial_rotary_factor")? {
-            refuse_partial(rope, factor)?;
-        }
-        for layer_type in ["full_attention", "sliding_attention"] {
-            if rope.mentions(layer_type) {
-                return Err(rope.error(format!("RoPE by layer type (`{layer_type}`) is not supported")));
-            }
-        }
-        let theta = theta(config, Some(rope))?;
-        let rope_type = match rope.text("rope_type")? {
-            Some(name) => name,
-            None => rope.text("type")?.unwrap_or("default"),
+        let scaling = RopeScaling::LongRope {
+            short_factors: long_factors.clone(),
+            long_factors: long_factors.clone(),
+            original_max_positions: *original_max_positions,
+            attention_factor: *attention_factor,
         };
-        let scaling = match rope_type {
-            "default" => RopeScaling::Default,
-            "linear" => RopeScaling::Linear { factor: rope.required_positive("factor")? },
-            "llama3" => llama3(rope)?,
-            "yarn" => yarn(rope, max_positions)?,
-            other => {
-                return Err(rope
-                    .error(format!("RoPE type `{}` is not supported", shorten(other, 60)))
-                    .hint("supported are default, linear, llama3 and yarn"));
-            }
-        };
-        Ok(Self { theta, scaling })
+        Some(Self { theta: self.theta, scaling })
     }
 
-    /// `[head_dim / 2]` angle per position of each pair, in radians, and the factor on cosines and sines.
-    pub fn inverse_frequencies(&self, head_dim: usize) -> (Vec<f64>, f64) {
-        let unscaled = (0..head_dim / 2).map(|pair| self.theta.powf(-((2 * pair) as f64) / head_dim as f64));
+    /// Tokens of the longest text that is not a long one, where long ones differ.
+    pub fn original_max_positions(&self) -> Option<usize> {
+        match self.scaling {
+            RopeScaling::LongRope { original_max_positions, .. } => Some(original_max_positions),
+            _ => None,
+        }
+    }
+
+    /// `[width / 2]` angle per position of each pair, in radians, and the factor on cosines and sines.
+    pub fn inverse_frequencies(&self, width: usize) -> (Vec<f64>, f64) {
+        let unscaled = (0..width / 2).map(|pair| self.theta.powf(-((2 * pair) as f64) / width as f64));
         match self.scaling {
             RopeScaling::Default => (unscaled.collect(), 1.0),
             RopeScaling::Linear { factor } => (unscaled.map(|frequency| frequency / factor).collect(), 1.0),
@@ -129,15 +128,14 @@ impl Rope {
             } => {
                 // The pair, as a real number, that makes `rotations` turns within the original context.
                 let pair_at = |rotations: f64| {
-                    head_dim as f64 * (original_max_positions / (rotations * TAU)).ln()
-                        / (2.0 * self.theta.ln())
+                    width as f64 * (original_max_positions / (rotations * TAU)).ln() / (2.0 * self.theta.ln())
                 };
                 let (mut first, mut last) = (pair_at(beta_fast), pair_at(beta_slow));
                 if truncate {
                     (first, last) = (first.floor(), last.ceil());
                 }
-                // transformers bounds the end by head_dim - 1 and not by the number of pairs.
-                (first, last) = (first.max(0.0), last.min(head_dim as f64 - 1.0));
+                // transformers bounds the end by width - 1 and not by the number of pairs.
+                (first, last) = (first.max(0.0), last.min(width as f64 - 1.0));
                 if first == last {
                     last += 0.001;
                 }
@@ -147,13 +145,17 @@ impl Rope {
                 });
                 (stretched.collect(), attention_factor)
             }
+            RopeScaling::LongRope { ref short_factors, attention_factor, .. } => {
+                let divided = unscaled.zip(short_factors).map(|(frequency, factor)| frequency / factor);
+                (divided.collect(), attention_factor)
+            }
         }
     }
 
-    /// `[positions, 2, head_dim / 2]`: cosines, then sines, of each position's angles, times the attention factor.
-    pub fn table(&self, head_dim: usize, positions: usize) -> Vec<f32> {
-        let (inverse_frequencies, attention_factor) = self.inverse_frequencies(head_dim);
-        let mut table = Vec::with_capacity(positions * head_dim);
+    /// `[positions, 2, width / 2]`: cosines, then sines, of each position's angles, times the attention factor.
+    pub fn table(&self, width: usize, positions: usize) -> Vec<f32> {
+        let (inverse_frequencies, attention_factor) = self.inverse_frequencies(width);
+        let mut table = Vec::with_capacity(positions * width);
         for position in 0..positions {
             let angles = inverse_frequencies.iter().map(|frequency| position as f64 * frequency);
             table.extend(angles.clone().map(|angle| (angle.cos() * attention_factor) as f32));
@@ -163,85 +165,18 @@ impl Rope {
     }
 }
 
-fn theta(config: Fields<'_>, rope: Option<Fields<'_>>) -> Result<f64> {
-    const DEFAULT_THETA: f64 = 10_000.0;
-    let within = rope.map(|rope| rope.positive("rope_theta")).transpose()?.flatten();
-    let theta = match within {
-        Some(theta) => theta,
-        None => config.positive("rope_theta")?.unwrap_or(DEFAULT_THETA),
-    };
-    if theta <= 1.0 {
-        return Err(config.error(format!("`rope_theta` is {theta}, expected a number above 1")));
-    }
-    Ok(theta)
-}
-
-fn refuse_partial(fields: Fields<'_>, factor: f64) -> Result<()> {
-    if factor == 1.0 {
-        return Ok(());
-    }
-    Err(fields
-        .error(format!("`partial_rotary_factor` {factor} is not supported: only whole heads are rotated")))
-}
-
-fn llama3(rope: Fields<'_>) -> Result<RopeScaling> {
-    let low_frequency_factor = rope.required_positive("low_freq_factor")?;
-    let high_frequency_factor = rope.required_positive("high_freq_factor")?;
-    if high_frequency_factor <= low_frequency_factor {
-        return Err(rope.error(format!(
-            "`high_freq_factor` is {high_frequency_factor}, expected more than `low_freq_factor`, {low_frequency_factor}"
-        )));
-    }
-    Ok(RopeScaling::Llama3 {
-        factor: rope.required_positive("factor")?,
-        low_frequency_factor,
-        high_frequency_factor,
-        original_max_positions: rope.required_positive("original_max_position_embeddings")?,
-    })
-}
-
-fn yarn(rope: Fields<'_>, max_positions: usize) -> Result<RopeScaling> {
-    let max_positions = max_positions as f64;
-    let original = rope.positive("original_max_position_embeddings")?;
-    let factor = match (rope.positive("factor")?, original) {
-        (Some(factor), _) => factor,
-        (None, Some(original)) => max_positions / original,
-        (None, None) => return Err(rope.missing("factor")),
-    };
-    let beta_fast = rope.positive("beta_fast")?.unwrap_or(32.0);
-    let beta_slow = rope.positive("beta_slow")?.unwrap_or(1.0);
-    let magnitude = |scale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 };
-    let attention_factor =
-        match (rope.positive("attention_factor")?, rope.number("mscale")?, rope.number("mscale_all_dim")?) {
-            (Some(given), _, _) => given,
-            (None, Some(scale), Some(scale_all)) if scale != 0.0 && scale_all != 0.0 => {
-                magnitude(scale) / magnitude(scale_all)
-            }
-            _ => magnitude(1.0),
-        };
-    if !(attention_factor.is_finite() && attention_factor > 0.0) {
-        return Err(rope
-            .error(format!("`mscale` leads to the attention factor {attention_factor}, expected above 0")));
-    }
-    Ok(RopeScaling::Yarn {
-        factor,
-        beta_fast,
-        beta_slow,
-        original_max_positions: original.unwrap_or(max_positions),
-        truncate: rope.flag("truncate")?.unwrap_or(true),
-        attention_factor,
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::ErrorKind;
+    use crate::error::{ErrorKind, Result};
+    use crate::model::config::Family;
+    use crate::model::fields::Fields;
     use serde_json::json;
 
     fn parse(parameters: serde_json::Value) -> Result<Rope> {
         let config = json!({ "rope_parameters": parameters });
-        Rope::from_fields(Fields::of(&config, "config.json")?, 32768)
+        let fields = Fields::of(&config, "config.json")?;
+        Ok(Ropes::from_fields(fields, Family::Llama, 128, 32768)?.rope)
     }
 
     /// `expected` was computed apart, from the formulas of transformers in Python; a few roundings of f64 differ.
@@ -372,7 +307,7 @@ mod tests {
     fn what_is_not_implemented_is_refused_by_name() {
         for (parameters, named) in [
             (json!({ "rope_type": "dynamic", "factor": 2.0 }), "`dynamic`"),
-            (json!({ "type": "longrope" }), "`longrope`"),
+            (json!({ "type": "longrope" }), "`short_factor`"),
             (json!({ "rope_type": "proportional" }), "`proportional`"),
             (json!({ "rope_type": "default", "partial_rotary_factor": 0.5 }), "`partial_rotary_factor`"),
             (json!({ "full_attention": { "rope_type": "default" } }), "`full_attention`"),
@@ -397,7 +332,8 @@ mod tests {
             );
         }
         let config = json!({ "partial_rotary_factor": 0.75 });
-        let error = Rope::from_fields(Fields::of(&config, "config.json").unwrap(), 10).unwrap_err();
+        let fields = Fields::of(&config, "config.json").unwrap();
+        let error = Ropes::from_fields(fields, Family::Llama, 128, 10).err().unwrap();
         assert!(error.to_string().contains("`partial_rotary_factor` 0.75"), "{error}");
     }
 }

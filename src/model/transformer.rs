@@ -8,10 +8,10 @@ pub use decoding::Cache;
 
 use super::block::{Block, BlockShape, ForwardBuffers, Pass};
 use super::config::ModelConfig;
-use super::lora::{AdapterLayout, LoraConfig, adapted_linears};
+use super::lora::{AdapterLayout, LoraConfig, adapted_linears, layer_groups};
 use super::memory::{MemoryPlan, ModelShape, Needs, choose_plan};
 use super::workspace::{Allocator, Gradient, HeadBuffers, Limits, Purpose, Workspace};
-use crate::backend::{Backend, Head, PassSettings, RmsNorm};
+use crate::backend::{Backend, Embedding, Head, LongTexts, PassSettings, Rotations};
 use crate::batch::{Batch, BatchRows, NO_ROW};
 use crate::checkpoint::base::BaseModel;
 use crate::config::ActivationMemory;
@@ -111,11 +111,10 @@ impl<B: Backend> Transformer<B> {
     /// Targets that match no module, a tensor that is missing, or a device without room.
     pub fn load(backend: Arc<B>, base: &BaseModel, lora: Option<&LoraConfig>) -> Result<Self> {
         let config = base.config().clone();
-        backend.check_head_dim(config.head_dim)?;
+        backend.check_heads(config.head_dim, config.rotary_width)?;
         let linears = adapted_linears(&config, lora)?;
         let mut layout = AdapterLayout::default();
-        let per_layer = linears.chunks_exact(linears.len() / config.layer_count);
-        let blocks = per_layer
+        let blocks = layer_groups(&config, &linears)
             .enumerate()
             .map(|(layer, linears)| Block::load(&*backend, base, layer, linears, &mut layout))
             .collect::<Result<_>>()?;
@@ -340,7 +339,7 @@ impl<B: Backend> Transformer<B> {
         let width = self.config.hidden_size;
         let mut output = vec![0.0; batch.token_count() * width];
         let mut found = None;
-        self.run_blocks(batch.token_count(), |block, layer, pass, buffers| {
+        self.run_blocks(batch.token_count(), None, |block, layer, pass, buffers| {
             if found.is_none() {
                 let ForwardBuffers { x_in, saved, inputs, x_out } = buffers;
                 block.forward(pass, ForwardBuffers { x_in, saved, inputs, x_out: &mut *x_out })?;
@@ -354,20 +353,28 @@ impl<B: Backend> Transformer<B> {
     }
 
     fn forward(&mut self, tokens: usize) -> Result<()> {
-        self.run_blocks(tokens, |block, _, pass, buffers| block.forward(pass, buffers))
+        self.run_blocks(tokens, None, |block, _, pass, buffers| block.forward(pass, buffers))
     }
 
-    /// Embeds the loaded batch and hands every block, with its place and buffers, to `run`.
+    /// Embeds the loaded batch and hands every block, with its place and buffers, to `run`. Whether the batch is of long texts
+    /// say their lengths, unless it is only a part of one.
     fn run_blocks(
         &mut self,
         tokens: usize,
+        is_long: Option<bool>,
         mut run: impl FnMut(&Block<B>, usize, Pass<'_, B>, ForwardBuffers<'_, B>) -> Result<()>,
     ) -> Result<()> {
         let workspace = self.workspace.as_mut().expect("reserved with the batch");
         let backend = &*self.backend;
         let x = workspace.first_residual();
-        backend.embedding(&self.batch, &self.embedding, self.config.hidden_size, x)?;
-        let pass = Pass { backend, adapters: &self.parameters, batch: &self.batch, rope: &self.rope, tokens };
+        let embedding = Embedding {
+            table: &self.embedding,
+            width: self.config.hidden_size,
+            scale: self.config.embedding_scale,
+        };
+        backend.embedding(&self.batch, embedding, x)?;
+        let rotations = rotations(&self.config, &self.rope, self.rope_positions, is_long);
+        let pass = Pass { backend, adapters: &self.parameters, batch: &self.batch, rotations, tokens };
         for (layer, block) in self.blocks.iter().enumerate() {
             let _range = range!("layer", number = layer);
             run(block, layer, pass, workspace.layer(layer))?;
@@ -380,16 +387,12 @@ impl<B: Backend> Transformer<B> {
         let _range = range!("head");
         let backend = &*self.backend;
         let width = self.config.hidden_size;
-        let norm = RmsNorm { weight: &self.final_norm, epsilon: self.shape.epsilon, width };
-        let head = Head {
-            weight: self.head.as_ref().unwrap_or(&self.embedding),
-            vocabulary: self.config.vocabulary,
-            width,
-        };
+        let norm = self.shape.norm(&self.final_norm);
+        let head = head(&self.config, self.head.as_ref().unwrap_or(&self.embedding));
         let workspace = self.workspace.as_mut().expect("reserved with the batch");
         let (last, HeadBuffers { packed, normed, losses }, gradient) = workspace.after_blocks();
         backend.gather_labelled(&self.batch, width, last, packed)?;
-        backend.rms_norm(norm, rows, packed, normed)?;
+        backend.rms_norm(norm, rows, packed, None, normed)?;
         match gradient.filter(|_| wants_gradient) {
             None => backend.head_loss(head, &self.batch, normed, losses, None)?,
             Some(Gradient { dx, dpacked, dnormed, .. }) => {
@@ -420,7 +423,7 @@ impl<B: Backend> Transformer<B> {
             backend: &*self.backend,
             adapters: &self.parameters,
             batch: &self.batch,
-            rope: &self.rope,
+            rotations: rotations(&self.config, &self.rope, self.rope_positions, None),
             tokens,
         };
         let lowest = workspace.first_kept();
@@ -433,4 +436,34 @@ impl<B: Backend> Transformer<B> {
         }
         Ok(())
     }
+}
+
+/// Of layers without and with a window. `table` has a stretch of `positions` rows for each of
+/// [`ModelConfig::rope_table`]'s rotary embeddings. Where part of a text is computed, the whole text may be a long one.
+fn rotations<'a, B: Backend>(
+    config: &ModelConfig,
+    table: &'a B::Floats,
+    positions: usize,
+    is_long: Option<bool>,
+) -> [Rotations<'a, B>; 2] {
+    let long = config.rope.original_max_positions().map(|most| LongTexts {
+        longer_than: match is_long {
+            None => most,
+            Some(true) => 0,
+            Some(false) => usize::MAX,
+        },
+        first_row: positions,
+    });
+    let rotations = Rotations { table, width: config.rotary_width, first_row: 0, long };
+    match &config.local_rope {
+        None => [rotations, rotations],
+        Some(_) => {
+            let first_row = if long.is_some() { 2 * positions } else { positions };
+            [rotations, Rotations { first_row, long: None, ..rotations }]
+        }
+    }
+}
+
+fn head<'a, B: Backend>(config: &ModelConfig, weight: &'a B::Matrix) -> Head<'a, B> {
+    Head { weight, vocabulary: config.vocabulary, width: config.hidden_size, soft_cap: config.logit_soft_cap }
 }

@@ -4,7 +4,7 @@
 //! weights have no gradient; nothing is counted below the lowest adapter, and the head for labelled rows alone.
 
 use super::config::ModelConfig;
-use super::lora::LoraConfig;
+use super::lora::{LoraConfig, layer_groups};
 use crate::batch::Batch;
 use crate::error::Result;
 
@@ -43,10 +43,6 @@ pub struct StepWork {
     pub head_backward: f64,
 }
 
-/// Linears that share their input, as places among a layer's: q, k, v; o; gate, up; down.
-const GROUPS: [std::ops::Range<usize>; 4] = [0..3, 3..4, 4..6, 6..7];
-const LINEARS_OF_A_LAYER: usize = 7;
-
 impl StepWork {
     /// Counts a forward and backward of `batch` with the adapters of `lora`.
     ///
@@ -60,13 +56,13 @@ impl StepWork {
         (work.head_forward, work.head_backward) = (head, head);
         // Whether something below wants the gradient that goes through here.
         let mut wanted = false;
-        for (layer, linears) in linears.chunks_exact(LINEARS_OF_A_LAYER).enumerate() {
+        for (layer, groups) in layer_groups(config, &linears).enumerate() {
             let pairs = pairs_of(batch, config.windows[layer]);
             let attention = 4.0 * pairs * (config.query_heads * config.head_dim) as f64;
             work.attention_forward += attention;
-            for (place, group) in GROUPS.into_iter().enumerate() {
-                let has_adapter = linears[group.clone()].iter().any(|(_, lora)| lora.is_some());
-                for (module, lora) in &linears[group] {
+            for (place, group) in groups.into_iter().enumerate() {
+                let has_adapter = group.iter().any(|(_, lora)| lora.is_some());
+                for (module, lora) in group {
                     let product = 2.0 * tokens * (module.in_features * module.out_features) as f64;
                     work.linears_forward += product;
                     work.linears_backward += if wanted { product } else { 0.0 };

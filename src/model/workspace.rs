@@ -1,6 +1,7 @@
 //! Every activation buffer of a model, planned once from the longest batch.
 
-use super::block::{BackwardBuffers, ForwardBuffers, GROUP_COUNT, GradientScratch, Inputs, Saved};
+use super::block::{BackwardBuffers, ForwardBuffers, GradientScratch, Inputs, Saved};
+use super::config::GROUP_COUNT;
 use super::memory::{ModelShape, Recompute};
 use crate::backend::{Backend, Footprint};
 use crate::batch::BatchRows;

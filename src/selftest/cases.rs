@@ -1,6 +1,7 @@
 //! The one table of cases: small awkward shapes for every backend, and the shapes of real models.
 
 use super::operations::{AttentionCase, CachedCase, Case, LinearCase};
+use crate::backend::Activation;
 
 /// How much a backend is asked to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,8 +19,9 @@ const QUICK: &[Case] = &[
     Case::RmsNorm { rows: 1, width: 64 },
     Case::RmsNorm { rows: 7, width: 576 },
     Case::RmsNorm { rows: 33, width: 1536 },
-    Case::GatedSilu { rows: 1, width: 64 },
-    Case::GatedSilu { rows: 37, width: 1544 },
+    Case::Gated { activation: Activation::Silu, rows: 1, width: 64 },
+    Case::Gated { activation: Activation::Silu, rows: 37, width: 1544 },
+    Case::Gated { activation: Activation::GeluTanh, rows: 37, width: 1544 },
     Case::Rows { lengths: &[4, 1, 60, 2], width: 576, vocabulary: 1000 },
     linear(&[1], 64, [(72, 1), (0, 0), (0, 0)]),
     linear(&[1], 576, [(576, 8), (192, 8), (192, 8)]),
@@ -34,12 +36,18 @@ const QUICK: &[Case] = &[
     linear(&[520], 64, [(64, 16), (0, 0), (0, 0)]),
     attention(&[1], [1, 1, 64]),
     attention(&[70, 3, 49], [4, 2, 64]),
-    Case::Attention(AttentionCase { lengths: &[66, 64], heads: [3, 3, 80], window: Some(5), norms: false }),
-    Case::Attention(AttentionCase { lengths: &[97], heads: [8, 1, 128], window: None, norms: true }),
+    Case::Attention(AttentionCase { window: Some(5), ..AttentionCase::plain(&[66, 64], [3, 3, 80]) }),
+    Case::Attention(AttentionCase { norms: true, ..AttentionCase::plain(&[97], [8, 1, 128]) }),
+    Case::Attention(AttentionCase {
+        soft_cap: Some(2.0),
+        rotated: Some(72),
+        ..AttentionCase::plain(&[70, 3], [2, 1, 96])
+    }),
     Case::Cached(CachedCase { position: 0, rows: 1, heads: [4, 2, 64] }),
     Case::Cached(CachedCase { position: 100, rows: 3, heads: [6, 1, 80] }),
-    Case::Head { tokens: 3, vocabulary: 50, width: 64 },
-    Case::Head { tokens: 60, vocabulary: 1031, width: 136 },
+    Case::Head { tokens: 3, vocabulary: 50, width: 64, soft_cap: None },
+    Case::Head { tokens: 60, vocabulary: 1031, width: 136, soft_cap: None },
+    Case::Head { tokens: 60, vocabulary: 1031, width: 136, soft_cap: Some(3.0) },
     Case::AdamW { count: 1 },
     Case::AdamW { count: 40_003 },
 ];
@@ -49,7 +57,11 @@ const LARGE: &[Case] = &[
     linear(&[8192], 576, [(1536, 1), (1536, 1), (0, 0)]),
     linear(&[1500, 548], 576, [(1536, 256), (1536, 256), (0, 0)]),
     attention(&[1500, 548], [8, 8, 80]),
-    Case::Attention(AttentionCase { lengths: &[2048], heads: [32, 8, 128], window: Some(512), norms: true }),
+    Case::Attention(AttentionCase {
+        window: Some(512),
+        norms: true,
+        ..AttentionCase::plain(&[2048], [32, 8, 128])
+    }),
     attention(&[8192], [9, 3, 64]),
     Case::Cached(CachedCase { position: 8000, rows: 1, heads: [32, 8, 128] }),
 ];
@@ -59,7 +71,7 @@ const fn linear(lengths: &'static [usize], in_features: usize, projections: [(us
 }
 
 const fn attention(lengths: &'static [usize], heads: [usize; 3]) -> Case {
-    Case::Attention(AttentionCase { lengths, heads, window: None, norms: false })
+    Case::Attention(AttentionCase::plain(lengths, heads))
 }
 
 /// The cases of a scale.
@@ -139,10 +151,10 @@ impl ModelShape {
         let mut cases = vec![
             Case::Rows { lengths, width: hidden, vocabulary },
             Case::RmsNorm { rows: tokens, width: hidden },
-            Case::GatedSilu { rows: tokens, width: intermediate },
+            Case::Gated { activation: Activation::Silu, rows: tokens, width: intermediate },
             attention(lengths, heads),
             Case::Cached(CachedCase { position: tokens - 1, rows: 1, heads }),
-            Case::Head { tokens, vocabulary, width: hidden },
+            Case::Head { tokens, vocabulary, width: hidden, soft_cap: None },
             Case::AdamW { count: self.adapter_parameters(rank) },
         ];
         cases.extend(self.linears(lengths, rank));

@@ -12,7 +12,7 @@ pub(super) use linear::large_product;
 
 use super::comparison::Outcome;
 use super::precision::Precision;
-use crate::backend::{Backend, PassSettings};
+use crate::backend::{Activation, Backend, PassSettings};
 use crate::batch::Batch;
 use crate::error::Result;
 
@@ -112,7 +112,9 @@ pub enum Case {
         width: usize,
     },
     /// Forward and backward of `[rows, width]`.
-    GatedSilu {
+    Gated {
+        /// Of the gate.
+        activation: Activation,
         /// Rows.
         rows: usize,
         /// `F`.
@@ -141,6 +143,8 @@ pub enum Case {
         vocabulary: usize,
         /// `H`.
         width: usize,
+        /// Soft cap of the logits.
+        soft_cap: Option<f32>,
     },
     /// The optimizer's step.
     AdamW {
@@ -154,13 +158,13 @@ impl Case {
     pub fn operations<B: Backend + 'static>(self, precision: Precision) -> Vec<Box<dyn Operation<B>>> {
         match self {
             Case::RmsNorm { rows, width } => rows::norm(precision, rows, width),
-            Case::GatedSilu { rows, width } => rows::gated_silu(precision, rows, width),
+            Case::Gated { activation, rows, width } => rows::gated(precision, activation, rows, width),
             Case::Rows { lengths, width, vocabulary } => rows::moves(precision, lengths, width, vocabulary),
             Case::Linear(case) => linear::operations(precision, case),
             Case::Attention(case) => attention::operations(precision, case),
             Case::Cached(case) => attention::cached(precision, case),
-            Case::Head { tokens, vocabulary, width } => {
-                head::operations(precision, tokens, vocabulary, width)
+            Case::Head { tokens, vocabulary, width, soft_cap } => {
+                head::operations(precision, tokens, vocabulary, width, soft_cap)
             }
             Case::AdamW { count } => optimizer::operations(precision, count),
         }

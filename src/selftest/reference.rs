@@ -3,6 +3,7 @@
 mod attention;
 mod linear;
 
+use crate::backend::Activation;
 pub use attention::{Attention, Rotated};
 pub use linear::{Linear, dropout_factors};
 
@@ -30,22 +31,41 @@ pub fn rms_norm_backward(x: &[f64], weight: &[f64], epsilon: f64, dy: &[f64]) ->
     weighted.iter().zip(x).map(|(g, x)| rstd * (g - x * along)).collect()
 }
 
-fn sigmoid(x: f64) -> f64 {
-    1.0 / (1.0 + (-x).exp())
+/// `f(x)` and `f'(x)` of an activation.
+fn activate(activation: Activation, x: f64) -> [f64; 2] {
+    match activation {
+        Activation::Silu => {
+            let sigmoid = 1.0 / (1.0 + (-x).exp());
+            [x * sigmoid, sigmoid * (1.0 + x * (1.0 - sigmoid))]
+        }
+        Activation::GeluTanh => {
+            let (c, a) = ((2.0 / std::f64::consts::PI).sqrt(), 0.044715);
+            let tanh = (c * (x + a * x * x * x)).tanh();
+            let slope = (1.0 - tanh * tanh) * c * (1.0 + 3.0 * a * x * x);
+            [0.5 * x * (1.0 + tanh), 0.5 * (1.0 + tanh) + 0.5 * x * slope]
+        }
+    }
 }
 
-/// `silu(gate) · up [_, width]` of rows `gate | up` (Shazeer 2020).
-pub fn gated_silu(gate_up: &[f64], width: usize) -> Vec<f64> {
-    gate_up
-        .chunks(2 * width)
-        .flat_map(|row| (0..width).map(|i| row[i] * sigmoid(row[i]) * row[width + i]).collect::<Vec<_>>())
-        .collect()
+/// `activation(gate) · up [_, width]` of rows `gate | up` (Shazeer 2020).
+pub fn gated(activation: Activation, gate_up: &[f64], width: usize) -> Vec<f64> {
+    let of_row = |row: &[f64]| -> Vec<f64> {
+        (0..width).map(|i| activate(activation, row[i])[0] * row[width + i]).collect()
+    };
+    gate_up.chunks(2 * width).flat_map(of_row).collect()
 }
 
 /// The gradients of one element's gate and up.
-pub fn gated_silu_backward(gate: f64, up: f64, dact: f64) -> [f64; 2] {
-    let s = sigmoid(gate);
-    [dact * up * s * (1.0 + gate * (1.0 - s)), dact * gate * s]
+pub fn gated_backward(activation: Activation, gate: f64, up: f64, dact: f64) -> [f64; 2] {
+    let [value, slope] = activate(activation, gate);
+    [dact * up * slope, dact * value]
+}
+
+/// `cap · tanh(x / cap)`, and its slope; `x` and 1 where there is no cap.
+pub fn soft_cap(x: f64, cap: Option<f64>) -> [f64; 2] {
+    let Some(cap) = cap else { return [x, 1.0] };
+    let tanh = (x / cap).tanh();
+    [cap * tanh, 1.0 - tanh * tanh]
 }
 
 /// `x [T, I] · Wᵀ` for `W [O, I]`.

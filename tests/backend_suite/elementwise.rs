@@ -1,12 +1,12 @@
 //! Norm, gated activation, embedding, and moves of rows.
 
 use fastlora::backend::dropout::words_at;
-use fastlora::backend::{Backend, EmbeddingNoise, PassSettings, RmsNorm};
+use fastlora::backend::{Activation, Backend, Embedding, EmbeddingNoise, PassSettings, RmsNorm};
 use fastlora::batch::{Batch, BatchRows};
 use fastlora::dtype::DType;
 use fastlora::tensor::WeightTensor;
 
-use super::reference::{dot, gated_silu, rms_norm};
+use super::reference::{dot, gated, rms_norm};
 use super::{
     Precision, Record, batch_of, buffer, finite_differences, read, resident, resident_with, stored, values,
     widen,
@@ -14,8 +14,12 @@ use super::{
 
 pub fn run<B: Backend>(backend: &B, record: &mut Record) {
     for (rows, width) in [(1, 1), (3, 5), (2, 16), (7, 33), (4, 100), (40, 576)] {
-        norm(backend, record, rows, record.precision.width(width));
-        activation(backend, record, rows, record.precision.width(width));
+        for offset in [0.0, 1.0] {
+            norm(backend, record, rows, record.precision.width(width), offset);
+        }
+        for activation in [Activation::Silu, Activation::GeluTanh] {
+            gate(backend, record, activation, rows, record.precision.width(width));
+        }
     }
     embedding(backend, record);
     embedding_noise(backend, record);
@@ -25,19 +29,24 @@ pub fn run<B: Backend>(backend: &B, record: &mut Record) {
     transfers(backend, record.precision);
 }
 
-fn norm<B: Backend>(backend: &B, record: &mut Record, rows: usize, width: usize) {
-    let case = format!("rms_norm [{rows}, {width}]");
+fn norm<B: Backend>(backend: &B, record: &mut Record, rows: usize, width: usize, weight_offset: f32) {
+    let case = format!("rms_norm [{rows}, {width}], {weight_offset} + w");
     let (x, dy) = (record.precision.values(rows * width, 1), record.precision.values(rows * width, 2));
     let weight = record.precision.values(width, 3);
     let epsilon = 1e-5;
     let tensors = [WeightTensor::from_f32("w", vec![width], &weight)];
     let vector = backend.vector(&tensors).unwrap();
-    let norm = RmsNorm { weight: &vector, epsilon, width };
+    let norm = RmsNorm { weight: &vector, weight_offset, epsilon, width };
     let (x_buffer, dy_buffer) = (buffer(backend, &x), buffer(backend, &dy));
     let mut y = backend.buffer(rows * width).unwrap();
-    backend.rms_norm(norm, rows, &x_buffer, &mut y).unwrap();
-    let (x, dy, weight, epsilon) = (widen(&x), widen(&dy), widen(&weight), f64::from(epsilon));
-    record.check(&case, &read(backend, &y, rows * width), &rms_norm(&x, &weight, epsilon), width);
+    backend.rms_norm(norm, rows, &x_buffer, None, &mut y).unwrap();
+    let (x, dy, epsilon) = (widen(&x), widen(&dy), f64::from(epsilon));
+    let weight: Vec<f64> = widen(&weight).iter().map(|w| f64::from(weight_offset) + w).collect();
+    let mut expected = rms_norm(&x, &weight, epsilon);
+    record.check(&case, &read(backend, &y, rows * width), &expected, width);
+    backend.rms_norm(norm, rows, &x_buffer, Some(&dy_buffer), &mut y).unwrap();
+    expected.iter_mut().zip(&dy).for_each(|(y, residual)| *y += residual);
+    record.check(&format!("{case} + residual"), &read(backend, &y, rows * width), &expected, width);
 
     let before = record.precision.values(rows * width, 4);
     let mut dx = buffer(backend, &before);
@@ -50,23 +59,24 @@ fn norm<B: Backend>(backend: &B, record: &mut Record, rows: usize, width: usize)
     record.check(&format!("{case} backward"), &read(backend, &dx, rows * width), &expected, width);
 }
 
-fn activation<B: Backend>(backend: &B, record: &mut Record, rows: usize, width: usize) {
-    let case = format!("gated_silu [{rows}, {width}]");
+fn gate<B: Backend>(backend: &B, record: &mut Record, activation: Activation, rows: usize, width: usize) {
+    let case = format!("gated {activation:?} [{rows}, {width}]");
     let gate_up: Vec<f32> =
         values(2 * rows * width, 5).iter().map(|x| record.precision.rounded(6.0 * x)).collect();
     let dact = record.precision.values(rows * width, 6);
     let mut gate_up_buffer = buffer(backend, &gate_up);
     let mut act = backend.buffer(rows * width).unwrap();
-    backend.gated_silu(rows, width, &gate_up_buffer, &mut act).unwrap();
+    backend.gated(activation, rows, width, &gate_up_buffer, &mut act).unwrap();
     let x = widen(&gate_up);
-    record.check(&case, &read(backend, &act, rows * width), &gated_silu(&x, width), 1);
-    backend.gated_silu_backward(rows, width, &buffer(backend, &dact), &mut gate_up_buffer).unwrap();
+    record.check(&case, &read(backend, &act, rows * width), &gated(activation, &x, width), 1);
+    let dact_buffer = buffer(backend, &dact);
+    backend.gated_backward(activation, rows, width, &dact_buffer, &mut gate_up_buffer).unwrap();
     let mut expected = Vec::new();
     for (pair, dact) in x.chunks(2 * width).zip(dact.chunks(width)) {
         // Elements do not meet: one at a time.
         let (mut dgate, mut dup) = (Vec::new(), Vec::new());
         for (i, &dact) in dact.iter().enumerate() {
-            let gradient = finite_differences(&[pair[i], pair[width + i]], |x| gated_silu(x, 1)[0]);
+            let gradient = finite_differences(&[pair[i], pair[width + i]], |x| gated(activation, x, 1)[0]);
             dgate.push(gradient[0] * f64::from(dact));
             dup.push(gradient[1] * f64::from(dact));
         }
@@ -94,13 +104,19 @@ fn embedding<B: Backend>(backend: &B, record: &mut Record) {
             let table = backend.matrix(&[first, second]).unwrap();
             let batch = batch_of(&[5, 1, 900], 43);
             let mut x = backend.buffer(batch.token_count() * width).unwrap();
-            backend.embedding(&resident(backend, &batch), &table, width, &mut x).unwrap();
-            let row = |&id: &u32| expected_table[id as usize * width..][..width].to_vec();
-            let expected: Vec<f64> = batch.token_ids.iter().flat_map(row).collect();
-            let found = read(backend, &x, expected.len());
-            record.check(&format!("embedding {dtype} at byte {offset}"), &found, &expected, 1);
+            // A factor that half types hold exactly.
+            for scale in [1.0, 5.625] {
+                let embedding = Embedding { table: &table, width, scale };
+                backend.embedding(&resident(backend, &batch), embedding, &mut x).unwrap();
+                let row = |&id: &u32| expected_table[id as usize * width..][..width].to_vec();
+                let scaled = |x: f64| f64::from(scale) * x;
+                let expected: Vec<f64> = batch.token_ids.iter().flat_map(row).map(scaled).collect();
+                let found = read(backend, &x, expected.len());
+                record.check(&format!("embedding {dtype} at byte {offset} × {scale}"), &found, &expected, 1);
+            }
             let outside = batch_of(&[50], 44);
-            let error = backend.embedding(&resident(backend, &outside), &table, width, &mut x).unwrap_err();
+            let embedding = Embedding { table: &table, width, scale: 1.0 };
+            let error = backend.embedding(&resident(backend, &outside), embedding, &mut x).unwrap_err();
             assert!(error.message().contains("43"), "{error}");
         }
     }
@@ -116,7 +132,8 @@ fn embedding_noise<B: Backend>(backend: &B, record: &mut Record) {
     let settings = PassSettings { embedding_noise: Some(noise), ..PassSettings::default() };
     let embed = |batch: &Batch| {
         let mut x = backend.buffer(batch.token_count() * width).unwrap();
-        backend.embedding(&resident_with(backend, batch, settings), &table, width, &mut x).unwrap();
+        let embedding = Embedding { table: &table, width, scale: 1.0 };
+        backend.embedding(&resident_with(backend, batch, settings), embedding, &mut x).unwrap();
         read(backend, &x, batch.token_count() * width)
     };
     let batch = batch_of(&[5, 1, 300], 43);

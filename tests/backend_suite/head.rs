@@ -4,7 +4,7 @@ use fastlora::backend::{Backend, Head, PassSettings};
 use fastlora::batch::BatchRows;
 use fastlora::dtype::DType;
 
-use super::reference::{cross_entropy, dot, product_transposed};
+use super::reference::{cross_entropy, dot, product_transposed, soft_cap};
 use super::{
     Precision, Record, batch_of, buffer, finite_differences, read, read_floats, resident, resident_with,
     stored, values, widen,
@@ -12,17 +12,26 @@ use super::{
 
 pub fn run<B: Backend>(backend: &B, record: &mut Record) {
     for (vocabulary, width, dtype) in [(5, 3, DType::F32), (50, 12, DType::F16), (1031, 9, DType::Bf16)] {
-        check(backend, record, vocabulary, record.precision.width(width), dtype);
+        for cap in [None, Some(1.5)] {
+            check(backend, record, vocabulary, record.precision.width(width), dtype, cap);
+        }
     }
     ties(backend, record.precision);
 }
 
-fn check<B: Backend>(backend: &B, record: &mut Record, vocabulary: usize, width: usize, dtype: DType) {
-    let case = format!("head_loss V={vocabulary} H={width} {dtype}");
+fn check<B: Backend>(
+    backend: &B,
+    record: &mut Record,
+    vocabulary: usize,
+    width: usize,
+    dtype: DType,
+    cap: Option<f32>,
+) {
+    let case = format!("head_loss V={vocabulary} H={width} {dtype} {cap:?}");
     let data: Vec<f32> = values(vocabulary * width, 50).iter().map(|w| 2.0 * w).collect();
     let (tensor, table) = stored(record.precision, "head", dtype, vec![vocabulary, width], &data, 0);
     let weight = backend.matrix(&[tensor]).unwrap();
-    let head = || Head { weight: &weight, vocabulary, width };
+    let head = || Head { weight: &weight, vocabulary, width, soft_cap: cap };
     let host = batch_of(&[6, 1, 9], vocabulary as u32);
     let gradient_scale = 0.37;
     let settings = PassSettings { gradient_scale, ..PassSettings::default() };
@@ -34,14 +43,17 @@ fn check<B: Backend>(backend: &B, record: &mut Record, vocabulary: usize, width:
     let mut dx = backend.buffer(count * width).unwrap();
     backend.head_loss(head(), &batch, &x_buffer, &mut losses, Some(&mut dx)).unwrap();
     let wide = widen(&x);
-    let row_loss =
-        |x: &[f64], target: u32| cross_entropy(&product_transposed(x, &table, width), target as usize);
+    let capped = |logits: Vec<f64>| -> Vec<f64> {
+        logits.into_iter().map(|logit| soft_cap(logit, cap.map(f64::from))[0]).collect()
+    };
+    let row_logits = |x: &[f64]| capped(product_transposed(x, &table, width));
+    let row_loss = |x: &[f64], target: u32| cross_entropy(&row_logits(x), target as usize);
     let rows = || wide.chunks(width).zip(&host.targets);
     let expected: Vec<f64> = rows().map(|(x, &target)| row_loss(x, target).0).collect();
     let found = read_floats(backend, &losses, 2 * count);
     record.check(&case, &found[..count], &expected, width);
     for ((x, &target), &hit) in rows().zip(&found[count..]) {
-        let logits = product_transposed(x, &table, width);
+        let logits = row_logits(x);
         // Rounded to the compute type, two logits may change places.
         let slack = record.slack(&logits, width);
         let is_highest = |bound: f64| {
@@ -83,7 +95,7 @@ fn check<B: Backend>(backend: &B, record: &mut Record, vocabulary: usize, width:
     let mut logits = vec![0.0; vocabulary];
     backend.head_logits(head(), &x_buffer, 2, &mut logits).unwrap();
     let row = &wide[2 * width..3 * width];
-    let expected: Vec<f64> = table.chunks(width).map(|w| dot(w, row)).collect();
+    let expected = capped(table.chunks(width).map(|w| dot(w, row)).collect());
     record.check(&format!("{case} logits"), &logits, &expected, width);
 }
 
@@ -103,13 +115,13 @@ fn ties<B: Backend>(backend: &B, precision: Precision) {
         let mut host = fastlora::batch::Batch::default();
         host.push(0, &[1, target], &[-100, target as i32]);
         let mut losses = backend.floats(&[0.0; 2]).unwrap();
-        let head = Head { weight: &weight, vocabulary, width };
+        let head = Head { weight: &weight, vocabulary, width, soft_cap: None };
         backend.head_loss(head, &resident(backend, &host), &x, &mut losses, None).unwrap();
         assert_eq!(read_floats(backend, &losses, 2)[1], hit, "target {target}");
     }
     let mut host = fastlora::batch::Batch::default();
     host.push(0, &[1, 20], &[-100, 20]);
-    let head = Head { weight: &weight, vocabulary, width };
+    let head = Head { weight: &weight, vocabulary, width, soft_cap: None };
     let mut losses = backend.floats(&[0.0; 2]).unwrap();
     let error = backend.head_loss(head, &resident(backend, &host), &x, &mut losses, None).unwrap_err();
     assert!(error.message().contains("20"), "{error}");

@@ -4,7 +4,7 @@ use fastlora::backend::{Backend, Dropout, Head, LinearInput, PassSettings};
 use fastlora::batch::Batch;
 use fastlora::dtype::DType;
 
-use super::attention::{Case, Inputs};
+use super::attention::{Inputs, case};
 use super::{
     Precision, batch_of, buffer, linear, read, read_floats, resident, resident_with, stored, values,
 };
@@ -54,8 +54,7 @@ fn assert_close(name: &str, tolerance: f32, whole: &[f32], parts: &[f32]) {
 
 fn attention<B: Backend>(backend: &B, whole: &Batch, cuts: &[Batch]) {
     let (query_heads, key_value_heads, head_dim) = (6, 2, 32);
-    let case =
-        Case { lengths: LENGTHS, query_heads, key_value_heads, head_dim, window: Some(40), norms: true };
+    let case = case(LENGTHS, [query_heads, key_value_heads, head_dim], Some(40), true);
     let inputs = Inputs::new(case, Precision::F32);
     inputs.with_attention(backend, |attention| {
         let run = |batch: &Batch, qkv: &[f32], dout: &[f32]| {
@@ -150,7 +149,7 @@ fn head_loss<B: Backend>(backend: &B, whole: &Batch, cuts: &[Batch]) {
         let count = batch.labelled_count();
         let mut losses = backend.floats(&vec![0.0; 2 * count]).unwrap();
         let mut dx = backend.buffer(count * width).unwrap();
-        let head = Head { weight: &weight, vocabulary, width };
+        let head = Head { weight: &weight, vocabulary, width, soft_cap: None };
         let resident =
             resident_with(backend, batch, PassSettings { gradient_scale: 0.5, ..PassSettings::default() });
         backend.head_loss(head, &resident, &buffer(backend, x), &mut losses, Some(&mut dx)).unwrap();

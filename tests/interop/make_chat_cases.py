@@ -113,6 +113,59 @@ MISTRAL = """\
 {%- endfor %}
 """
 
+# One line, refuses systems, renames the assistant.
+GEMMA2 = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role here') }}{% endif %}"
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate user/assistant/user/assistant') }}{% endif %}"
+    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}"
+    "{{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<start_of_turn>model\\n'}}{% endif %}"
+)
+
+# Trims on both sides of every tag, puts the system's words before the first user's, asks what kind of content it has.
+GEMMA3 = """\
+{{ bos_token }}
+{%- set prefix = namespace(text='') -%}
+{%- set rest = messages -%}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- set prefix.text = (messages[0]['content'] if messages[0]['content'] is string else messages[0]['content'][0]['text']) + '\\n\\n' -%}
+    {%- set rest = messages[1:] -%}
+{%- endif -%}
+{%- for message in rest -%}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception("roles must alternate user/assistant/user/assistant") }}
+    {%- endif -%}
+    {%- set role = "model" if message['role'] == 'assistant' else message['role'] -%}
+    {{ '<start_of_turn>' + role + '\\n' + (prefix.text if loop.first else "") }}
+    {%- if message['content'] is string -%}
+        {{ message['content'] | trim }}
+    {%- elif message['content'] is iterable -%}
+        {%- for item in message['content'] -%}
+            {{ '<start_of_image>' if item['type'] == 'image' else item['text'] | trim }}
+        {%- endfor -%}
+    {%- else -%}
+        {{ raise_exception("neither text nor parts") }}
+    {%- endif -%}
+    {{ '<end_of_turn>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{'<start_of_turn>model\\n'}}
+{%- endif -%}
+"""
+
+# Ends a whole conversation with the end of the text.
+PHI3 = (
+    "{% for message in messages %}{{'<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+PHI4 = (
+    "{% for message in messages %}{% if message['role'] == 'system' and 'tools' in message and message['tools'] is not none %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|tool|>' + message['tools'] + '<|/tool|>' + '<|end|>' }}"
+    "{% else %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
 GENERATION = """\
 {% for message in messages %}
     {% if message.role == 'assistant' %}
@@ -172,10 +225,17 @@ CASES = [
     ("mistral", MISTRAL, [USER, ANSWER], [" A model.\nIndeed.</s>"], {}),
     ("mistral", MISTRAL, [USER, ANSWER, MORE, END], [" A model.\nIndeed.</s>", " Me too</s>"], {}),
     ("mistral", MISTRAL, LONG, [" A model.\nIndeed.</s>", " Me too</s>"], {}),
+    ("gemma2", GEMMA2, [USER, ANSWER], ["A model.\nIndeed.<end_of_turn>"], {}),
+    ("gemma2", GEMMA2, [USER, ANSWER, MORE, END], ["A model.\nIndeed.<end_of_turn>", "Me too<end_of_turn>"], {}),
+    ("gemma3", GEMMA3, [USER, ANSWER, MORE, END], ["A model.\nIndeed.<end_of_turn>", "Me too<end_of_turn>"], {}),
+    ("gemma3", GEMMA3, LONG, ["A model.\nIndeed.<end_of_turn>", "Me too<end_of_turn>"], {}),
+    ("phi3", PHI3, LONG, ["  A model.\nIndeed. <|end|>", "Me too<|end|>"], {}),
+    ("phi4", PHI4, [USER, ANSWER], ["  A model.\nIndeed. <|end|>"], {}),
+    ("phi4", PHI4, LONG, ["  A model.\nIndeed. <|end|>", "Me too<|end|>"], {}),
     ("generation", GENERATION, LONG, ["  A model.\nIndeed. <|im_end|>\n", "Me too<|im_end|>\n"], {}),
     ("plain", PLAIN, [SYSTEM, m("developer", "x"), USER, ANSWER, MORE], [" A model.\nIndeed."], {}),
 ]
-TURN_ENDS = ["<|im_end|>", "<|eot_id|>", "</s>"]
+TURN_ENDS = ["<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "</s>"]
 
 
 class Noon(datetime.datetime):

@@ -1,18 +1,32 @@
 """Makes transformers compute in float64 throughout.
 
 It asks for float32 inside norms, rotary tables and softmax whatever the model's dtype is. Its modules are therefore shown
-a `torch` in which `float32` means `float64`, and every tensor that an operation then returns is checked to be no float32.
+a `torch` in which `float32` means `float64`, `x.float()` gives float64, and every tensor that an operation then returns is checked to be no float32.
 """
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import modeling_rope_utils
+from transformers.models.gemma import modeling_gemma
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
+from transformers.models.phi3 import modeling_phi3
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
-PATCHED_MODULES = [modeling_rope_utils, modeling_llama, modeling_mistral, modeling_qwen2, modeling_qwen3]
+PATCHED_MODULES = [
+    modeling_rope_utils,
+    modeling_gemma,
+    modeling_gemma2,
+    modeling_gemma3,
+    modeling_llama,
+    modeling_mistral,
+    modeling_phi3,
+    modeling_qwen2,
+    modeling_qwen3,
+]
 
 
 class Float64Torch:
@@ -40,9 +54,12 @@ class TrueFloat64:
     """While entered, the patched modules of transformers compute in float64."""
 
     def __enter__(self):
+        self.to_float = torch.Tensor.float
+        torch.Tensor.float = torch.Tensor.double
         for module in PATCHED_MODULES:
             module.torch = Float64Torch()
 
     def __exit__(self, *_):
+        torch.Tensor.float = self.to_float
         for module in PATCHED_MODULES:
             module.torch = torch

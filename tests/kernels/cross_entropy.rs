@@ -23,6 +23,7 @@ fn run(
     w: &[u16],
     targets: &[u32],
     scale: f32,
+    cap: f32,
 ) -> Results {
     let leading = vocabulary.next_multiple_of(8);
     let name = format!("head {} L={rows} H={width} V={vocabulary}", half.suffix());
@@ -47,6 +48,7 @@ fn run(
             Argument::of(&scale),
             shape[2],
             shape[3],
+            Argument::F32(cap),
         ];
         launch(device, &kernel("cross_entropy"), rows, 256, &arguments);
         let mut arguments = vec![Argument::of(&z), Argument::of(&w), Argument::of(&dx)];
@@ -83,14 +85,14 @@ fn run(
 }
 
 /// Each stage is compared from what the stage before really wrote, so that tolerances need not compound.
-fn check(half: Half, [rows, width, vocabulary]: [usize; 3]) {
-    let name = format!("{} L={rows} H={width} V={vocabulary}", half.suffix());
+fn check(half: Half, [rows, width, vocabulary]: [usize; 3], cap: f32) {
+    let name = format!("{} L={rows} H={width} V={vocabulary} cap {cap}", half.suffix());
     let mut random = Random(vocabulary as u64);
     let x_bits = random.halves(half, rows * width, 1.0);
     let w_bits = random.halves(half, vocabulary * width, 1.0);
     let targets: Vec<u32> = (0..rows).map(|_| random.below(vocabulary) as u32).collect();
     let scale = 0.25f32;
-    let results = run(half, [rows, width, vocabulary], &x_bits, &w_bits, &targets, scale);
+    let results = run(half, [rows, width, vocabulary], &x_bits, &w_bits, &targets, scale, cap);
     let (x, w) = (half.decode_all(&x_bits), half.decode_all(&w_bits));
 
     let element = |i: usize| {
@@ -103,8 +105,12 @@ fn check(half: Half, [rows, width, vocabulary]: [usize; 3]) {
     assert_close(&format!("head_logits {name}"), vocabulary, &z, &logits);
 
     let (mut losses, mut gradient) = (Vec::new(), Vec::new());
+    let cap = f64::from(cap);
     for row in 0..rows {
-        let z = &z[row * vocabulary..][..vocabulary];
+        // The capped logits, and the slopes of the cap.
+        let capped = |z: &f64| if cap > 0.0 { cap * (z / cap).tanh() } else { *z };
+        let z: Vec<f64> = z[row * vocabulary..][..vocabulary].iter().map(capped).collect();
+        let slope = |z: f64| if cap > 0.0 { 1.0 - (z / cap).powi(2) } else { 1.0 };
         let target = targets[row] as usize;
         let greatest = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let least = z.iter().copied().fold(f64::INFINITY, f64::min);
@@ -119,8 +125,10 @@ fn check(half: Half, [rows, width, vocabulary]: [usize; 3]) {
         for (column, z) in z.iter().enumerate() {
             let p = (z - greatest).exp() / total;
             let one_hot = if column == target { 1.0 } else { 0.0 };
-            let value = (p - one_hot) * f64::from(scale);
+            let value = (p - one_hot) * f64::from(scale) * slope(*z);
             let error = (p * error + F32_ROUNDOFF) * f64::from(scale);
+            // tanh is off by a few units, and so is its square.
+            let error = error + (p - one_hot).abs() * f64::from(scale) * 16.0 * F32_ROUNDOFF;
             let rounding = half.unit_roundoff() * (value.abs() + error) + half.underflow();
             gradient.push(Expected { value, tolerance: error + rounding });
         }
@@ -144,7 +152,8 @@ fn head_and_cross_entropy_match_float64() {
     for half in HALVES {
         // One row; a vocabulary that is no multiple of 8, of a tile, or of the threads' stride; more than one tile of rows.
         for shape in [[1, 8, 3], [5, 40, 257], [131, 16, 130], [3, 24, 2053]] {
-            check(half, shape);
+            check(half, shape, 0.0);
+            check(half, shape, 2.5);
         }
     }
 }
@@ -156,7 +165,7 @@ fn of_equal_highest_logits_the_first_counts() {
         let rows_of_w = [0.0, 1.0, 1.0, 0.5];
         let w: Vec<u16> = rows_of_w.iter().flat_map(|&value| [half.encode(value); 8]).collect();
         let x = vec![half.encode(1.0); 3 * 8];
-        let results = run(half, [3, 8, 4], &x, &w, &[1, 2, 3], 1.0);
+        let results = run(half, [3, 8, 4], &x, &w, &[1, 2, 3], 1.0, 0.0);
         assert_eq!(results.correct, [1.0, 0.0, 0.0]);
     }
 }

@@ -13,60 +13,51 @@ fn rstd(row: &[f64]) -> f64 {
     1.0 / (mean_square + f64::from(EPSILON)).sqrt()
 }
 
-fn forward(half: Half, rows: usize, width: usize, with_addend: bool) {
-    let name = format!("rms_norm_forward_{} {rows}×{width}, addend {with_addend}", half.suffix());
+fn forward(half: Half, rows: usize, width: usize, with_residual: bool, offset: f32) {
+    let name =
+        format!("rms_norm_forward_{} {rows}×{width}, residual {with_residual}, {offset} + w", half.suffix());
     let mut random = Random(rows as u64 * 31 + width as u64);
     let x = random.halves(half, rows * width, 2.0);
-    let addend = random.halves(half, rows * width, 2.0);
+    let residual = random.halves(half, rows * width, 2.0);
     let weight = random.halves(half, width, 1.5);
     let outputs = run_everywhere(&name, |device| {
-        let (x, addend, w) = (upload(device, &x), upload(device, &addend), upload(device, &weight));
-        let (sum, y) = (poisoned::<u16>(device, rows * width), poisoned::<u16>(device, rows * width));
-        let null = Argument::Address(0);
+        let (x, residual, w) = (upload(device, &x), upload(device, &residual), upload(device, &weight));
+        let y = poisoned::<u16>(device, rows * width);
         let arguments = [
             Argument::of(&x),
-            if with_addend { Argument::of(&addend) } else { null },
             Argument::of(&w),
-            if with_addend { Argument::of(&sum) } else { null },
+            if with_residual { Argument::of(&residual) } else { Argument::Address(0) },
             Argument::of(&y),
             Argument::I32(rows as i32),
             Argument::I32(width as i32),
+            Argument::F32(offset),
             Argument::F32(EPSILON),
         ];
         launch(device, &format!("rms_norm_forward_{}", half.suffix()), rows.div_ceil(8), 256, &arguments);
-        let mut outputs: Vec<u16> = download(device, &y);
-        if with_addend {
-            outputs.extend(download::<u16>(device, &sum));
-        }
-        outputs
+        download::<u16>(device, &y)
     });
 
-    // f32 addition of two halves is exact enough that one rounding follows: bits must agree.
-    let h: Vec<u16> = if with_addend {
-        x.iter().zip(&addend).map(|(&x, &a)| half.encode(half.decode(x) + half.decode(a))).collect()
-    } else {
-        x.clone()
-    };
-    if with_addend {
-        assert!(outputs[rows * width..] == h, "{name}: sum");
-    }
-    let (h, weight) = (half.decode_all(&h), half.decode_all(&weight));
+    let [x, residual, weight] = [&x, &residual, &weight].map(|values| half.decode_all(values));
     let u = half.unit_roundoff();
     let expected: Vec<Expected> = (0..rows * width)
         .map(|i| {
-            let row = &h[i / width * width..][..width];
-            let value = row[i % width] * rstd(row) * weight[i % width];
-            // Rounded before × w and after; rstd carries the sum's f32 error.
-            let tolerance = value.abs() * (2.0 * u + u * u + F32_ROUNDOFF * (width as f64 / 32.0 + 16.0))
+            let row = &x[i / width * width..][..width];
+            let normed = row[i % width] * rstd(row) * (f64::from(offset) + weight[i % width]);
+            let value = normed + if with_residual { residual[i] } else { 0.0 };
+            // Rounded before × w, unless there is an offset, and after all; rstd carries the sum's f32 error.
+            let inner = if offset == 0.0 { u } else { 0.0 };
+            let tolerance = normed.abs() * (inner + u * u + F32_ROUNDOFF * (width as f64 / 32.0 + 16.0))
+                + value.abs() * (u + F32_ROUNDOFF)
                 + half.underflow() * (1.0 + weight[i % width].abs());
             Expected { value, tolerance }
         })
         .collect();
-    assert_close(&name, width, &half.decode_all(&outputs[..rows * width]), &expected);
+    assert_close(&name, width, &half.decode_all(&outputs), &expected);
 }
 
-fn backward(half: Half, rows: usize, width: usize, residual: bool) {
-    let name = format!("rms_norm_backward_{} {rows}×{width}, residual {residual}", half.suffix());
+fn backward(half: Half, rows: usize, width: usize, residual: bool, offset: f32) {
+    let name =
+        format!("rms_norm_backward_{} {rows}×{width}, residual {residual}, {offset} + w", half.suffix());
     let mut random = Random(rows as u64 * 77 + width as u64);
     let x = random.halves(half, rows * width, 2.0);
     let weight = random.halves(half, width, 1.5);
@@ -84,13 +75,15 @@ fn backward(half: Half, rows: usize, width: usize, residual: bool) {
             Argument::of(&dx),
             Argument::I32(rows as i32),
             Argument::I32(width as i32),
+            Argument::F32(offset),
             Argument::F32(EPSILON),
         ];
         launch(device, &format!("rms_norm_backward_{}", half.suffix()), rows.div_ceil(8), 256, &arguments);
         download::<u16>(device, &dx)
     });
 
-    let [x, weight, dy, before] = [&x, &weight, &dy, &before].map(|values| half.decode_all(values));
+    let [x, mut weight, dy, before] = [&x, &weight, &dy, &before].map(|values| half.decode_all(values));
+    weight.iter_mut().for_each(|weight| *weight += f64::from(offset));
     let mut expected = Vec::new();
     for row in 0..rows {
         let (x, dy) = (&x[row * width..][..width], &dy[row * width..][..width]);
@@ -119,8 +112,10 @@ fn backward(half: Half, rows: usize, width: usize, residual: bool) {
 fn rms_norm_forward_matches_float64() {
     for half in HALVES {
         for (rows, width) in SHAPES {
-            forward(half, rows, width, false);
-            forward(half, rows, width, true);
+            for offset in [0.0, 1.0] {
+                forward(half, rows, width, false, offset);
+                forward(half, rows, width, true, offset);
+            }
         }
     }
 }
@@ -129,8 +124,8 @@ fn rms_norm_forward_matches_float64() {
 fn rms_norm_backward_matches_float64() {
     for half in HALVES {
         for (rows, width) in SHAPES {
-            backward(half, rows, width, false);
-            backward(half, rows, width, true);
+            backward(half, rows, width, false, 0.0);
+            backward(half, rows, width, true, 1.0);
         }
     }
 }

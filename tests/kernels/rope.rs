@@ -12,7 +12,15 @@ struct Shape {
     query_heads: usize,
     key_value_heads: usize,
     head_dim: usize,
+    /// Columns of a head that are rotated.
+    rotated: usize,
+    /// Added to the norms' weights.
+    offset: f32,
 }
+
+/// Rows of the table before position 0 of long samples, which have more than `LONGER_THAN` tokens.
+const LONG_FIRST_ROW: usize = 13;
+const LONGER_THAN: u32 = 20;
 
 impl Shape {
     fn heads(&self) -> usize {
@@ -26,9 +34,9 @@ impl Shape {
 }
 
 fn check(half: Half, shape: &Shape, with_norm: bool) {
-    let Shape { tokens, query_heads, key_value_heads, head_dim } = *shape;
+    let Shape { tokens, query_heads, key_value_heads, head_dim, rotated, offset } = *shape;
     let name = format!(
-        "rope_{} T={tokens} Q={query_heads} K={key_value_heads} D={head_dim} norm {with_norm}",
+        "rope_{} T={tokens} Q={query_heads} K={key_value_heads} D={head_dim} R={rotated} norm {with_norm} {offset}",
         half.suffix()
     );
     let mut random = Random(head_dim as u64 + tokens as u64);
@@ -37,19 +45,26 @@ fn check(half: Half, shape: &Shape, with_norm: bool) {
     let gradient = random.halves(half, tokens * row, 1.0);
     let query_norm = random.halves(half, head_dim, 1.5);
     let key_norm = random.halves(half, head_dim, 1.5);
-    let half_dim = head_dim / 2;
-    let angle = |position: usize, i: usize| position as f64 * 10f64.powf(-(i as f64) * 4.0 / half_dim as f64);
+    let half_rotated = rotated / 2;
+    let angle = |row: usize, i: usize| row as f64 * 10f64.powf(-(i as f64) * 4.0 / half_rotated as f64);
     let mut angles = Vec::new();
-    for position in 0..POSITIONS {
-        angles.extend((0..half_dim).map(|i| angle(position, i).cos() as f32));
-        angles.extend((0..half_dim).map(|i| angle(position, i).sin() as f32));
+    for row in 0..LONG_FIRST_ROW + POSITIONS {
+        angles.extend((0..half_rotated).map(|i| angle(row, i).cos() as f32));
+        angles.extend((0..half_rotated).map(|i| angle(row, i).sin() as f32));
     }
-    let positions: Vec<u32> = (0..tokens).map(|_| random.below(POSITIONS) as u32).collect();
+    let positions: Vec<u32> = (0..tokens).map(|_| random.below(POSITIONS - 1) as u32).collect();
+    // Every other token is of a long sample.
+    let lengths: Vec<u32> = (0..tokens).map(|token| LONGER_THAN + token as u32 % 2).collect();
+    let row_of = |token: usize| match lengths[token] > LONGER_THAN {
+        true => LONG_FIRST_ROW + positions[token] as usize,
+        false => 1 + positions[token] as usize,
+    };
 
     let outputs = run_everywhere(&name, |device| {
         let (qkv, dqkv) = (upload(device, &qkv), upload(device, &gradient));
         let (query_norm, key_norm) = (upload(device, &query_norm), upload(device, &key_norm));
         let (angles, positions) = (upload(device, &angles), upload(device, &positions));
+        let lengths = upload(device, &lengths);
         let rotated = poisoned::<u16>(device, tokens * shape.heads() * head_dim);
         let norm_or_null = |norm| if with_norm { Argument::of(norm) } else { Argument::Address(0) };
         let arguments = |out| {
@@ -59,11 +74,17 @@ fn check(half: Half, shape: &Shape, with_norm: bool) {
                 norm_or_null(&key_norm),
                 Argument::of(&angles),
                 Argument::of(&positions),
+                Argument::of(&lengths),
                 Argument::of(out),
                 Argument::I32(tokens as i32),
                 Argument::I32(query_heads as i32),
                 Argument::I32(key_value_heads as i32),
                 Argument::I32(head_dim as i32),
+                Argument::I32(rotated as i32),
+                Argument::I32(1),
+                Argument::I32(LONGER_THAN as i32),
+                Argument::I32(LONG_FIRST_ROW as i32),
+                Argument::F32(offset),
                 Argument::F32(EPSILON),
             ]
         };
@@ -75,14 +96,15 @@ fn check(half: Half, shape: &Shape, with_norm: bool) {
         outputs
     });
 
-    let [qkv, gradient_values, query_norm, key_norm] =
+    let [qkv, gradient_values, mut query_norm, mut key_norm] =
         [&qkv, &gradient, &query_norm, &key_norm].map(|values| half.decode_all(values));
+    query_norm.iter_mut().chain(&mut key_norm).for_each(|weight| *weight += f64::from(offset));
     let mut forward = Vec::new();
     // Values are untouched by the backward.
     let mut backward: Vec<Expected> =
         gradient_values.iter().map(|&value| Expected { value, tolerance: f64::MIN_POSITIVE }).collect();
     let u = half.unit_roundoff();
-    for (token, &position) in positions.iter().enumerate() {
+    for token in 0..tokens {
         for head in 0..shape.heads() {
             let at = shape.offset(token, head);
             let x = &qkv[at..][..head_dim];
@@ -93,10 +115,13 @@ fn check(half: Half, shape: &Shape, with_norm: bool) {
             let normed = |i: usize| if with_norm { x[i] * rstd * weight[i] } else { x[i] };
             // Two roundings before the rotation where there is a norm.
             let input_error = if with_norm { 2.1 * u } else { 0.0 };
-            let angle = |i: usize| angle(position as usize, i % half_dim);
+            // The columns that stay turn by nothing.
+            let angle = |i: usize| if i < rotated { angle(row_of(token), i % half_rotated) } else { 0.0 };
+            let partner_of = |i: usize| if i < rotated { (i + half_rotated) % rotated } else { i };
+            let is_low = |i: usize| i < half_rotated;
             for i in 0..head_dim {
-                let partner = (i + half_dim) % head_dim;
-                let sign = if i < half_dim { -1.0 } else { 1.0 };
+                let partner = partner_of(i);
+                let sign = if is_low(i) { -1.0 } else { 1.0 };
                 let (a, b) = (normed(i) * angle(i).cos(), sign * normed(partner) * angle(i).sin());
                 let mut expected = Expected::rounded_sum(half, a + b, a.abs() + b.abs(), 8);
                 // The table is f32: its rounding scales with each product.
@@ -106,15 +131,15 @@ fn check(half: Half, shape: &Shape, with_norm: bool) {
                 forward.push(expected);
             }
             let unrotated = |i: usize| {
-                let partner = (i + half_dim) % head_dim;
-                let sign = if i < half_dim { 1.0 } else { -1.0 };
+                let partner = partner_of(i);
+                let sign = if is_low(i) { 1.0 } else { -1.0 };
                 d[i] * angle(i).cos() + sign * d[partner] * angle(i).sin()
             };
             let products = || (0..head_dim).map(|i| unrotated(i) * weight[i] * x[i]);
             let mean = products().sum::<f64>() / head_dim as f64;
             let mean_magnitude = products().map(f64::abs).sum::<f64>() / head_dim as f64;
             for i in 0..head_dim {
-                let partner = (i + half_dim) % head_dim;
+                let partner = partner_of(i);
                 let own = d[i].abs() + d[partner].abs();
                 let (value, magnitude) = if with_norm {
                     let value = rstd * unrotated(i) * weight[i] - rstd.powi(3) * x[i] * mean;
@@ -138,7 +163,12 @@ fn rope_with_and_without_head_norms_matches_float64() {
         for (tokens, query_heads, key_value_heads, head_dim) in
             [(1, 1, 1, 16), (5, 3, 1, 64), (3, 4, 2, 80), (2, 2, 1, 128), (2, 1, 1, 256), (7, 9, 3, 12)]
         {
-            let shape = Shape { tokens, query_heads, key_value_heads, head_dim };
+            let shape =
+                Shape { tokens, query_heads, key_value_heads, head_dim, rotated: head_dim, offset: 0.0 };
+            check(half, &shape, false);
+            check(half, &shape, true);
+            let rotated = (head_dim / 4 * 3) / 4 * 4;
+            let shape = Shape { rotated, offset: 1.0, ..shape };
             check(half, &shape, false);
             check(half, &shape, true);
         }

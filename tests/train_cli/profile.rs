@@ -41,7 +41,7 @@ fn a_profiler_sees_every_step_layer_and_operation() {
         let found = ranges(&workspace, "emulator");
         let layer = found.iter().position(|range| range == "  layer 1").expect("a layer");
         let operations =
-            ["rms_norm", "linear", "attention", "linear", "rms_norm", "linear", "gated_silu", "linear"];
+            ["rms_norm", "linear", "attention", "linear", "rms_norm", "linear", "gated", "linear"];
         let expected = operations.map(|operation| format!("    {operation}"));
         assert_eq!(found[layer + 1..][..operations.len()], expected);
         assert!(found.contains(&"  adamw".to_string()), "{found:?}");

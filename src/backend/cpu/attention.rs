@@ -17,11 +17,12 @@ use std::ops::Range;
 
 use super::CpuBackend;
 use super::memory::AlignedFloats;
-use super::norm::{norm_rows, norm_rows_backward};
 use super::simd::{Simd, simd_fn};
-use crate::backend::{Attention, RmsNorm};
+use crate::backend::{Attention, RmsNorm, Rotations};
 use crate::batch::Batch;
 use crate::error::{Error, Result};
+use forward::batch_lengths;
+use softmax::{Running, absorb, cap_scores};
 
 /// Positions of a block of queries.
 const QUERY_BLOCK: usize = 48;
@@ -60,6 +61,8 @@ struct Sequence {
     first_position: usize,
     /// Its first block among the key blocks.
     first_key_block: usize,
+    /// Row of its position 0 in the table of rotations.
+    rotation: usize,
 }
 
 /// Up to [`KEY_BLOCK`] consecutive positions of a sequence whose keys and values are packed together.
@@ -71,6 +74,8 @@ struct KeyBlock {
     first_position: usize,
     /// Number of keys.
     rows: usize,
+    /// Row of the first key in the table of rotations.
+    rotation: usize,
 }
 
 /// Up to [`QUERY_BLOCK`] consecutive query rows of a sequence.
@@ -87,10 +92,10 @@ struct QueryBlock {
 
 impl AttentionScratch {
     /// Cuts a batch into sequences and blocks.
-    fn plan_batch(&mut self, batch: &Batch) {
+    fn plan_batch(&mut self, heads: &Heads<'_>, batch: &Batch) {
         self.clear_plan();
-        for bounds in batch.sample_starts.windows(2) {
-            self.plan_sequence(bounds[0], bounds[1] - bounds[0], 0, bounds[0]);
+        for (length, &start) in batch_lengths(batch).zip(&batch.sample_starts) {
+            self.plan_sequence(start, length, 0, start, heads.rotations.row_of(length));
         }
     }
 
@@ -101,14 +106,27 @@ impl AttentionScratch {
     }
 
     /// Adds a sequence of `rows` queries from `first_position` on, whose keys at positions `0..first_position + rows`
-    /// start at row `first_key_row`.
-    fn plan_sequence(&mut self, first_row: usize, rows: usize, first_position: usize, first_key_row: usize) {
-        let sequence = Sequence { first_row, rows, first_position, first_key_block: self.key_blocks.len() };
+    /// start at row `first_key_row`; position 0 is rotated by row `rotation` of the table.
+    fn plan_sequence(
+        &mut self,
+        first_row: usize,
+        rows: usize,
+        first_position: usize,
+        first_key_row: usize,
+        rotation: usize,
+    ) {
+        let first_key_block = self.key_blocks.len();
+        let sequence = Sequence { first_row, rows, first_position, first_key_block, rotation };
         self.sequences.push(sequence);
         let key_count = first_position + rows;
         for first in (0..key_count).step_by(KEY_BLOCK) {
             let rows = KEY_BLOCK.min(key_count - first);
-            self.key_blocks.push(KeyBlock { first_row: first_key_row + first, first_position: first, rows });
+            self.key_blocks.push(KeyBlock {
+                first_row: first_key_row + first,
+                first_position: first,
+                rows,
+                rotation: rotation + first,
+            });
         }
         for first in (0..rows).step_by(QUERY_BLOCK) {
             self.query_blocks.push(QueryBlock {
@@ -129,24 +147,35 @@ struct Heads<'a> {
     key_value_heads: usize,
     head_dim: usize,
     softmax_scale: f32,
+    soft_cap: Option<f32>,
     window: usize,
     query_norm: Option<RmsNorm<'a, CpuBackend>>,
     key_norm: Option<RmsNorm<'a, CpuBackend>>,
-    rope: &'a [f32],
+    rotations: Rotations<'a, CpuBackend>,
 }
 
 impl<'a> Heads<'a> {
-    fn new(simd: Simd, attention: &Attention<'a, CpuBackend>, positions: usize) -> Result<Self> {
-        let &Attention { query_heads, key_value_heads, head_dim, softmax_scale, .. } = attention;
+    /// For texts of these lengths.
+    fn new(
+        simd: Simd,
+        attention: &Attention<'a, CpuBackend>,
+        mut lengths: impl Iterator<Item = usize>,
+    ) -> Result<Self> {
+        let &Attention { query_heads, key_value_heads, head_dim, softmax_scale, rotations, .. } = attention;
         if key_value_heads == 0 || query_heads % key_value_heads != 0 || head_dim == 0 || head_dim % 2 != 0 {
             return Err(Error::internal(format!(
                 "attention of {query_heads} query and {key_value_heads} key-value heads of width {head_dim}"
             )));
         }
-        if positions * head_dim > attention.rope.len() {
+        let width = rotations.width;
+        if width == 0 || width % 2 != 0 || width > head_dim {
+            return Err(Error::internal(format!("{width} rotated columns of {head_dim}")));
+        }
+        let rows = rotations.table.len() / width;
+        if let Some(length) = lengths.find(|length| rotations.row_of(*length) + length > rows) {
+            let first = rotations.row_of(length);
             return Err(Error::internal(format!(
-                "{positions} positions, the table of rotations has {}",
-                attention.rope.len() / head_dim
+                "{length} positions from row {first} on, the table of rotations has {rows}"
             )));
         }
         Ok(Self {
@@ -155,10 +184,11 @@ impl<'a> Heads<'a> {
             key_value_heads,
             head_dim,
             softmax_scale,
+            soft_cap: attention.soft_cap,
             window: attention.window.unwrap_or(usize::MAX),
             query_norm: attention.query_norm,
             key_norm: attention.key_norm,
-            rope: attention.rope,
+            rotations,
         })
     }
 
@@ -187,35 +217,48 @@ impl<'a> Heads<'a> {
         self.query_columns(self.query_heads + self.key_value_heads + head)
     }
 
-    /// Cosines and sines of `position`.
-    fn rotation(&self, position: usize) -> &'a [f32] {
-        &self.rope[position * self.head_dim..][..self.head_dim]
+    /// Turns the rotated columns of `x` by `direction` times a row of the table.
+    fn rotate(&self, row: usize, direction: f32, x: &mut [f32]) {
+        let Rotations { table, width, .. } = self.rotations;
+        rotate(self.simd, &table[row * width..][..width], direction, &mut x[..width]);
     }
 
-    /// A raw query or key, normalised and rotated.
-    fn turn(&self, norm: Option<RmsNorm<'_, CpuBackend>>, position: usize, raw: &[f32], turned: &mut [f32]) {
+    /// A raw query or key, normalised and rotated by a row of the table.
+    fn turn(&self, norm: Option<RmsNorm<'_, CpuBackend>>, row: usize, raw: &[f32], turned: &mut [f32]) {
         match norm {
-            Some(norm) => norm_rows(self.simd, &norm.weight[..self.head_dim], norm.epsilon, raw, turned),
+            Some(norm) => norm.rows(self.simd, raw, turned),
             None => turned.copy_from_slice(raw),
         }
-        rotate(self.simd, self.rotation(position), 1.0, turned);
+        self.rotate(row, 1.0, turned);
     }
 
     /// Replaces the gradient of a turned query or key by that of the raw one; `spare` holds a head's elements.
     fn turn_backward(
         &self,
         norm: Option<RmsNorm<'_, CpuBackend>>,
-        position: usize,
+        row: usize,
         raw: &[f32],
         gradient: &mut [f32],
         spare: &mut [f32],
     ) {
-        rotate(self.simd, self.rotation(position), -1.0, gradient);
+        self.rotate(row, -1.0, gradient);
         if let Some(norm) = norm {
             spare.copy_from_slice(gradient);
             gradient.fill(0.0);
-            norm_rows_backward(self.simd, &norm.weight[..self.head_dim], norm.epsilon, raw, spare, gradient);
+            norm.rows_backward(self.simd, raw, spare, gradient);
         }
+    }
+
+    /// [`absorb`] of raw scores, scaled and capped.
+    fn absorb(&self, scores: &mut [f32], visible: Range<usize>, running: Running) -> (Running, f32) {
+        let scale = match self.soft_cap {
+            None => self.softmax_scale,
+            Some(cap) => {
+                cap_scores(self.simd, &mut scores[visible.clone()], self.softmax_scale, cap);
+                1.0
+            }
+        };
+        absorb(self.simd, scores, visible, scale, running)
     }
 
     /// The key positions that a query at `position` sees.

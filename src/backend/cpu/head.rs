@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::matmul::{Linear, LinearBackward, Rows, RowsMut, decode, linear, linear_backward};
-use super::simd::{exp, simd_fn};
+use super::simd::{exp, simd_fn, tanh};
 use super::weights::check_ids;
 use super::{CpuBackend, CpuBatch};
 use crate::backend::Head;
@@ -19,6 +19,27 @@ const SUM_BLOCK: usize = 1024;
 struct RowLoss {
     loss: f32,
     correct: bool,
+}
+
+simd_fn! {
+    /// Caps logits: `cap·tanh(logit/cap)`.
+    fn cap_row<V>(simd: Simd, cap: f32, logits: &mut [f32]) -> () {
+        let (inverse, cap) = (V::splat(1.0 / cap), V::splat(cap));
+        for chunk in logits.chunks_mut(V::LANES) {
+            (tanh(V::from_slice(chunk) * inverse) * cap).to_slice(chunk);
+        }
+    }
+}
+
+simd_fn! {
+    /// Gradients of logits before they were capped from those after: times `1 − (capped/cap)²`.
+    fn cap_row_backward<V>(simd: Simd, cap: f32, capped: &[f32], gradients: &mut [f32]) -> () {
+        let (inverse, one) = (V::splat(1.0 / cap), V::splat(1.0));
+        for (capped, gradient) in capped.chunks(V::LANES).zip(gradients.chunks_mut(V::LANES)) {
+            let tanh = V::from_slice(capped) * inverse;
+            (V::from_slice(gradient) * (one - tanh * tanh)).to_slice(gradient);
+        }
+    }
 }
 
 simd_fn! {
@@ -80,7 +101,7 @@ impl CpuBackend {
         losses: &mut [f32],
         mut dx: Option<&mut [f32]>,
     ) -> Result<()> {
-        let Head { weight, vocabulary, width } = head;
+        let Head { weight, vocabulary, width, soft_cap } = head;
         check_ids("target", batch.targets.iter().filter(|&&target| target != NO_ROW), vocabulary)?;
         let count = batch.labelled_count();
         let rows_per_chunk = chunk_rows(vocabulary, count);
@@ -107,7 +128,7 @@ impl CpuBackend {
                             (*loss, *correct) = (0.0, 0.0);
                             return;
                         }
-                        let row = row_loss(self.simd, logits, target as usize, scale);
+                        let row = self.capped_loss(soft_cap, logits, target as usize, scale);
                         *loss = row.loss;
                         *correct = if row.correct { 1.0 } else { 0.0 };
                     });
@@ -118,6 +139,26 @@ impl CpuBackend {
             });
         }
         Ok(())
+    }
+
+    /// The loss of one row of logits that are first capped; with a scale, they become their gradients.
+    fn capped_loss(
+        &self,
+        soft_cap: Option<f32>,
+        logits: &mut [f32],
+        target: usize,
+        gradient_scale: Option<f32>,
+    ) -> RowLoss {
+        let Some(cap) = soft_cap else { return row_loss(self.simd, logits, target, gradient_scale) };
+        cap_row(self.simd, cap, logits);
+        let mut scratch = self.threads.scratch();
+        let capped = scratch.at_least(logits.len());
+        capped.copy_from_slice(logits);
+        let row = row_loss(self.simd, logits, target, gradient_scale);
+        if gradient_scale.is_some() {
+            cap_row_backward(self.simd, cap, capped, logits);
+        }
+        row
     }
 
     pub(super) fn logits_of_row(
@@ -132,8 +173,8 @@ impl CpuBackend {
         }
         let x = Rows { values: &x[row * head.width..][..head.width], stride: head.width };
         let product = Linear::new(1, x, head.weight.weight());
-        let logits = RowsMut { values: logits, stride: head.vocabulary };
-        decode(self.threads.team(), product, logits);
+        decode(self.threads.team(), product, RowsMut { values: &mut *logits, stride: head.vocabulary });
+        head.cap(logits);
         Ok(())
     }
 }

@@ -26,8 +26,8 @@ pub use memory::AlignedFloats;
 pub use weights::CpuMatrix;
 
 use crate::backend::{
-    AdamWStep, Attention, Backend, Head, KvCache, LinearGroup, LinearInput, OptimizerState, PassSettings,
-    Projection, RmsNorm,
+    Activation, AdamWStep, Attention, Backend, Embedding, Head, KvCache, LinearGroup, LinearInput,
+    OptimizerState, PassSettings, Projection, RmsNorm,
 };
 use crate::batch::Batch;
 use crate::error::{Error, Result};
@@ -214,11 +214,10 @@ impl Backend for CpuBackend {
     fn embedding(
         &self,
         batch: &Self::Batch,
-        table: &Self::Matrix,
-        width: usize,
+        embedding: Embedding<'_, Self>,
         x: &mut Self::Buffer,
     ) -> Result<()> {
-        self.embed(batch, table, width, x)
+        self.embed(batch, embedding, x)
     }
 
     fn rms_norm(
@@ -226,9 +225,10 @@ impl Backend for CpuBackend {
         norm: RmsNorm<'_, Self>,
         rows: usize,
         x: &Self::Buffer,
+        residual: Option<&Self::Buffer>,
         y: &mut Self::Buffer,
     ) -> Result<()> {
-        self.norm_forward(norm, rows, x, y);
+        self.norm_forward(norm, rows, x, residual.map(|residual| &residual[..]), y);
         Ok(())
     }
 
@@ -305,25 +305,27 @@ impl Backend for CpuBackend {
         self.attention_over_cache(attention, rows, position, qkv, cache, out)
     }
 
-    fn gated_silu(
+    fn gated(
         &self,
+        activation: Activation,
         rows: usize,
         width: usize,
         gate_up: &Self::Buffer,
         act: &mut Self::Buffer,
     ) -> Result<()> {
-        self.gated_silu_forward(rows, width, gate_up, act);
+        self.gated_forward(activation, rows, width, gate_up, act);
         Ok(())
     }
 
-    fn gated_silu_backward(
+    fn gated_backward(
         &self,
+        activation: Activation,
         rows: usize,
         width: usize,
         dact: &Self::Buffer,
         gate_up: &mut Self::Buffer,
     ) -> Result<()> {
-        self.gated_silu_gradient(rows, width, dact, gate_up);
+        self.gated_gradient(activation, rows, width, dact, gate_up);
         Ok(())
     }
 

@@ -1,8 +1,8 @@
-//! Root-mean-square norm `y = x · rstd · w`, `rstd = 1/√(mean(x²) + ε)`, and its gradient
-//! `dx = rstd · (dy·w − x · rstd² · mean(dy·w·x))` (Zhang & Sennrich 2019). Sums in f32, one lane of the vector each.
+//! Root-mean-square norm `y = x · rstd · w`, `rstd = 1/√(mean(x²) + ε)`, `w` being the weight with its offset, and its
+//! gradient `dx = rstd · (dy·w − x · rstd² · mean(dy·w·x))` (Zhang & Sennrich 2019). Sums in f32, one lane of the vector each.
 
 use super::CpuBackend;
-use super::simd::{Vector, simd_fn};
+use super::simd::{Simd, Vector, simd_fn};
 use crate::backend::RmsNorm;
 
 #[inline(always)]
@@ -17,13 +17,15 @@ fn reciprocal_deviation<V: Vector>(x: &[f32], epsilon: f32) -> f32 {
 
 simd_fn! {
     /// The norm of each row of `x`, of the width of `weight`.
-    pub(super) fn norm_rows<V>(simd: Simd, weight: &[f32], epsilon: f32, x: &[f32], y: &mut [f32]) -> () {
-        let width = weight.len();
+    fn norm_rows<V>(
+        simd: Simd, weight: &[f32], offset: f32, epsilon: f32, x: &[f32], y: &mut [f32],
+    ) -> () {
+        let (width, offset) = (weight.len(), V::splat(offset));
         for (x, y) in x.chunks_exact(width).zip(y.chunks_exact_mut(width)) {
             let rstd = V::splat(reciprocal_deviation::<V>(x, epsilon));
             let columns = x.chunks(V::LANES).zip(weight.chunks(V::LANES)).zip(y.chunks_mut(V::LANES));
             for ((x, weight), y) in columns {
-                (V::from_slice(x) * rstd * V::from_slice(weight)).to_slice(y);
+                (V::from_slice(x) * rstd * (offset + V::from_slice(weight))).to_slice(y);
             }
         }
     }
@@ -31,22 +33,23 @@ simd_fn! {
 
 simd_fn! {
     /// Adds to each row of `dx` the gradient through the norm of the row of `x`.
-    pub(super) fn norm_rows_backward<V>(
-        simd: Simd, weight: &[f32], epsilon: f32, x: &[f32], dy: &[f32], dx: &mut [f32],
+    fn norm_rows_backward<V>(
+        simd: Simd, weight: &[f32], offset: f32, epsilon: f32, x: &[f32], dy: &[f32], dx: &mut [f32],
     ) -> () {
-        let width = weight.len();
+        let (width, offset) = (weight.len(), V::splat(offset));
         let rows = x.chunks_exact(width).zip(dy.chunks_exact(width)).zip(dx.chunks_exact_mut(width));
         for ((x, dy), dx) in rows {
             let rstd = reciprocal_deviation::<V>(x, epsilon);
             let mut projection = V::splat(0.0);
             let columns = x.chunks(V::LANES).zip(dy.chunks(V::LANES)).zip(weight.chunks(V::LANES));
             for ((x, dy), weight) in columns.clone() {
-                projection = (V::from_slice(dy) * V::from_slice(weight)).mul_add(V::from_slice(x), projection);
+                let through_weight = V::from_slice(dy) * (offset + V::from_slice(weight));
+                projection = through_weight.mul_add(V::from_slice(x), projection);
             }
             let along_x = V::splat(-rstd * rstd * rstd * (projection.sum() / width as f32));
             let rstd = V::splat(rstd);
             for (((x, dy), weight), dx) in columns.zip(dx.chunks_mut(V::LANES)) {
-                let through_weight = V::from_slice(dy) * V::from_slice(weight);
+                let through_weight = V::from_slice(dy) * (offset + V::from_slice(weight));
                 let gradient = through_weight.mul_add(rstd, V::from_slice(x) * along_x);
                 (V::from_slice(dx) + gradient).to_slice(dx);
             }
@@ -54,11 +57,44 @@ simd_fn! {
     }
 }
 
+simd_fn! {
+    /// `to += x`.
+    pub(super) fn add_row<V>(simd: Simd, x: &[f32], to: &mut [f32]) -> () {
+        for (x, to) in x.chunks(V::LANES).zip(to.chunks_mut(V::LANES)) {
+            (V::from_slice(to) + V::from_slice(x)).to_slice(to);
+        }
+    }
+}
+
+impl RmsNorm<'_, CpuBackend> {
+    /// `y`, the norm of each row of `x`.
+    pub(super) fn rows(&self, simd: Simd, x: &[f32], y: &mut [f32]) {
+        norm_rows(simd, &self.weight[..self.width], self.weight_offset, self.epsilon, x, y);
+    }
+
+    /// Adds to each row of `dx` the gradient through the norm of the row of `x`.
+    pub(super) fn rows_backward(&self, simd: Simd, x: &[f32], dy: &[f32], dx: &mut [f32]) {
+        let weight = &self.weight[..self.width];
+        norm_rows_backward(simd, weight, self.weight_offset, self.epsilon, x, dy, dx);
+    }
+}
+
 impl CpuBackend {
-    pub(super) fn norm_forward(&self, norm: RmsNorm<'_, Self>, rows: usize, x: &[f32], y: &mut [f32]) {
-        let RmsNorm { weight, epsilon, width } = norm;
+    pub(super) fn norm_forward(
+        &self,
+        norm: RmsNorm<'_, Self>,
+        rows: usize,
+        x: &[f32],
+        residual: Option<&[f32]>,
+        y: &mut [f32],
+    ) {
+        let width = norm.width;
         self.threads.for_row_blocks(&mut y[..rows * width], width, |first, y| {
-            norm_rows(self.simd, &weight[..width], epsilon, &x[first * width..][..y.len()], y);
+            let part = first * width..first * width + y.len();
+            norm.rows(self.simd, &x[part.clone()], y);
+            if let Some(residual) = residual {
+                add_row(self.simd, &residual[part], y);
+            }
         });
     }
 
@@ -70,10 +106,10 @@ impl CpuBackend {
         dy: &[f32],
         dx: &mut [f32],
     ) {
-        let RmsNorm { weight, epsilon, width } = norm;
+        let width = norm.width;
         self.threads.for_row_blocks(&mut dx[..rows * width], width, |first, dx| {
             let part = first * width..first * width + dx.len();
-            norm_rows_backward(self.simd, &weight[..width], epsilon, &x[part.clone()], &dy[part], dx);
+            norm.rows_backward(self.simd, &x[part.clone()], &dy[part], dx);
         });
     }
 }

@@ -16,7 +16,7 @@ use std::fmt;
 use std::ops::{Add, Div, Mul, Sub};
 
 use half::{bf16, f16};
-pub use math::{exp, sigmoid};
+pub use math::{exp, sigmoid, tanh};
 
 /// A level of vector instructions that this CPU has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,7 +8,7 @@ use super::matmul::{Elements, MAX_PARTS, Weight};
 use super::memory::AlignedFloats;
 use super::rows::{Place, places};
 use super::{CpuBackend, CpuBatch};
-use crate::backend::check_id;
+use crate::backend::{Embedding, check_id};
 use crate::error::{Error, Result};
 use crate::tensor::WeightTensor;
 
@@ -96,14 +96,17 @@ impl CpuBackend {
     pub(super) fn embed(
         &self,
         batch: &CpuBatch,
-        table: &CpuMatrix,
-        width: usize,
+        embedding: Embedding<'_, Self>,
         x: &mut [f32],
     ) -> Result<()> {
+        let Embedding { table, width, scale } = embedding;
         check_ids("token", &batch.token_ids, table.rows())?;
         self.threads.for_row_blocks(&mut x[..batch.token_count() * width], width, |first, x| {
             for (&id, x) in batch.token_ids[first..].iter().zip(x.chunks_exact_mut(width)) {
                 table.read_row(id as usize, x);
+                if scale != 1.0 {
+                    x.iter_mut().for_each(|x| *x *= scale);
+                }
             }
             if let Some(noise) = batch.settings.embedding_noise {
                 for (Place { sample, position, length }, x) in

@@ -4,12 +4,15 @@
 use super::launch::{NULL, Shape, int};
 use super::memory::{CudaBuffer, CudaFloats, FLOAT_BYTES, HALF_BYTES};
 use super::{CudaBackend, CudaBatch, Scratch};
-use crate::backend::{Attention, KvCache, RmsNorm};
+use crate::backend::{Attention, KvCache, LongTexts, RmsNorm, Rotations};
 use crate::device::{Argument, Device};
 use crate::error::{Error, Result};
 
 /// Widths of a head that attention.cu is compiled for.
 pub const HEAD_DIMS: &[usize] = &[16, 32, 64, 80, 96, 128, 256];
+
+/// What the number of rotated columns must be a multiple of: rope.cu reads two halves at once.
+pub(super) const ROTATED_MULTIPLE: usize = 4;
 
 const THREADS: u32 = 128;
 /// Rows of a block's own tile (`outer_rows` in attention_tile.h).
@@ -68,12 +71,16 @@ struct Operands {
     v: Argument,
 }
 
-/// Where the rows of a call stand: their positions as the kernels read them, counted from the first of the table.
+/// Where the rows of a call stand inside their texts.
 struct Positions {
+    /// `[T]` as the kernels read them.
     array: Argument,
-    first: usize,
-    /// One behind the last.
-    end: usize,
+    /// `[T]` tokens of each row's text; null where all rows are rotated by one stretch of the table.
+    lengths: Argument,
+    /// Row of the table of what the array counts from.
+    first_row: usize,
+    /// Tokens of the longest text.
+    longest: usize,
 }
 
 impl<D: Device> CudaBackend<D> {
@@ -86,27 +93,39 @@ impl<D: Device> CudaBackend<D> {
         positions: &Positions,
         [input, output]: [Argument; 2],
     ) -> Result<()> {
-        let Attention { query_heads, key_value_heads, head_dim, query_norm, key_norm, rope, .. } = *attention;
-        let epsilons = [query_norm, key_norm].map(|norm| norm.map(|norm| norm.epsilon));
-        if let [Some(query), Some(key)] = epsilons
+        let Attention { query_heads, key_value_heads, head_dim, query_norm, key_norm, rotations, .. } =
+            *attention;
+        let settings = [query_norm, key_norm].map(|norm| norm.map(|norm| (norm.weight_offset, norm.epsilon)));
+        if let [Some(query), Some(key)] = settings
             && query != key
         {
-            return Err(Error::internal(format!("norms of queries and keys with ε {query} and {key}")));
+            return Err(Error::internal(format!("norms of queries and keys with {query:?} and {key:?}")));
         }
+        let (offset, epsilon) = settings[0].or(settings[1]).unwrap_or_default();
         let weight =
             |norm: Option<RmsNorm<'_, Self>>| norm.map_or(Ok(NULL), |norm| norm.weight.first(head_dim));
+        let Rotations { table, width, long, .. } = rotations;
+        let long = long.unwrap_or(LongTexts { longer_than: usize::MAX, first_row: 0 });
+        let short_end = rotations.first_row + positions.longest.min(long.longer_than);
+        let end = short_end.max(rotations.row_of(positions.longest) + positions.longest);
         let arguments = [
             input,
             weight(query_norm)?,
             weight(key_norm)?,
-            rope.at(positions.first * head_dim, (positions.end - positions.first) * head_dim)?,
+            table.first(end * width)?,
             positions.array,
+            positions.lengths,
             output,
             int(rows)?,
             int(query_heads)?,
             int(key_value_heads)?,
             int(head_dim)?,
-            Argument::F32(epsilons[0].or(epsilons[1]).unwrap_or(0.0)),
+            int(width)?,
+            int(positions.first_row)?,
+            int(long.longer_than.min(i32::MAX as usize))?,
+            int(long.first_row)?,
+            Argument::F32(offset),
+            Argument::F32(epsilon),
         ];
         let heads = rows * (query_heads + key_value_heads);
         let shape = Shape::blocks(heads.div_ceil(ROPE_HEADS), THREADS);
@@ -136,15 +155,20 @@ impl<D: Device> CudaBackend<D> {
         })
     }
 
-    fn batch_positions(&self, batch: &CudaBatch<D>) -> Result<Positions> {
-        Ok(Positions { array: batch.positions()?, first: 0, end: batch.longest_sample })
+    fn batch_positions(&self, attention: &Attention<'_, Self>, batch: &CudaBatch<D>) -> Result<Positions> {
+        Ok(Positions {
+            array: batch.positions()?,
+            lengths: if attention.rotations.long.is_some() { batch.lengths()? } else { NULL },
+            first_row: attention.rotations.first_row,
+            longest: batch.longest_sample,
+        })
     }
 
-    /// Factor, soft cap (none) and window of the scores.
+    /// Factor, soft cap (0: none) and window of the scores.
     fn score_arguments(&self, attention: &Attention<'_, Self>) -> Result<[Argument; 3]> {
         Ok([
             Argument::F32(attention.softmax_scale),
-            Argument::F32(0.0),
+            Argument::F32(attention.soft_cap.unwrap_or(0.0)),
             int(attention.window.unwrap_or(0).min(i32::MAX as usize))?,
         ])
     }
@@ -172,7 +196,7 @@ impl<D: Device> CudaBackend<D> {
         }
         let mut scratch = super::lock(&self.scratch);
         let Operands { q, k, v } =
-            self.rotate(attention, rows, &self.batch_positions(batch)?, qkv, &mut scratch)?;
+            self.rotate(attention, rows, &self.batch_positions(attention, batch)?, qkv, &mut scratch)?;
         let out = out.first(rows * widths.query)?;
         let mut arguments =
             vec![q, k, v, out, log_sum.first(rows * attention.query_heads)?, batch.sample_tiles()?];
@@ -202,7 +226,7 @@ impl<D: Device> CudaBackend<D> {
             return Ok(());
         }
         let mut scratch = super::lock(&self.scratch);
-        let positions = self.batch_positions(batch)?;
+        let positions = self.batch_positions(attention, batch)?;
         let Operands { q, k, v } = self.rotate(attention, rows, &positions, qkv, &mut scratch)?;
         let heads = rows * attention.query_heads;
         let delta = scratch.delta.reserve(self.device(), heads * FLOAT_BYTES)?.first(heads * FLOAT_BYTES)?;
@@ -249,7 +273,12 @@ impl<D: Device> CudaBackend<D> {
             return Err(Error::internal(format!("position {end} of a cache for {}", cache.capacity)));
         }
         let counting = self.counting(rows)?;
-        let positions = Positions { array: counting.first(rows * FLOAT_BYTES)?, first: position, end };
+        let positions = Positions {
+            array: counting.first(rows * FLOAT_BYTES)?,
+            lengths: NULL,
+            first_row: attention.rotations.row_of(end) + position,
+            longest: end,
+        };
         let mut scratch = super::lock(&self.scratch);
         let Operands { q, k, v } = self.rotate(attention, rows, &positions, qkv, &mut scratch)?;
         for (input, leading, cached) in [(k, widths.rotated, &cache.keys), (v, widths.qkv, &cache.values)] {

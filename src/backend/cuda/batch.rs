@@ -105,10 +105,8 @@ impl<D: Device> CudaBatch<D> {
         let tiles = (self.host.len() - self.places.tiles) / 3;
         self.host.resize(self.places.tiles + 3 * bucket_of_tiles(tiles), 0);
         self.places.lengths = self.host.len();
-        if settings.embedding_noise.is_some() {
-            for (start, end) in samples() {
-                self.host.resize(self.host.len() + (end - start) as usize, end - start);
-            }
+        for (start, end) in samples() {
+            self.host.resize(self.host.len() + (end - start) as usize, end - start);
         }
         self.tokens = tokens;
         self.labelled = labelled;
@@ -152,7 +150,7 @@ impl<D: Device> CudaBatch<D> {
         self.array(NOISE_EPOCH, 1)
     }
 
-    /// `[T]` tokens of each token's sample; there with noise on the embeddings alone.
+    /// `[T]` tokens of each token's sample.
     pub(super) fn lengths(&self) -> Result<Argument> {
         self.array(self.places.lengths, self.tokens)
     }

@@ -2,10 +2,10 @@
 //! embedding_noise.cu).
 
 use super::launch::{NULL, Shape, int};
-use super::memory::{CudaBuffer, CudaMatrix};
+use super::memory::CudaBuffer;
 use super::weights::{WIDTH_MULTIPLE, check_width};
 use super::{CudaBackend, CudaBatch};
-use crate::backend::RmsNorm;
+use crate::backend::{Activation, Embedding, RmsNorm};
 use crate::device::{Argument, Device};
 use crate::error::Result;
 
@@ -28,18 +28,19 @@ impl<D: Device> CudaBackend<D> {
         norm: RmsNorm<'_, Self>,
         rows: usize,
         x: &CudaBuffer<D>,
+        residual: Option<&CudaBuffer<D>>,
         y: &CudaBuffer<D>,
     ) -> Result<()> {
         check_width("a norm", norm.width)?;
         let elements = rows * norm.width;
         let arguments = [
             x.first(elements)?,
-            NULL,
             norm.weight.first(norm.width)?,
-            NULL,
+            residual.map_or(Ok(NULL), |residual| residual.first(elements))?,
             y.first(elements)?,
             int(rows)?,
             int(norm.width)?,
+            Argument::F32(norm.weight_offset),
             Argument::F32(norm.epsilon),
         ];
         // SAFETY: the stretches hold [rows, width], and the weight [width].
@@ -65,45 +66,44 @@ impl<D: Device> CudaBackend<D> {
             dx,
             int(rows)?,
             int(norm.width)?,
+            Argument::F32(norm.weight_offset),
             Argument::F32(norm.epsilon),
         ];
         // SAFETY: as in the forward; the kernel allows dx to be its own addend.
         unsafe { self.kernels.launch_half("rms_norm_backward", row_shape(rows), &arguments) }
     }
 
-    pub(super) fn gated_silu_forward(
+    pub(super) fn gated_forward(
         &self,
+        activation: Activation,
         rows: usize,
         width: usize,
         gate_up: &CudaBuffer<D>,
         act: &CudaBuffer<D>,
     ) -> Result<()> {
-        self.gated(
-            "gated_silu_forward",
-            rows,
-            width,
-            gate_up.first(2 * rows * width)?,
-            act.first(rows * width)?,
-        )
+        let kernel = match activation {
+            Activation::Silu => "gated_silu_forward",
+            Activation::GeluTanh => "gated_gelu_forward",
+        };
+        self.launch_gated(kernel, rows, width, gate_up.first(2 * rows * width)?, act.first(rows * width)?)
     }
 
-    pub(super) fn gated_silu_gradient(
+    pub(super) fn gated_gradient(
         &self,
+        activation: Activation,
         rows: usize,
         width: usize,
         dact: &CudaBuffer<D>,
         gate_up: &CudaBuffer<D>,
     ) -> Result<()> {
-        self.gated(
-            "gated_silu_backward",
-            rows,
-            width,
-            dact.first(rows * width)?,
-            gate_up.first(2 * rows * width)?,
-        )
+        let kernel = match activation {
+            Activation::Silu => "gated_silu_backward",
+            Activation::GeluTanh => "gated_gelu_backward",
+        };
+        self.launch_gated(kernel, rows, width, dact.first(rows * width)?, gate_up.first(2 * rows * width)?)
     }
 
-    fn gated(
+    fn launch_gated(
         &self,
         kernel: &str,
         rows: usize,
@@ -120,13 +120,22 @@ impl<D: Device> CudaBackend<D> {
     pub(super) fn embed(
         &self,
         batch: &CudaBatch<D>,
-        table: &CudaMatrix<D>,
-        width: usize,
+        embedding: Embedding<'_, Self>,
         x: &CudaBuffer<D>,
     ) -> Result<()> {
+        let Embedding { table, width, scale } = embedding;
         let rows = batch.tokens;
         let ids = batch.token_ids(table.rows)?;
-        self.gather(table.shaped(table.rows, width)?, ids, x.first(rows * width)?, rows, width)?;
+        let (elements, out) = (table.shaped(table.rows, width)?, x.first(rows * width)?);
+        if scale == 1.0 {
+            self.gather(elements, ids, out, rows, width)?;
+        } else {
+            check_width("a row", width)?;
+            let scale = Argument::F32(self.compute().rounded(scale));
+            let arguments = [elements, ids, out, int(rows)?, int(width)?, scale];
+            // SAFETY: the whole table, and every id is inside it.
+            unsafe { self.kernels.launch_half("gather_scaled", vector_shape(rows * width), &arguments)? };
+        }
         let Some(noise) = batch.embedding_noise else { return Ok(()) };
         let arguments = [
             x.first(rows * width)?,

@@ -35,7 +35,7 @@ impl<D: Device> CudaBackend<D> {
         losses: &CudaFloats<D>,
         dx: Option<&CudaBuffer<D>>,
     ) -> Result<()> {
-        let Head { vocabulary, width, .. } = head;
+        let Head { vocabulary, width, soft_cap, .. } = head;
         let (count, leading) = (batch.labelled, vocabulary_leading(vocabulary));
         let chunk = chunk_rows(vocabulary, count);
         for first in (0..count).step_by(chunk.max(1)) {
@@ -52,6 +52,7 @@ impl<D: Device> CudaBackend<D> {
                 if dx.is_some() { batch.gradient_scale()? } else { NULL },
                 int(vocabulary)?,
                 int(leading)?,
+                Argument::F32(soft_cap.unwrap_or(0.0)),
             ];
             // SAFETY: z [rows, V̄], one target, loss and hit a row.
             unsafe {
@@ -69,7 +70,7 @@ impl<D: Device> CudaBackend<D> {
 
     /// `z [rows, V̄]` of `x [rows, H]`, in scratch memory.
     fn logits(&self, head: Head<'_, Self>, rows: usize, x: Argument) -> Result<Argument> {
-        let Head { vocabulary, width, weight } = head;
+        let Head { vocabulary, width, weight, .. } = head;
         check_width("the head's input", width)?;
         let leading = vocabulary_leading(vocabulary);
         let bytes = rows * leading * HALF_BYTES;
@@ -98,6 +99,8 @@ impl<D: Device> CudaBackend<D> {
         self.logits(head, 1, x.at(row * head.width, head.width)?)?;
         let scratch = super::lock(&self.scratch);
         let region = scratch.logits.region().expect("the logits were just computed");
-        self.download_halves(region, logits)
+        self.download_halves(region, logits)?;
+        head.cap(logits);
+        Ok(())
     }
 }

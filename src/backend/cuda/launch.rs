@@ -36,6 +36,14 @@ impl ComputeType {
         }
     }
 
+    /// What `value` becomes when it is stored.
+    pub(super) fn rounded(self, value: f32) -> f32 {
+        match self {
+            ComputeType::F16 => half::f16::from_f32(value).to_f32(),
+            ComputeType::Bf16 => half::bf16::from_f32(value).to_f32(),
+        }
+    }
+
     /// One element.
     pub(super) fn decode(self, bytes: [u8; 2]) -> f32 {
         match self {

@@ -29,8 +29,8 @@ pub use optimizer::CudaRuns;
 pub use recordings::CudaRecordings;
 
 use crate::backend::{
-    AdamWStep, Attention, Backend, Head, KvCache, LinearGroup, LinearInput, OptimizerState, PassSettings,
-    Projection, RmsNorm,
+    Activation, AdamWStep, Attention, Backend, Embedding, Head, KvCache, LinearGroup, LinearInput,
+    OptimizerState, PassSettings, Projection, RmsNorm,
 };
 use crate::batch::Batch;
 use crate::device::Device;
@@ -175,12 +175,15 @@ impl<D: Device> Backend for CudaBackend<D> {
         self.compute() == ComputeType::F16
     }
 
-    fn check_head_dim(&self, head_dim: usize) -> Result<()> {
-        if HEAD_DIMS.contains(&head_dim) {
-            return Ok(());
-        }
-        Err(Error::device(format!("heads of width {head_dim}: the CUDA kernels have {HEAD_DIMS:?}"))
-            .hint("use `--device cpu`"))
+    fn check_heads(&self, head_dim: usize, rotated: usize) -> Result<()> {
+        let missing = match HEAD_DIMS.contains(&head_dim) {
+            false => format!("heads of width {head_dim}: the CUDA kernels have {HEAD_DIMS:?}"),
+            true if !rotated.is_multiple_of(attention::ROTATED_MULTIPLE) => {
+                format!("{rotated} rotated columns of a head: the CUDA kernels need a multiple of 4")
+            }
+            true => return Ok(()),
+        };
+        Err(Error::device(missing).hint("use `--device cpu`"))
     }
 
     fn low_rank_stride(&self, rank: usize) -> usize {
@@ -260,12 +263,11 @@ impl<D: Device> Backend for CudaBackend<D> {
     fn embedding(
         &self,
         batch: &Self::Batch,
-        table: &Self::Matrix,
-        width: usize,
+        embedding: Embedding<'_, Self>,
         x: &mut Self::Buffer,
     ) -> Result<()> {
         let _range = range!("embedding");
-        self.embed(batch, table, width, x)
+        self.embed(batch, embedding, x)
     }
 
     fn rms_norm(
@@ -273,10 +275,11 @@ impl<D: Device> Backend for CudaBackend<D> {
         norm: RmsNorm<'_, Self>,
         rows: usize,
         x: &Self::Buffer,
+        residual: Option<&Self::Buffer>,
         y: &mut Self::Buffer,
     ) -> Result<()> {
         let _range = range!("rms_norm");
-        self.norm_forward(norm, rows, x, y)
+        self.norm_forward(norm, rows, x, residual, y)
     }
 
     fn rms_norm_backward(
@@ -357,26 +360,28 @@ impl<D: Device> Backend for CudaBackend<D> {
         self.attention_over_cache(attention, rows, position, qkv, cache, out)
     }
 
-    fn gated_silu(
+    fn gated(
         &self,
+        activation: Activation,
         rows: usize,
         width: usize,
         gate_up: &Self::Buffer,
         act: &mut Self::Buffer,
     ) -> Result<()> {
-        let _range = range!("gated_silu");
-        self.gated_silu_forward(rows, width, gate_up, act)
+        let _range = range!("gated");
+        self.gated_forward(activation, rows, width, gate_up, act)
     }
 
-    fn gated_silu_backward(
+    fn gated_backward(
         &self,
+        activation: Activation,
         rows: usize,
         width: usize,
         dact: &Self::Buffer,
         gate_up: &mut Self::Buffer,
     ) -> Result<()> {
-        let _range = range!("gated_silu backward");
-        self.gated_silu_gradient(rows, width, dact, gate_up)
+        let _range = range!("gated backward");
+        self.gated_gradient(activation, rows, width, dact, gate_up)
     }
 
     fn gather_labelled(

@@ -1,8 +1,8 @@
 //! Decoding: new tokens of one text over a cache of the keys and values of those before.
 
 use super::super::workspace::{HeadBuffers, Limits, Purpose};
-use super::Transformer;
-use crate::backend::{Backend, Head, KvCache, PassSettings, RmsNorm};
+use super::{Transformer, head};
+use crate::backend::{Backend, KvCache, PassSettings};
 use crate::batch::Batch;
 use crate::error::{Error, Result};
 
@@ -12,19 +12,22 @@ const PREFILL_ROWS: usize = 512;
 /// Keys and values of one text so far, for decoding.
 pub struct Cache<B: Backend> {
     layers: Vec<KvCache<B>>,
-    length: usize,
+    /// Tokens that were read; kept to read them again where their rotation changes.
+    tokens: Vec<u32>,
+    /// Whether they were rotated as those of a long text.
+    is_long: bool,
     capacity: usize,
 }
 
 impl<B: Backend> Cache<B> {
     /// Tokens seen so far.
     pub fn len(&self) -> usize {
-        self.length
+        self.tokens.len()
     }
 
     /// Whether nothing was read yet.
     pub fn is_empty(&self) -> bool {
-        self.length == 0
+        self.tokens.is_empty()
     }
 
     /// Tokens that fit.
@@ -34,7 +37,7 @@ impl<B: Backend> Cache<B> {
 
     /// Forgets the tokens from `length` on.
     pub fn truncate(&mut self, length: usize) {
-        self.length = self.length.min(length);
+        self.tokens.truncate(length);
     }
 }
 
@@ -52,10 +55,11 @@ impl<B: Backend> Transformer<B> {
         let layers = (0..self.config.layer_count).map(layer).collect::<Result<_>>()?;
         let rows = capacity.min(PREFILL_ROWS);
         self.reserve(Purpose::Inference, Limits { tokens: rows, labelled_rows: 0, positions: capacity })?;
-        Ok(Cache { layers, length: 0, capacity })
+        Ok(Cache { layers, tokens: Vec::with_capacity(capacity), is_long: false, capacity })
     }
 
-    /// Reads `tokens` after those in `cache`; `logits [V]` gets the last one's.
+    /// Reads `tokens` after those in `cache`; `logits [V]` gets the last one's. Where they make a text so long that its tokens
+    /// are rotated otherwise (Phi-3 beyond its original context), those in the cache are read again.
     ///
     /// # Errors
     /// No tokens, an id outside the vocabulary, or a cache without room.
@@ -68,28 +72,32 @@ impl<B: Backend> Transformer<B> {
         if tokens.is_empty() {
             return Err(Error::data("the prompt is empty: at least one token is needed"));
         }
-        if cache.length + tokens.len() > cache.capacity {
-            let message =
-                format!("{} tokens do not fit the cache of {}", cache.length + tokens.len(), cache.capacity);
-            return Err(Error::internal(message));
+        let length = cache.len() + tokens.len();
+        if length > cache.capacity {
+            return Err(Error::internal(format!(
+                "{length} tokens do not fit the cache of {}",
+                cache.capacity
+            )));
         }
-        for rows in tokens.chunks(PREFILL_ROWS) {
-            self.read_rows(rows, cache)?;
+        let is_long = self.config.rope.original_max_positions().is_some_and(|most| length > most);
+        if is_long != cache.is_long {
+            cache.is_long = is_long;
+            let earlier = std::mem::take(&mut cache.tokens);
+            self.read(&earlier, cache)?;
         }
+        self.read(tokens, cache)?;
         let backend = &*self.backend;
         let workspace = self.workspace.as_mut().expect("reserved with the cache");
-        let width = self.config.hidden_size;
         let rows = (tokens.len() - 1) % PREFILL_ROWS + 1;
-        let norm = RmsNorm { weight: &self.final_norm, epsilon: self.shape.epsilon, width };
         let (last, HeadBuffers { normed, .. }, _) = workspace.after_blocks();
-        backend.rms_norm(norm, rows, last, normed)?;
+        backend.rms_norm(self.shape.norm(&self.final_norm), rows, last, None, normed)?;
         logits.resize(self.config.vocabulary, 0.0);
-        let head = Head {
-            weight: self.head.as_ref().unwrap_or(&self.embedding),
-            vocabulary: self.config.vocabulary,
-            width,
-        };
+        let head = head(&self.config, self.head.as_ref().unwrap_or(&self.embedding));
         backend.head_logits(head, normed, rows - 1, logits)
+    }
+
+    fn read(&mut self, tokens: &[u32], cache: &mut Cache<B>) -> Result<()> {
+        tokens.chunks(PREFILL_ROWS).try_for_each(|rows| self.read_rows(rows, cache))
     }
 
     fn read_rows(&mut self, tokens: &[u32], cache: &mut Cache<B>) -> Result<()> {
@@ -100,11 +108,11 @@ impl<B: Backend> Transformer<B> {
             ..Batch::default()
         };
         self.load_batch(Purpose::Inference, &batch, PassSettings::default())?;
-        let position = cache.length;
-        self.run_blocks(tokens.len(), |block, layer, pass, buffers| {
+        let (position, is_long) = (cache.len(), cache.is_long);
+        self.run_blocks(tokens.len(), Some(is_long), |block, layer, pass, buffers| {
             block.forward_cached(pass, position, &mut cache.layers[layer], buffers)
         })?;
-        cache.length += tokens.len();
+        cache.tokens.extend_from_slice(tokens);
         Ok(())
     }
 }

@@ -7,7 +7,7 @@ use super::super::reference;
 use super::{
     Operation, Prepared, Work, expect, poisoned, poisoned_floats, read, read_floats, ready, resident, upload,
 };
-use crate::backend::{Attention, Backend, KvCache, PassSettings, RmsNorm};
+use crate::backend::{Attention, Backend, KvCache, PassSettings, RmsNorm, Rotations};
 use crate::batch::Batch;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -24,6 +24,17 @@ pub struct AttentionCase {
     pub window: Option<usize>,
     /// Whether queries and keys are normalised head by head.
     pub norms: bool,
+    /// Soft cap of the scores.
+    pub soft_cap: Option<f32>,
+    /// Columns of a head that are rotated, where it is not the whole head.
+    pub rotated: Option<usize>,
+}
+
+impl AttentionCase {
+    /// Without window, norms and cap.
+    pub const fn plain(lengths: &'static [usize], heads: [usize; 3]) -> Self {
+        Self { lengths, heads, window: None, norms: false, soft_cap: None, rotated: None }
+    }
 }
 
 /// New rows over a cache.
@@ -56,16 +67,12 @@ struct Inputs {
 }
 
 impl Inputs {
-    fn new(
-        precision: Precision,
-        lengths: &[usize],
-        heads: [usize; 3],
-        window: Option<usize>,
-        norms: bool,
-    ) -> Self {
-        let [query_heads, key_value_heads, head_dim] = heads;
+    /// The case's settings, over samples of these lengths.
+    fn new(precision: Precision, case: AttentionCase, lengths: &[usize]) -> Self {
+        let AttentionCase { heads: [query_heads, key_value_heads, head_dim], window, norms, .. } = case;
         let rows: usize = lengths.iter().sum();
-        let rope = rope_table(lengths.iter().copied().max().unwrap_or(0), head_dim);
+        let rotated = case.rotated.unwrap_or(head_dim);
+        let rope = rope_table(lengths.iter().copied().max().unwrap_or(0), rotated);
         let (query_norm, key_norm) = (precision.values(head_dim, 21), precision.values(head_dim, 22));
         let norm = |weight: &[f32]| norms.then(|| (widen(weight), f64::from(NORM_EPSILON)));
         // Scores between about -3 and 3.
@@ -75,7 +82,9 @@ impl Inputs {
             key_value_heads,
             head_dim,
             softmax_scale,
+            soft_cap: case.soft_cap.map(f64::from),
             window,
+            rotated,
             query_norm: norm(&query_norm),
             key_norm: norm(&key_norm),
             rope: widen(&rope),
@@ -105,7 +114,15 @@ impl Inputs {
         let lengths: Vec<String> = self.lengths.iter().map(usize::to_string).collect();
         let window = window.map_or(String::new(), |window| format!(", window {window}"));
         let norms = if self.reference.query_norm.is_some() { ", norms" } else { "" };
-        format!("{}, heads {query_heads}/{key_value_heads} × {head_dim}{window}{norms}", lengths.join("+"))
+        let cap = self.reference.soft_cap.map_or(String::new(), |cap| format!(", cap {cap}"));
+        let part = match self.reference.rotated {
+            rotated if rotated == *head_dim => String::new(),
+            rotated => format!(", {rotated} rotated"),
+        };
+        format!(
+            "{}, heads {query_heads}/{key_value_heads} × {head_dim}{window}{norms}{cap}{part}",
+            lengths.join("+")
+        )
     }
 
     fn comparison(&self, output: &'static str, tolerance: Tolerance, columns: usize) -> Comparison {
@@ -138,17 +155,22 @@ impl<B: Backend> Tables<B> {
 
     fn attention<'a>(&'a self, reference: &reference::Attention) -> Attention<'a, B> {
         let has_norms = reference.query_norm.is_some();
-        let norm =
-            |weight: &'a B::Vector| RmsNorm { weight, epsilon: NORM_EPSILON, width: reference.head_dim };
+        let norm = |weight: &'a B::Vector| RmsNorm {
+            weight,
+            weight_offset: 0.0,
+            epsilon: NORM_EPSILON,
+            width: reference.head_dim,
+        };
         Attention {
             query_heads: reference.query_heads,
             key_value_heads: reference.key_value_heads,
             head_dim: reference.head_dim,
             softmax_scale: reference.softmax_scale as f32,
+            soft_cap: reference.soft_cap.map(|cap| cap as f32),
             window: reference.window,
             query_norm: has_norms.then(|| norm(&self.query_norm)),
             key_norm: has_norms.then(|| norm(&self.key_norm)),
-            rope: &self.rope,
+            rotations: Rotations { table: &self.rope, width: reference.rotated, first_row: 0, long: None },
         }
     }
 }
@@ -164,9 +186,8 @@ pub(super) fn operations<B: Backend + 'static>(
     case: AttentionCase,
 ) -> Vec<Box<dyn Operation<B>>> {
     let of = |is_backward| -> Box<dyn Operation<B>> {
-        let AttentionCase { lengths, heads, window, norms } = case;
-        let inputs = Inputs::new(precision, lengths, heads, window, norms);
-        Box::new(Packed { inputs, batch: batch_of(lengths, 11), is_backward })
+        let inputs = Inputs::new(precision, case, case.lengths);
+        Box::new(Packed { inputs, batch: batch_of(case.lengths, 11), is_backward })
     };
     vec![of(false), of(true)]
 }
@@ -318,7 +339,7 @@ pub(super) fn cached<B: Backend + 'static>(
     case: CachedCase,
 ) -> Vec<Box<dyn Operation<B>>> {
     let CachedCase { position, rows, heads } = case;
-    let inputs = Inputs::new(precision, &[position + rows], heads, None, false);
+    let inputs = Inputs::new(precision, AttentionCase::plain(&[], heads), &[position + rows]);
     vec![Box::new(Cached { inputs, position, new_rows: rows })]
 }
 

@@ -3,7 +3,7 @@
 use super::super::comparison::{Comparison, Outcome, sample_rows};
 use super::super::inputs::{batch_of, values, weight};
 use super::super::precision::{Precision, Tolerance, underflow};
-use super::super::reference::{cross_entropy, cross_entropy_backward, product, product_transposed};
+use super::super::reference::{cross_entropy, cross_entropy_backward, product, product_transposed, soft_cap};
 use super::rows::stored_half;
 use super::{
     Operation, Prepared, Work, expect, poisoned, poisoned_floats, read, read_floats, ready, resident, upload,
@@ -26,6 +26,7 @@ struct HeadLoss {
     batch: Batch,
     vocabulary: usize,
     width: usize,
+    soft_cap: Option<f32>,
     table: Vec<f32>,
     x: Vec<f32>,
 }
@@ -35,6 +36,7 @@ pub(super) fn operations<B: Backend + 'static>(
     tokens: usize,
     vocabulary: usize,
     width: usize,
+    soft_cap: Option<f32>,
 ) -> Vec<Box<dyn Operation<B>>> {
     let of = |with_gradient| -> Box<dyn Operation<B>> {
         let batch = batch_of(&[tokens], vocabulary as u32);
@@ -44,7 +46,7 @@ pub(super) fn operations<B: Backend + 'static>(
         let mut table = values(vocabulary * width, 50);
         table.iter_mut().for_each(|w| *w = half.rounded(scale * *w));
         let x = precision.values(batch.labelled_count() * width, 51);
-        Box::new(HeadLoss { precision, with_gradient, batch, vocabulary, width, table, x })
+        Box::new(HeadLoss { precision, with_gradient, batch, vocabulary, width, soft_cap, table, x })
     };
     vec![of(false), of(true)]
 }
@@ -53,9 +55,12 @@ impl HeadLoss {
     fn check(&self, losses: &[f32], dx: Option<&[f32]>) -> Vec<Outcome> {
         let (width, compute, count) = (self.width, self.precision.compute, self.batch.labelled_count());
         let sample = sample_rows(count, SAMPLED_ROWS);
-        let logits =
+        let raw =
             expect(sample, |row| product_transposed(&wide_row(&self.x, row, width), &self.table, width));
-        let highest = logits.iter().flat_map(|(_, z)| z).fold(0.0_f64, |highest, z| highest.max(z.abs()));
+        let cap = |z: f64| soft_cap(z, self.soft_cap.map(f64::from));
+        let logits: Vec<(usize, Vec<f64>)> =
+            raw.iter().map(|(row, z)| (*row, z.iter().map(|z| cap(*z)[0]).collect())).collect();
+        let highest = raw.iter().flat_map(|(_, z)| z).fold(0.0_f64, |highest, z| highest.max(z.abs()));
         let target = |row: usize| self.batch.targets[row] as usize;
         let (loss, hit): (Vec<_>, Vec<_>) = logits
             .iter()
@@ -87,15 +92,18 @@ impl HeadLoss {
             let expected = expect((0..logits.len()).collect(), |place| {
                 let (row, z) = &logits[place];
                 let mut dz = cross_entropy_backward(z, target(*row));
-                dz.iter_mut().for_each(|dz| *dz *= f64::from(GRADIENT_SCALE));
+                dz.iter_mut()
+                    .zip(&raw[place].1)
+                    .for_each(|(dz, z)| *dz *= f64::from(GRADIENT_SCALE) * cap(*z)[1]);
                 product(&dz, &self.table, width)
             });
             let expected: Vec<(usize, Vec<f64>)> =
                 expected.into_iter().map(|(place, dx)| (logits[place].0, dx)).collect();
             let largest_weight = 3.0 * LOGIT_DEVIATION / (width as f64).sqrt();
             let tolerance = Tolerance {
-                roundings: 2,       // dz of the target, and dx
-                inner_roundings: 4, // z, in which a probability is off by as many units as z is large; dz
+                roundings: 2, // dz of the target, and dx
+                // z, in which a probability, and the slope of a cap, are off by as many units as z is large; dz
+                inner_roundings: if self.soft_cap.is_some() { 8 } else { 4 },
                 // Small probabilities are subnormal in f16.
                 absolute: 8.0 * underflow(compute) * (self.vocabulary as f64).sqrt() * largest_weight,
                 ..Tolerance::sum(compute, self.vocabulary)
@@ -138,6 +146,7 @@ impl<B: Backend + 'static> Operation<B> for HeadLoss {
 
     fn prepare<'a>(&'a self, backend: &B) -> Result<Box<dyn Prepared<B> + 'a>> {
         let (count, width, vocabulary) = (self.batch.labelled_count(), self.width, self.vocabulary);
+        let soft_cap = self.soft_cap;
         let shape = vec![vocabulary, width];
         let state = State::<B> {
             weight: backend.matrix(&[weight("head", stored_half(self.precision), shape, &self.table, 0)])?,
@@ -153,7 +162,7 @@ impl<B: Backend + 'static> Operation<B> for HeadLoss {
         Ok(ready(
             state,
             move |backend: &B, State { weight, batch, x, losses, dx }: &mut State<B>| {
-                let head = Head { weight, vocabulary, width };
+                let head = Head { weight, vocabulary, width, soft_cap };
                 backend.head_loss(head, batch, x, losses, dx.as_mut())
             },
             move |backend: &B, State { losses, dx, .. }: &State<B>| {

@@ -5,7 +5,7 @@ use super::super::inputs::{batch_of, values, weight, widen};
 use super::super::precision::{Precision, Tolerance};
 use super::super::reference;
 use super::{Operation, Prepared, Ready, Work, expect, poisoned, read, ready, resident, upload, wide_row};
-use crate::backend::{Backend, PassSettings, RmsNorm};
+use crate::backend::{Activation, Backend, Embedding, PassSettings, RmsNorm};
 use crate::batch::Batch;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -102,7 +102,7 @@ impl<B: Backend + 'static> Operation<B> for Norm {
             Pass::Forward => Ok(ready(
                 (weight, x, poisoned(backend, rows * width)?),
                 move |backend: &B, (weight, x, y)| {
-                    backend.rms_norm(RmsNorm { weight, epsilon: EPSILON, width }, rows, x, y)
+                    backend.rms_norm(plain_norm(weight, width), rows, x, None, y)
                 },
                 move |backend: &B, (_, _, y)| {
                     // x · rstd may be rounded before × w.
@@ -113,7 +113,7 @@ impl<B: Backend + 'static> Operation<B> for Norm {
             Pass::Backward => Ok(ready(
                 (weight, x, upload(backend, &self.dy)?, upload(backend, &self.before)?),
                 move |backend: &B, (weight, x, dy, dx)| {
-                    backend.rms_norm_backward(RmsNorm { weight, epsilon: EPSILON, width }, rows, x, dy, dx)
+                    backend.rms_norm_backward(plain_norm(weight, width), rows, x, dy, dx)
                 },
                 move |backend: &B, (_, _, _, dx)| {
                     let tolerance = Tolerance::sum(compute, width);
@@ -124,8 +124,13 @@ impl<B: Backend + 'static> Operation<B> for Norm {
     }
 }
 
-struct GatedSilu {
+fn plain_norm<B: Backend>(weight: &B::Vector, width: usize) -> RmsNorm<'_, B> {
+    RmsNorm { weight, weight_offset: 0.0, epsilon: EPSILON, width }
+}
+
+struct Gated {
     precision: Precision,
+    activation: Activation,
     pass: Pass,
     rows: usize,
     width: usize,
@@ -133,29 +138,32 @@ struct GatedSilu {
     dact: Vec<f32>,
 }
 
-pub(super) fn gated_silu<B: Backend + 'static>(
+pub(super) fn gated<B: Backend + 'static>(
     precision: Precision,
+    activation: Activation,
     rows: usize,
     width: usize,
 ) -> Vec<Box<dyn Operation<B>>> {
     let of = |pass| -> Box<dyn Operation<B>> {
         let mut gate_up = values(2 * rows * width, 5);
         gate_up.iter_mut().for_each(|x| *x = precision.rounded(6.0 * *x));
-        Box::new(GatedSilu { precision, pass, rows, width, gate_up, dact: precision.values(rows * width, 6) })
+        let dact = precision.values(rows * width, 6);
+        Box::new(Gated { precision, activation, pass, rows, width, gate_up, dact })
     };
     vec![of(Pass::Forward), of(Pass::Backward)]
 }
 
-impl GatedSilu {
+impl Gated {
     fn compare(&self, output: &'static str, columns: usize, found: &[f32]) -> Outcome {
         let width = self.width;
         let expected = expect(sample_rows(self.rows, SAMPLED_ROWS), |row| {
             let pair = wide_row(&self.gate_up, row, 2 * width);
             if self.pass == Pass::Forward {
-                return reference::gated_silu(&pair, width);
+                return reference::gated(self.activation, &pair, width);
             }
             let dact = wide_row(&self.dact, row, width);
-            let gradient = |i: usize| reference::gated_silu_backward(pair[i], pair[width + i], dact[i]);
+            let gradient =
+                |i: usize| reference::gated_backward(self.activation, pair[i], pair[width + i], dact[i]);
             let part = |which: usize| (0..width).map(move |i| gradient(i)[which]);
             part(0).chain(part(1)).collect()
         });
@@ -165,11 +173,13 @@ impl GatedSilu {
     }
 }
 
-impl<B: Backend + 'static> Operation<B> for GatedSilu {
+impl<B: Backend + 'static> Operation<B> for Gated {
     fn name(&self) -> &'static str {
-        match self.pass {
-            Pass::Forward => "gated_silu",
-            Pass::Backward => "gated_silu backward",
+        match (self.activation, self.pass) {
+            (Activation::Silu, Pass::Forward) => "gated_silu",
+            (Activation::Silu, Pass::Backward) => "gated_silu backward",
+            (Activation::GeluTanh, Pass::Forward) => "gated_gelu",
+            (Activation::GeluTanh, Pass::Backward) => "gated_gelu backward",
         }
     }
 
@@ -184,12 +194,12 @@ impl<B: Backend + 'static> Operation<B> for GatedSilu {
     }
 
     fn prepare<'a>(&'a self, backend: &B) -> Result<Box<dyn Prepared<B> + 'a>> {
-        let (rows, width) = (self.rows, self.width);
+        let (activation, rows, width) = (self.activation, self.rows, self.width);
         let gate_up = upload(backend, &self.gate_up)?;
         match self.pass {
             Pass::Forward => Ok(ready(
                 (gate_up, poisoned(backend, rows * width)?),
-                move |backend: &B, (gate_up, act)| backend.gated_silu(rows, width, gate_up, act),
+                move |backend: &B, (gate_up, act)| backend.gated(activation, rows, width, gate_up, act),
                 move |backend: &B, (_, act)| {
                     Ok(vec![self.compare("act", width, &read(backend, act, rows * width)?)])
                 },
@@ -197,7 +207,7 @@ impl<B: Backend + 'static> Operation<B> for GatedSilu {
             Pass::Backward => Ok(Box::new(Ready {
                 state: (gate_up, upload(backend, &self.dact)?),
                 run: move |backend: &B, (gate_up, dact): &mut (B::Buffer, B::Buffer)| {
-                    backend.gated_silu_backward(rows, width, dact, gate_up)
+                    backend.gated_backward(activation, rows, width, dact, gate_up)
                 },
                 restore: move |backend: &B, (gate_up, _): &mut (B::Buffer, B::Buffer)| {
                     backend.write_buffer(gate_up, &self.gate_up)
@@ -301,7 +311,9 @@ impl<B: Backend + 'static> Operation<B> for Moves {
             let table = backend.matrix(&[weight("table", stored_half(self.precision), shape, &self.x, 0)])?;
             return Ok(ready(
                 (table, loaded, poisoned(backend, tokens * width)?),
-                move |backend: &B, (table, batch, x)| backend.embedding(batch, table, width, x),
+                move |backend: &B, (table, batch, x)| {
+                    backend.embedding(batch, Embedding { table, width, scale: 1.0 }, x)
+                },
                 move |backend: &B, (_, _, x)| {
                     let id = |row: usize| Some(batch.token_ids[row] as usize);
                     Ok(vec![self.compare(&read(backend, x, tokens * width)?, tokens, id)])

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{dot, rms_norm, rms_norm_backward};
+use super::{dot, rms_norm, rms_norm_backward, soft_cap};
 
 /// The operation's settings.
 #[derive(Clone, Debug)]
@@ -17,13 +17,17 @@ pub struct Attention {
     pub head_dim: usize,
     /// Factor on `q·k`.
     pub softmax_scale: f64,
+    /// Cap of the scores.
+    pub soft_cap: Option<f64>,
     /// A query at `p` sees keys at positions `> p - window`.
     pub window: Option<usize>,
     /// Weight and ε of the norm over each query head.
     pub query_norm: Option<(Vec<f64>, f64)>,
     /// The same for keys.
     pub key_norm: Option<(Vec<f64>, f64)>,
-    /// `[positions, 2, D/2]`.
+    /// Columns of a head that are rotated, `R`.
+    pub rotated: usize,
+    /// `[positions, 2, R/2]`.
     pub rope: Vec<f64>,
 }
 
@@ -91,7 +95,7 @@ impl Attention {
     }
 
     fn table(&self, position: usize) -> (&[f64], &[f64]) {
-        self.rope[position * self.head_dim..][..self.head_dim].split_at(self.head_dim / 2)
+        self.rope[position * self.rotated..][..self.rotated].split_at(self.rotated / 2)
     }
 
     fn turn(&self, raw: &[f64], norm: &Option<(Vec<f64>, f64)>, position: usize) -> Vec<f64> {
@@ -99,19 +103,19 @@ impl Attention {
             Some((weight, epsilon)) => rms_norm(raw, weight, *epsilon),
             None => raw.to_vec(),
         };
-        let half = self.head_dim / 2;
+        let half = self.rotated / 2;
         let (cos, sin) = self.table(position);
         let low = (0..half).map(|i| x[i] * cos[i] - x[i + half] * sin[i]);
         let high = (0..half).map(|i| x[i + half] * cos[i] + x[i] * sin[i]);
-        low.chain(high).collect()
+        low.chain(high).chain(x[self.rotated..].iter().copied()).collect()
     }
 
     fn turn_back(&self, raw: &[f64], norm: &Option<(Vec<f64>, f64)>, position: usize, g: &[f64]) -> Vec<f64> {
-        let half = self.head_dim / 2;
+        let half = self.rotated / 2;
         let (cos, sin) = self.table(position);
         let low = (0..half).map(|i| g[i] * cos[i] + g[i + half] * sin[i]);
         let high = (0..half).map(|i| g[i + half] * cos[i] - g[i] * sin[i]);
-        let back: Vec<f64> = low.chain(high).collect();
+        let back: Vec<f64> = low.chain(high).chain(g[self.rotated..].iter().copied()).collect();
         match norm {
             Some((weight, epsilon)) => rms_norm_backward(raw, weight, *epsilon, &back),
             None => back,
@@ -149,9 +153,13 @@ impl Rotated<'_> {
         start + visible.start..start + visible.end
     }
 
-    fn score(&self, query: usize, key: usize, head: usize) -> f64 {
+    /// A score, and its slope in `q·k`.
+    fn score(&self, query: usize, key: usize, head: usize) -> [f64; 2] {
         let (key_head, _) = self.shared(head);
-        dot(self.turned(query, head), self.turned(key, key_head)) * self.attention.softmax_scale
+        let scale = self.attention.softmax_scale;
+        let product = dot(self.turned(query, head), self.turned(key, key_head));
+        let [score, slope] = soft_cap(product * scale, self.attention.soft_cap);
+        [score, slope * scale]
     }
 
     /// `(log_sum [Q], out [Q·D])` of one row.
@@ -160,7 +168,7 @@ impl Rotated<'_> {
         let (mut log_sums, mut out) = (Vec::new(), vec![0.0; query_heads * head_dim]);
         for (head, out) in out.chunks_mut(head_dim).enumerate() {
             let keys = self.keys_of(row);
-            let scores: Vec<f64> = keys.clone().map(|key| self.score(row, key, head)).collect();
+            let scores: Vec<f64> = keys.clone().map(|key| self.score(row, key, head)[0]).collect();
             let highest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let sum: f64 = scores.iter().map(|score| (score - highest).exp()).sum();
             log_sums.push(highest + sum.ln());
@@ -187,10 +195,11 @@ impl Rotated<'_> {
         let pair = |query: usize, key: usize, head: usize| {
             let place = query * query_heads + head;
             let dout = &dout[place * dim..][..dim];
-            let probability = (self.score(query, key, head) - log_sums[place].into()).exp();
+            let [score, slope] = self.score(query, key, head);
+            let probability = (score - log_sums[place].into()).exp();
             let delta = dot(dout, &out[place * dim..][..dim]);
             let value = self.raw(key, self.shared(head).1);
-            let dscore = probability * (dot(dout, value) - delta) * self.attention.softmax_scale;
+            let dscore = probability * (dot(dout, value) - delta) * slope;
             (probability, dscore, dout)
         };
         for head in 0..query_heads {

@@ -8,11 +8,12 @@ use std::ops::Range;
 
 use super::super::CpuBackend;
 use super::super::memory::DisjointParts;
+use super::super::norm::add_row;
 use super::super::product::{Before, Left, Right, Shape, multiply};
 use super::super::rows::places;
-use super::forward::longest_sample;
+use super::forward::batch_lengths;
 use super::pack::{Source, Treatment, block_elements, pack_transposed};
-use super::softmax::{add_row, dot, score_gradients};
+use super::softmax::{dot, score_gradients};
 use super::{AttentionScratch, Heads, KEY_BLOCK, KeyBlock, QUERY_BLOCK, Sequence};
 use crate::backend::Attention;
 use crate::batch::Batch;
@@ -56,10 +57,10 @@ impl CpuBackend {
         dout: &[f32],
         dqkv: &mut [f32],
     ) -> Result<()> {
-        let heads = Heads::new(self.simd, attention, longest_sample(batch))?;
+        let heads = Heads::new(self.simd, attention, batch_lengths(batch))?;
         let inputs = Inputs { rows: batch.token_count(), qkv, log_sum, out, dout };
         let mut scratch = self.attention_scratch();
-        scratch.plan_batch(batch);
+        scratch.plan_batch(&heads, batch);
         self.prepare(&heads, &mut scratch, &inputs);
         self.head_gradients(&heads, &mut scratch, &inputs);
         self.turn_gradients_back(&heads, &mut scratch, batch, &inputs, dqkv);
@@ -118,7 +119,12 @@ impl CpuBackend {
                 for (offset, ((query, gradient), delta)) in by_row.zip(deltas).enumerate() {
                     let row = block.first_row + offset;
                     let raw = &qkv[row * heads.qkv_width()..][heads.query_columns(head)];
-                    heads.turn(heads.query_norm, block.first_position + offset, raw, query);
+                    heads.turn(
+                        heads.query_norm,
+                        block.sequence.rotation + block.first_position + offset,
+                        raw,
+                        query,
+                    );
                     let place = (row * heads.query_heads + head) * dim;
                     gradient.copy_from_slice(&dout[place..place + dim]);
                     *delta = dot(heads.simd, gradient, &out[place..place + dim]);
@@ -194,6 +200,7 @@ impl CpuBackend {
             for (offset, (gradient, place)) in by_row {
                 let row = first + offset;
                 let raw = &inputs.qkv[row * width..][..width];
+                let rotation = heads.rotations.row_of(place.length) + place.position;
                 let of_head = |head: usize| {
                     let start = (head * inputs.rows + row) * dim;
                     start..start + dim
@@ -202,7 +209,7 @@ impl CpuBackend {
                     let columns = heads.query_columns(head);
                     let gradient = &mut gradient[columns.clone()];
                     gradient.copy_from_slice(&query_gradients[of_head(head)]);
-                    heads.turn_backward(heads.query_norm, place.position, &raw[columns], gradient, spare);
+                    heads.turn_backward(heads.query_norm, rotation, &raw[columns], gradient, spare);
                 }
                 let sum = |source: &[f32], head: usize, to: &mut [f32]| {
                     to.copy_from_slice(&source[of_head(head * group)]);
@@ -214,7 +221,7 @@ impl CpuBackend {
                     let columns = heads.key_columns(head);
                     let key = &mut gradient[columns.clone()];
                     sum(key_gradients, head, key);
-                    heads.turn_backward(heads.key_norm, place.position, &raw[columns], key, spare);
+                    heads.turn_backward(heads.key_norm, rotation, &raw[columns], key, spare);
                     sum(value_gradients, head, &mut gradient[heads.value_columns(head)]);
                 }
             }
@@ -272,6 +279,7 @@ fn head_backward(
                     &mut score_changes[tile_row],
                     heads.visible_in(block, position),
                     heads.softmax_scale,
+                    heads.soft_cap,
                     inputs.log_sum[(sequence.first_row + position) * heads.query_heads + head],
                     operands.deltas[by_query_head + position],
                 );

@@ -5,7 +5,7 @@ use super::super::memory::DisjointParts;
 use super::super::product::{Before, Left, Right, Shape, multiply};
 use super::super::simd::simd_fn;
 use super::pack::{Source, Treatment};
-use super::softmax::{Running, absorb, scale_row};
+use super::softmax::{Running, scale_row};
 use super::{AttentionScratch, Heads};
 use crate::backend::{Attention, KvCache};
 use crate::error::{Error, Result};
@@ -32,32 +32,34 @@ impl CpuBackend {
                 cache.capacity
             )));
         }
-        let heads = Heads::new(self.simd, attention, position + rows)?;
-        self.append(&heads, rows, position, qkv, cache);
+        let heads = Heads::new(self.simd, attention, [position + rows].into_iter())?;
+        let rotation = heads.rotations.row_of(position + rows);
+        self.append(&heads, rows, [position, rotation + position], qkv, cache);
         let mut scratch = self.attention_scratch();
         if rows >= BLOCKED_ROWS {
             let row_stride = heads.key_value_heads * heads.head_dim;
             let source = |values| Source { values, row_stride, first_column: 0 };
             let sources = [source(&cache.keys[..]), source(&cache.values[..])];
             scratch.clear_plan();
-            scratch.plan_sequence(0, rows, position, 0);
+            scratch.plan_sequence(0, rows, position, 0, rotation);
             self.attend(&heads, &mut scratch, sources, Treatment::Keep, qkv, out, None);
         } else {
             for row in 0..rows {
                 let raw = &qkv[row * heads.qkv_width()..][..heads.query_heads * heads.head_dim];
                 let out = &mut out[row * heads.query_heads * heads.head_dim..][..raw.len()];
-                self.decode(&heads, &mut scratch, position + row, raw, cache, out);
+                let place = [position + row, rotation + position + row];
+                self.decode(&heads, &mut scratch, place, raw, cache, out);
             }
         }
         Ok(())
     }
 
-    /// Turned keys, and values, of the new positions.
+    /// Turned keys, and values, of the positions from the first on, whose rotation is given as well.
     fn append(
         &self,
         heads: &Heads<'_>,
         rows: usize,
-        position: usize,
+        [position, rotation]: [usize; 2],
         qkv: &[f32],
         cache: &mut KvCache<Self>,
     ) {
@@ -67,7 +69,7 @@ impl CpuBackend {
             for (row, keys) in keys.chunks_exact_mut(width).enumerate() {
                 let raw = &qkv[(first + row) * heads.qkv_width()..][..heads.qkv_width()];
                 for (head, key) in keys.chunks_exact_mut(dim).enumerate() {
-                    heads.turn(heads.key_norm, position + first + row, &raw[heads.key_columns(head)], key);
+                    heads.turn(heads.key_norm, rotation + first + row, &raw[heads.key_columns(head)], key);
                 }
             }
         });
@@ -79,12 +81,12 @@ impl CpuBackend {
         });
     }
 
-    /// One query row at `position` over the cache.
+    /// One query row at a position, whose rotation is given as well, over the cache.
     fn decode(
         &self,
         heads: &Heads<'_>,
         scratch: &mut AttentionScratch,
-        position: usize,
+        [position, rotation]: [usize; 2],
         raw: &[f32],
         cache: &KvCache<Self>,
         out: &mut [f32],
@@ -107,10 +109,10 @@ impl CpuBackend {
             let first = visible.start * stride + head * dim;
             for (member, query) in queries.chunks_exact_mut(dim).enumerate() {
                 let raw = &raw[heads.query_columns(head * group + member)];
-                heads.turn(heads.query_norm, position, raw, query);
+                heads.turn(heads.query_norm, rotation, raw, query);
                 let scores = &mut scores[member * keys..][..keys];
                 key_scores(heads.simd, query, &cache.keys[first..], stride, scores);
-                let (running, _) = absorb(heads.simd, scores, 0..keys, heads.softmax_scale, Running::EMPTY);
+                let (running, _) = heads.absorb(scores, 0..keys, Running::EMPTY);
                 scale_row(heads.simd, 1.0 / running.sum, scores);
             }
             multiply(

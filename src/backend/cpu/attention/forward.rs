@@ -4,7 +4,7 @@ use super::super::CpuBackend;
 use super::super::memory::DisjointParts;
 use super::super::product::{Before, Left, Right, Shape, multiply};
 use super::pack::{Source, Treatment, block_elements, pack_rows, pack_transposed};
-use super::softmax::{Running, absorb, scale_row, scaled_copy};
+use super::softmax::{Running, scale_row, scaled_copy};
 use super::{AttentionScratch, Heads, KEY_BLOCK, QUERY_BLOCK, QueryBlock};
 use crate::backend::Attention;
 use crate::batch::Batch;
@@ -19,9 +19,9 @@ impl CpuBackend {
         log_sum: &mut [f32],
         out: &mut [f32],
     ) -> Result<()> {
-        let heads = Heads::new(self.simd, attention, longest_sample(batch))?;
+        let heads = Heads::new(self.simd, attention, batch_lengths(batch))?;
         let mut scratch = self.attention_scratch();
-        scratch.plan_batch(batch);
+        scratch.plan_batch(&heads, batch);
         let key_columns =
             Source { values: qkv, row_stride: heads.qkv_width(), first_column: heads.key_columns(0).start };
         let value_columns = Source { first_column: heads.value_columns(0).start, ..key_columns };
@@ -91,7 +91,7 @@ impl<'a> QueryTile<'a> {
         let (sums, scores) = rest.split_at_mut(elements);
         for (row, query) in queries.chunks_exact_mut(dim).take(block.rows).enumerate() {
             let raw = &qkv[(block.first_row + row) * heads.qkv_width()..][heads.query_columns(head)];
-            heads.turn(heads.query_norm, block.first_position + row, raw, query);
+            heads.turn(heads.query_norm, block.sequence.rotation + block.first_position + row, raw, query);
         }
         sums.fill(0.0);
         let mut running = [Running::EMPTY; QUERY_BLOCK];
@@ -99,6 +99,7 @@ impl<'a> QueryTile<'a> {
         for number in heads.blocks_seen(block) {
             let key_block = super::KeyBlock {
                 first_row: 0,
+                rotation: 0,
                 first_position: number * KEY_BLOCK,
                 rows: KEY_BLOCK.min(block.sequence.first_position + block.sequence.rows - number * KEY_BLOCK),
             };
@@ -119,7 +120,7 @@ impl<'a> QueryTile<'a> {
             for (row, running) in running.iter_mut().take(block.rows).enumerate() {
                 let visible = heads.visible_in(key_block, block.first_position + row);
                 let scores = &mut scores[row * KEY_BLOCK..][..columns];
-                let (state, factor) = absorb(simd, scores, visible, heads.softmax_scale, *running);
+                let (state, factor) = heads.absorb(scores, visible, *running);
                 *running = state;
                 if factor != 1.0 {
                     scale_row(simd, factor, &mut sums[row * dim..][..dim]);
@@ -162,7 +163,7 @@ impl<'a> QueryTile<'a> {
     }
 }
 
-/// Positions of the longest sample.
-pub(super) fn longest_sample(batch: &Batch) -> usize {
-    batch.sample_starts.windows(2).map(|bounds| bounds[1] - bounds[0]).max().unwrap_or(0)
+/// Tokens of each sample.
+pub(super) fn batch_lengths(batch: &Batch) -> impl Iterator<Item = usize> {
+    batch.sample_starts.windows(2).map(|bounds| bounds[1] - bounds[0])
 }

@@ -59,7 +59,7 @@ pub(super) fn pack_transposed(
             for (row, turned) in row_tile.chunks_exact_mut(dim).take(block.rows).enumerate() {
                 let raw = source.head_row(heads, block.first_row + row, head);
                 match treatment {
-                    Treatment::Turn => heads.turn(heads.key_norm, block.first_position + row, raw, turned),
+                    Treatment::Turn => heads.turn(heads.key_norm, block.rotation + row, raw, turned),
                     Treatment::Keep => turned.copy_from_slice(raw),
                 }
             }

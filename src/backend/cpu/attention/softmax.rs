@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::super::simd::{exp, simd_fn};
+use super::super::simd::{exp, simd_fn, tanh};
 
 /// Running state of one query's softmax: the greatest score so far and the sum of `e^(score - greatest)`.
 #[derive(Clone, Copy)]
@@ -18,6 +18,16 @@ impl Running {
     /// `ln Σ e^score`.
     pub fn log_sum(self) -> f32 {
         self.greatest + self.sum.ln()
+    }
+}
+
+simd_fn! {
+    /// Caps scores: `cap·tanh(scale·score / cap)`, to be read with a scale of 1.
+    pub(super) fn cap_scores<V>(simd: Simd, scores: &mut [f32], scale: f32, cap: f32) -> () {
+        let (inner, cap) = (V::splat(scale / cap), V::splat(cap));
+        for chunk in scores.chunks_mut(V::LANES) {
+            (tanh(V::from_slice(chunk) * inner) * cap).to_slice(chunk);
+        }
     }
 }
 
@@ -77,15 +87,6 @@ simd_fn! {
 }
 
 simd_fn! {
-    /// `to += x`.
-    pub(super) fn add_row<V>(simd: Simd, x: &[f32], to: &mut [f32]) -> () {
-        for (x, to) in x.chunks(V::LANES).zip(to.chunks_mut(V::LANES)) {
-            (V::from_slice(to) + V::from_slice(x)).to_slice(to);
-        }
-    }
-}
-
-simd_fn! {
     /// `Σ a·b`.
     pub(super) fn dot<V>(simd: Simd, a: &[f32], b: &[f32]) -> f32 {
         let mut sum = V::splat(0.0);
@@ -97,11 +98,12 @@ simd_fn! {
 }
 
 simd_fn! {
-    /// One query's row of the backward: replaces scores by probabilities `P = e^(scale·score - log_sum)` and their
-    /// gradients `dP` by those of the scores, `scale · P · (dP - delta)`; both zero outside `visible`.
+    /// One query's row of the backward: replaces scores by probabilities `P = e^(z - log_sum)`, `z = scale·score` or
+    /// `cap·tanh(scale·score / cap)`, and their gradients `dP` by those of the scores, `dz/dscore · P · (dP - delta)`; both
+    /// zero outside `visible`.
     pub(super) fn score_gradients<V>(
-        simd: Simd, scores: &mut [f32], gradients: &mut [f32], visible: Range<usize>, scale: f32, log_sum: f32,
-        delta: f32,
+        simd: Simd, scores: &mut [f32], gradients: &mut [f32], visible: Range<usize>, scale: f32, cap: Option<f32>,
+        log_sum: f32, delta: f32,
     ) -> () {
         for row in [&mut *scores, &mut *gradients] {
             row[..visible.start].fill(0.0);
@@ -109,10 +111,22 @@ simd_fn! {
         }
         let (shift, delta, scale) = (V::splat(-log_sum), V::splat(delta), V::splat(scale));
         let columns = scores[visible.clone()].chunks_mut(V::LANES).zip(gradients[visible].chunks_mut(V::LANES));
-        for (score, gradient) in columns {
-            let probability = exp(V::from_slice(score).mul_add(scale, shift));
-            probability.to_slice(score);
-            (probability * (V::from_slice(gradient) - delta) * scale).to_slice(gradient);
+        match cap {
+            None => for (score, gradient) in columns {
+                let probability = exp(V::from_slice(score).mul_add(scale, shift));
+                probability.to_slice(score);
+                (probability * (V::from_slice(gradient) - delta) * scale).to_slice(gradient);
+            },
+            Some(cap) => {
+                let (cap, inner) = (V::splat(cap), scale / V::splat(cap));
+                for (score, gradient) in columns {
+                    let tanh = tanh(V::from_slice(score) * inner);
+                    let slope = (V::splat(0.0) - tanh * tanh).mul_add(scale, scale);
+                    let probability = exp(tanh.mul_add(cap, shift));
+                    probability.to_slice(score);
+                    (probability * (V::from_slice(gradient) - delta) * slope).to_slice(gradient);
+                }
+            }
         }
     }
 }
