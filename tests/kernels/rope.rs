@@ -80,7 +80,7 @@ fn check(half: Half, shape: &Shape, with_norm: bool) {
                 Argument::I32(query_heads as i32),
                 Argument::I32(key_value_heads as i32),
                 Argument::I32(head_dim as i32),
-                Argument::I32(rotated as i32),
+                Argument::I32(shape.rotated as i32),
                 Argument::I32(1),
                 Argument::I32(LONGER_THAN as i32),
                 Argument::I32(LONG_FIRST_ROW as i32),

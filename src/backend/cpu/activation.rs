@@ -34,7 +34,7 @@ impl Gate for GeluTanh {
     #[inline(always)]
     fn argument<V: Vector>(x: V) -> [V; 2] {
         /// `2·√(2/π)`.
-        const FACTOR: f32 = 1.595_769_1;
+        const FACTOR: f32 = 1.595_769;
         const CUBE: f32 = 0.044_715;
         let square = x * x;
         let argument = x * square.mul_add(V::splat(FACTOR * CUBE), V::splat(FACTOR));

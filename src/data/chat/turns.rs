@@ -95,7 +95,7 @@ impl Finder<'_> {
         let mut turns: Vec<Range<usize>> = Vec::new();
         for (index, _) in messages.iter().enumerate().filter(|(_, message)| message.role == ASSISTANT) {
             let start = self.start(index)?;
-            let end = self.end(index)?;
+            let end = self.end(index, start)?;
             let earlier_end = turns.last().map_or(0, |turn| turn.end);
             if start < earlier_end || end <= start {
                 return Err(self.template.cannot_mark());
@@ -125,11 +125,11 @@ impl Finder<'_> {
         Ok(if front.ends_with(header) && !header.is_empty() { front.len() } else { trimmed.len() })
     }
 
-    /// Where message `index` ends, with all that the template writes after it for its own sake.
-    fn end(&self, index: usize) -> Result<usize, RenderFault> {
+    /// Where message `index`, whose turn begins at `start`, ends, with all that the template writes after it for its own sake.
+    fn end(&self, index: usize, start: usize) -> Result<usize, RenderFault> {
         let messages = &self.conversation.messages;
         if index + 1 == messages.len() {
-            return Ok(self.text.len());
+            return Ok(self.last_end(start));
         }
         let so_far = self.try_render(&messages[..=index], false)?;
         if let Some(so_far) = so_far.filter(|so_far| self.text.starts_with(so_far.as_str())) {
@@ -144,6 +144,19 @@ impl Finder<'_> {
         let (_, own_rest) = self.around_content(index, index + 1)?;
         let shared = own_rest.chars().zip(rest.chars()).take_while(|(own, other)| own == other);
         Ok(content_end + shared.map(|(character, _)| character.len_utf8()).sum::<usize>())
+    }
+
+    /// Where the last turn ends. A template may write the text's end behind the turn's (Phi); that is not there where the text
+    /// goes on to ask for another turn, but a turn that nothing else ends is ended by it.
+    fn last_end(&self, start: usize) -> usize {
+        let whole = self.text.len();
+        // A template may refuse to ask for a turn after one of the assistant's.
+        let Ok(prompt) = self.template.render(self.conversation, &self.conversation.messages, true) else {
+            return whole;
+        };
+        let both = self.text.chars().zip(prompt.chars()).take_while(|(one, other)| one == other);
+        let shared: usize = both.map(|(character, _)| character.len_utf8()).sum();
+        if shared > start && self.last_turn_end(start, shared).is_some() { shared } else { whole }
     }
 
     /// The text before and after the content of message `index`, of the first `count` messages.
@@ -173,9 +186,13 @@ impl Finder<'_> {
 
     /// The end of the last token in `start..end` that ends a turn; where there is none, of the last visible character.
     fn cut_after_turn_end(&self, start: usize, end: usize) -> usize {
+        start + self.last_turn_end(start, end).unwrap_or_else(|| self.text[start..end].trim_end().len())
+    }
+
+    /// The end of the last token in `start..end` that ends a turn, counted from `start`.
+    fn last_turn_end(&self, start: usize, end: usize) -> Option<usize> {
         let turn = &self.text[start..end];
         let ends = self.turn_ends.iter().filter(|token| !token.is_empty());
-        let last = ends.filter_map(|token| turn.rfind(token.as_str()).map(|at| at + token.len())).max();
-        start + last.unwrap_or_else(|| turn.trim_end().len())
+        ends.filter_map(|token| turn.rfind(token.as_str()).map(|at| at + token.len())).max()
     }
 }
