@@ -80,10 +80,10 @@ fn a_baked_scale_changes_nothing_but_the_configuration() {
 }
 
 /// Name, axes (the fastest first) and values.
-type GgufTensor = (String, Vec<u64>, Vec<f32>);
+pub type GgufTensor = (String, Vec<u64>, Vec<f32>);
 
 /// The little of GGUF that the test needs: text and number metadata, and where tensors stand.
-fn gguf(bytes: &[u8]) -> (Vec<(String, String)>, Vec<GgufTensor>) {
+pub fn gguf(bytes: &[u8]) -> (Vec<(String, String)>, Vec<GgufTensor>) {
     let mut at = 8;
     let mut number = |length: usize| {
         let mut value = [0; 8];

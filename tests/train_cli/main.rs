@@ -12,6 +12,7 @@ mod data_faults;
 mod dry_run;
 #[cfg(feature = "emulator")]
 mod emulator;
+mod families;
 mod fault_table;
 mod faulty_files;
 mod golden;
