@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::element::Element;
 use super::{Linear, MAX_DECODE_ROWS, Rows, Start, with_elements};
-use crate::backend::cpu::simd::{Kernel, Simd, Vector};
+use crate::backend::cpu::simd::{Kernel, Simd, Vector, prefetch};
 use crate::backend::cpu::team::Team;
 
 /// Weight rows of a task.
@@ -129,6 +129,9 @@ fn dots<V: Vector, E: Element, const X: usize>(
 ) -> usize {
     // Chains of multiply-adds, to hide their latency.
     const CHAINS: usize = 4;
+    // Bytes ahead of the loads: the processors' own prefetchers stop at every page.
+    const AHEAD: usize = 2048;
+    const LINE: usize = 64;
     let width = weight.len();
     let x: [&[f32]; X] = std::array::from_fn(|i| &x.values[(row + i) * x.stride..][..width]);
     let mut partial = [[V::splat(0.0); CHAINS]; X];
@@ -144,6 +147,10 @@ fn dots<V: Vector, E: Element, const X: usize>(
     let (step, whole) = (CHAINS * V::LANES, width - width % V::LANES);
     let mut start = 0;
     while start + step <= whole {
+        let ahead = weight.as_ptr().wrapping_add(start).wrapping_byte_add(AHEAD);
+        for line in (0..step * size_of::<E>()).step_by(LINE) {
+            prefetch(ahead.wrapping_byte_add(line));
+        }
         for chain in 0..CHAINS {
             add(start + chain * V::LANES, chain);
         }
