@@ -31,8 +31,7 @@ const FLAGS: &[&str] = &[
 pub fn build(kernels: &[&str], out: &Path) {
     let kernel_sources = kernels.iter().map(|name| format!("kernels/{name}.cu"));
     let mut sources: Vec<PathBuf> = kernel_sources.map(PathBuf::from).collect();
-    sources.push("kernels/emulator/planted_faults.cu".into());
-    sources.extend(compile::files_in("kernels/emulator", &["cpp"]));
+    sources.extend(compile::files_in("kernels/emulator", &["cu", "cpp"]));
     let compiler = std::env::var_os("CXX").unwrap_or_else(|| "g++".into());
 
     for checked in [false, true] {

@@ -7,9 +7,15 @@ use std::process::Command;
 use crate::compile::{self, Job};
 use crate::toolkit;
 
+/// Machine code for Hopper alone.
+const HOPPER: &str = "-gencode=arch=compute_90a,code=sm_90a";
 /// Machine code for Ampere and for Hopper, and PTX that the driver compiles at load for anything newer.
-const TARGETS: &[&str] =
-    &["-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90a,code=sm_90a"];
+const TARGETS: &[&str] = &["-gencode=arch=compute_80,code=[sm_80,compute_80]", HOPPER];
+
+/// Whether a kernel file uses what only Hopper has.
+fn is_for_hopper(name: &str) -> bool {
+    name.ends_with("_sm90a")
+}
 
 /// `FASTLORA_CUDA`.
 #[derive(Clone, Copy, PartialEq)]
@@ -59,10 +65,12 @@ pub fn build(kernels: &[&str], out: &Path) {
     writeln!(generated, "/// What the kernels are compiled for.").unwrap();
     let targets: Vec<&str> = TARGETS.iter().flat_map(|flag| codes(flag)).collect();
     writeln!(generated, "pub const TARGETS: &[&str] = &{targets:?};").unwrap();
-    writeln!(generated, "/// Each kernel file's name and fatbin.").unwrap();
-    writeln!(generated, "pub const MODULES: &[(&str, &[u8])] = &[").unwrap();
+    writeln!(generated, "/// Each kernel file's name, whether it is for Hopper alone, and its fatbin.")
+        .unwrap();
+    writeln!(generated, "pub const MODULES: &[(&str, bool, &[u8])] = &[").unwrap();
     for (name, path) in modules {
-        writeln!(generated, "    ({name:?}, include_bytes!({path:?})),").unwrap();
+        let is_for_hopper = is_for_hopper(&name);
+        writeln!(generated, "    ({name:?}, {is_for_hopper}, include_bytes!({path:?})),").unwrap();
     }
     writeln!(generated, "];").unwrap();
     std::fs::write(out.join("cuda_modules.rs"), generated).expect("OUT_DIR is writable");
@@ -77,7 +85,8 @@ fn compile_kernels(nvcc: &Path, kernels: &[&str], out: &Path, wanted: Wanted) ->
             let mut command = Command::new(nvcc);
             command.args(["-fatbin", "-O3", "-std=c++17", "-lineinfo", "-Xptxas=-v,-warn-spills"]);
             command.args(["-diag-suppress=177"]); // a header's primitive that this file does not use
-            command.args(TARGETS).arg(&source).arg("-o").arg(&output);
+            command.args(if is_for_hopper(name) { &[HOPPER] } else { TARGETS });
+            command.arg(&source).arg("-o").arg(&output);
             Job { name: format!("{name}.cu"), command, output, inputs: compile::kernel_inputs(&source) }
         })
         .collect();

@@ -28,7 +28,7 @@ DEVICE void head_logits(const T* __restrict__ x, const T* __restrict__ w, T* __r
                         int vocabulary, int vocabulary_leading) {
     using Tile = HeadTile<T, Major::k>;
     DYNAMIC_SHARED(shared, 128);
-    const TilePlace tile = find_tile(head_tiles(rows), head_tiles(vocabulary), head_tile, head_tile);
+    const TilePlace tile = find_tile(blockIdx.x, head_tiles(rows), head_tiles(vocabulary), head_tile, head_tile);
     typename Tile::Accumulators sums;
     Tile::clear(sums);
     Tile::accumulate(sums, shared, Operand<T>{x, rows, width}, Operand<T>{w, vocabulary, width}, tile.m, tile.n, 0, width);
@@ -45,7 +45,7 @@ DEVICE void head_backward_input(const T* __restrict__ dz, const T* __restrict__ 
                                 int vocabulary, int vocabulary_leading) {
     using Tile = HeadTile<T, Major::mn>;
     DYNAMIC_SHARED(shared, 128);
-    const TilePlace tile = find_tile(head_tiles(rows), head_tiles(width), head_tile, head_tile);
+    const TilePlace tile = find_tile(blockIdx.x, head_tiles(rows), head_tiles(width), head_tile, head_tile);
     typename Tile::Accumulators sums;
     Tile::clear(sums);
     Tile::accumulate(sums, shared, Operand<T>{dz, rows, vocabulary_leading}, Operand<T>{w, width, width}, tile.m, tile.n, 0,

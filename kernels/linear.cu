@@ -13,6 +13,7 @@
 // projections in which it lies; the others are zero.
 #include "common/matmul_tile.h"
 #include "common/philox.h"
+#include "common/rank_range.h"
 
 constexpr int linear_tile = 128;
 template <class T, Major B_MAJOR>
@@ -38,19 +39,6 @@ DEVICE void add_and_store(T* out, const T* bias, const T* residual, long long ro
     store8(out + at, values);
 }
 
-// The columns of B̂ that the projections overlapping output columns [begin, end) use. slots: lora.cu.
-DEVICE int2 rank_range(const int* slots, int adapters, int begin, int end) {
-    int first = 0x7fffffff, last = 0;
-    for (int adapter = 0; adapter < adapters; adapter++) {
-        const int* slot = slots + adapter * 4;
-        if (slot[0] < end && begin < slot[1]) {
-            first = min(first, slot[2]);
-            last = max(last, slot[3]);
-        }
-    }
-    return make_int2(first / chunk * chunk, last);
-}
-
 template <class T>
 DEVICE void linear_forward(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias,
                            const T* residual, const T* __restrict__ s, const T* __restrict__ b_hat,
@@ -59,7 +47,7 @@ DEVICE void linear_forward(const T* __restrict__ x, const T* __restrict__ w, con
     using Tile = LinearTile<T, Major::k>;
     DYNAMIC_SHARED(shared, 128);
     const int m_tiles = (tokens + linear_tile - 1) / linear_tile, n_tiles = (out_features + linear_tile - 1) / linear_tile;
-    const TilePlace tile = find_tile(m_tiles, n_tiles, linear_tile, linear_tile);
+    const TilePlace tile = find_tile(blockIdx.x, m_tiles, n_tiles, linear_tile, linear_tile);
     typename Tile::Accumulators sums;
     Tile::clear(sums);
     const int2 ranks = rank_range(slots, adapters, tile.n, tile.n + linear_tile);
@@ -81,7 +69,7 @@ DEVICE void linear_backward_input(const T* __restrict__ dy, const T* __restrict_
     using Tile = LinearTile<T, Major::mn>;
     DYNAMIC_SHARED(shared, 128);
     const int m_tiles = (tokens + linear_tile - 1) / linear_tile, n_tiles = (in_features + linear_tile - 1) / linear_tile;
-    const TilePlace tile = find_tile(m_tiles, n_tiles, linear_tile, linear_tile);
+    const TilePlace tile = find_tile(blockIdx.x, m_tiles, n_tiles, linear_tile, linear_tile);
     typename Tile::Accumulators sums;
     Tile::clear(sums);
     if (rank > 0) {

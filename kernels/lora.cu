@@ -32,7 +32,7 @@ DEVICE void lora_down(const T* __restrict__ x, const T* __restrict__ a, T* __res
     using Tile = LoraTile<T, Major::k, Major::k>;
     DYNAMIC_SHARED(shared, 128);
     const TilePlace tile =
-        find_tile((tokens + lora_tile - 1) / lora_tile, (rank + lora_tile - 1) / lora_tile, lora_tile, lora_tile);
+        find_tile(blockIdx.x, (tokens + lora_tile - 1) / lora_tile, (rank + lora_tile - 1) / lora_tile, lora_tile, lora_tile);
     typename Tile::Accumulators sums;
     Tile::clear(sums);
     Tile::accumulate(sums, shared, Operand<T>{x, tokens, in_features}, Operand<T>{a, rank, in_features}, tile.m, tile.n, 0,
@@ -49,7 +49,7 @@ DEVICE void lora_gradient(const T* __restrict__ left, const T* __restrict__ righ
                           int tokens, int m, int n, int left_leading, int right_leading) {
     using Tile = LoraTile<T, Major::mn, Major::mn>;
     DYNAMIC_SHARED(shared, 128);
-    const TilePlace tile = find_tile((m + lora_tile - 1) / lora_tile, (n + lora_tile - 1) / lora_tile, lora_tile, lora_tile);
+    const TilePlace tile = find_tile(blockIdx.x, (m + lora_tile - 1) / lora_tile, (n + lora_tile - 1) / lora_tile, lora_tile, lora_tile);
     // Whole k tiles, so that every stretch begins aligned.
     const int k_tiles = (tokens + tile_k - 1) / tile_k, per_stretch = (k_tiles + gridDim.y - 1) / gridDim.y * tile_k;
     const int begin = min(tokens, static_cast<int>(blockIdx.y) * per_stretch), end = min(tokens, begin + per_stretch);

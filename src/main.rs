@@ -9,6 +9,7 @@ use clap::Parser;
 use clap::error::ErrorKind;
 use fastlora::cli::Cli;
 use fastlora::error::{self, Error, Result};
+use fastlora::ranges::timing::TimingLayer;
 use fastlora::ranges::{self, NvtxLayer, OnlyRanges};
 use tracing_subscriber::Layer;
 use tracing_subscriber::filter::{LevelFilter, Targets};
@@ -82,6 +83,9 @@ fn start_log(cli: &Cli, file: Option<&File>) -> Result<()> {
     // Under a profiler: without one nobody listens, and ranges cost nothing.
     if let Some(nvtx) = NvtxLayer::from_env() {
         layers.push(nvtx.with_filter(OnlyRanges).boxed());
+    }
+    if cli.times_operations() {
+        layers.push(TimingLayer.with_filter(OnlyRanges).boxed());
     }
     tracing_subscriber::registry().with(layers).init();
     Ok(())

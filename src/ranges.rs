@@ -3,7 +3,9 @@
 //! In code a range is a `tracing` span ([`range!`](crate::range)), which costs one load where nobody listens. Under a
 //! profiler [`NvtxLayer`] hands the spans on. NVTX is a protocol without a library of its own (NVIDIA, "NVTX 3", nvtxInit.h
 //! and nvtxTypes.h): the profiler names a library in `NVTX_INJECTION64_PATH`, which is loaded and fills a table of functions.
-//! The `nvtx` crate does the same but needs libclang to build.
+//! The `nvtx` crate does the same but needs libclang to build. [`timing`] takes the times of the same ranges itself.
+
+pub mod timing;
 
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 use std::fmt::{self, Write};
@@ -150,6 +152,9 @@ struct RangeName(CString);
 struct Named(String);
 
 impl Visit for Named {
+    /// How much work it is belongs to [`timing`].
+    fn record_f64(&mut self, _: &Field, _: f64) {}
+
     fn record_debug(&mut self, _: &Field, value: &dyn fmt::Debug) {
         // Writing to a string cannot fail.
         let _ = write!(self.0, " {value:?}");

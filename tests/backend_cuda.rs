@@ -33,12 +33,14 @@ fn assert_same_bits(what: &str, one: &[(String, Vec<f32>)], other: &[(String, Ve
 
 #[test]
 fn every_operation_matches_float64_under_every_schedule_and_in_the_checker() {
-    let fast = Emulator::new(Flavour::Fast, 0).unwrap();
-    for compute in COMPUTE_TYPES {
-        let in_order = outputs(fast.clone(), compute);
-        assert_same_bits("another schedule", &in_order, &outputs(fast.with_seed(1), compute));
-        let checked = outputs(Emulator::new(Flavour::Checked, 2).unwrap(), compute);
-        assert_same_bits("the checker", &in_order, &checked);
+    for is_hopper in [false, true] {
+        let fast = Emulator::of(is_hopper, false).unwrap();
+        let checked = Emulator::of(is_hopper, true).unwrap();
+        for compute in COMPUTE_TYPES {
+            let in_order = outputs(fast.clone(), compute);
+            assert_same_bits("another schedule", &in_order, &outputs(fast.with_seed(1), compute));
+            assert_same_bits("the checker", &in_order, &outputs(checked.with_seed(2), compute));
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 #![cfg(feature = "emulator")]
 
 use fastlora::device::emulator::{Emulator, EmulatorMemory, Flavour};
-use fastlora::device::{Argument, Device, Launch, Memory};
+use fastlora::device::{Argument, Boxes, Device, Launch, Memory};
 use fastlora::error::Result;
 
 const THREADS: u32 = 128;
@@ -26,8 +26,18 @@ fn floats_of(device: &Emulator, memory: &EmulatorMemory) -> Vec<f32> {
 }
 
 fn launch(device: &Emulator, kernel: &str, blocks: u32, shared: u32, arguments: &[Argument]) -> Result<()> {
-    let launch =
-        Launch { kernel, grid: [blocks, 1, 1], threads: THREADS, dynamic_shared_bytes: shared, arguments };
+    launch_threads(device, kernel, blocks, THREADS, shared, arguments)
+}
+
+fn launch_threads(
+    device: &Emulator,
+    kernel: &str,
+    blocks: u32,
+    threads: u32,
+    shared: u32,
+    arguments: &[Argument],
+) -> Result<()> {
+    let launch = Launch { kernel, grid: [blocks, 1, 1], threads, dynamic_shared_bytes: shared, arguments };
     // SAFETY: the emulator's memory is guarded; these kernels are meant to go wrong.
     unsafe { device.launch(&launch) }
 }
@@ -146,13 +156,19 @@ fn every_small_fault_is_found() {
     assert!(missed.is_empty(), "{}", missed.join("\n"));
 }
 
-/// The pipelined matmul of the planted faults: C[rows][64] = A · Bᵀ over small integers, so that sums are exact.
+/// The pipelined matmuls of the planted faults: C[rows][columns] = A · Bᵀ over small integers, so that sums are exact.
 struct Pipeline {
     rows: usize,
     depth: usize,
+    /// The one of planted_hopper_faults.cu, in f16; else the one of planted_faults.cu.
+    is_hopper: bool,
 }
 
 impl Pipeline {
+    fn columns(&self) -> usize {
+        if self.is_hopper { 128 } else { 64 }
+    }
+
     fn a(&self, row: usize, k: usize) -> f32 {
         ((row * 7 + k * 3) % 5) as f32 - 2.0
     }
@@ -162,17 +178,24 @@ impl Pipeline {
     }
 
     fn expected(&self) -> Vec<f32> {
-        let element =
-            |index: usize| (0..self.depth).map(|k| self.a(index / 64, k) * self.b(index % 64, k)).sum();
-        (0..self.rows * 64).map(element).collect()
+        let columns = self.columns();
+        let element = |index: usize| {
+            (0..self.depth).map(|k| self.a(index / columns, k) * self.b(index % columns, k)).sum()
+        };
+        (0..self.rows * columns).map(element).collect()
     }
 
     fn run(&self, device: &Emulator, fault: &str) -> (Option<String>, Vec<f32>) {
         let half = half::f16::from_f32;
         let a: Vec<_> =
             (0..self.rows * self.depth).map(|i| half(self.a(i / self.depth, i % self.depth))).collect();
-        let b: Vec<_> = (0..64 * self.depth).map(|i| half(self.b(i / self.depth, i % self.depth))).collect();
+        let b: Vec<_> =
+            (0..self.columns() * self.depth).map(|i| half(self.b(i / self.depth, i % self.depth))).collect();
         let (a, b) = (memory_of(device, &a), memory_of(device, &b));
+        let blocks = self.rows.div_ceil(64) as u32;
+        if self.is_hopper {
+            return self.run_on_hopper(device, fault, &a, &b, blocks);
+        }
         let c = device.allocate(self.rows * 64 * 4).unwrap();
         let arguments = [
             Argument::of(&a),
@@ -181,9 +204,57 @@ impl Pipeline {
             Argument::I32(self.rows as i32),
             Argument::I32(self.depth as i32),
         ];
-        let blocks = self.rows.div_ceil(64) as u32;
         let result = launch(device, &format!("planted_pipeline_{fault}"), blocks, 0, &arguments);
         (result.err().map(|error| error.to_string()), floats_of(device, &c))
+    }
+
+    fn run_on_hopper(
+        &self,
+        device: &Emulator,
+        fault: &str,
+        a: &EmulatorMemory,
+        b: &EmulatorMemory,
+        blocks: u32,
+    ) -> (Option<String>, Vec<f32>) {
+        let columns = self.columns();
+        let c = device.allocate(self.rows * columns * 2).unwrap();
+        let boxes = |memory: &EmulatorMemory, [rows, columns]: [usize; 2], box_rows| {
+            let address = memory.address();
+            Argument::Boxes(Boxes { address, rows, columns, row_stride: columns, box_rows })
+        };
+        let arguments = [
+            boxes(a, [self.rows, self.depth], 64),
+            boxes(b, [columns, self.depth], 128),
+            boxes(&c, [self.rows, columns], 64),
+            Argument::I32(self.depth as i32),
+        ];
+        let kernel = format!("planted_hopper_{fault}");
+        let result = launch_threads(device, &kernel, blocks, 256, 96 << 10, &arguments);
+        let mut halves = vec![half::f16::ZERO; self.rows * columns];
+        device.download(&c, 0, bytemuck::cast_slice_mut(&mut halves)).unwrap();
+        (result.err().map(|error| error.to_string()), halves.into_iter().map(half::f16::to_f32).collect())
+    }
+
+    /// The faults that go unnoticed.
+    fn missed(&self, faults: &[(&str, FoundBy)]) -> Vec<String> {
+        let expected = self.expected();
+        let fast = Emulator::new(Flavour::Fast, 0).unwrap();
+        let checked = Emulator::new(Flavour::Checked, 0).unwrap();
+        let mut missed = Vec::new();
+        for &(name, found_by) in faults {
+            let (message, values) = self.run(&checked.with_seed(1), name);
+            if message.is_none() && values == expected {
+                missed.push(format!("{name}: not found by the checker"));
+            }
+            let noticed = (1..=SEEDS).any(|seed| {
+                let (message, values) = self.run(&fast.with_seed(seed), name);
+                message.is_some() || values != expected
+            });
+            if found_by == FoundBy::Fast && !noticed {
+                missed.push(format!("{name}: no schedule of the fast build shows it"));
+            }
+        }
+        missed
     }
 }
 
@@ -200,24 +271,29 @@ fn every_fault_of_a_pipelined_matmul_is_found() {
         ("copies_left_at_exit", FoundBy::Fast),
     ];
     // Seven steps: more than twice the three stages, so that every stage is reused. 70 rows: a ragged second block.
-    let pipeline = Pipeline { rows: 70, depth: 112 };
-    let expected = pipeline.expected();
-    let fast = Emulator::new(Flavour::Fast, 0).unwrap();
-    let checked = Emulator::new(Flavour::Checked, 0).unwrap();
-    let mut missed = Vec::new();
-    for (name, found_by) in faults {
-        let (message, values) = pipeline.run(&checked.with_seed(1), name);
-        if message.is_none() && values == expected {
-            missed.push(format!("{name}: not found by the checker"));
-        }
-        let noticed = (1..=SEEDS).any(|seed| {
-            let (message, values) = pipeline.run(&fast.with_seed(seed), name);
-            message.is_some() || values != expected
-        });
-        if found_by == FoundBy::Fast && !noticed {
-            missed.push(format!("{name}: no schedule of the fast build shows it"));
-        }
-    }
+    let missed = Pipeline { rows: 70, depth: 112, is_hopper: false }.missed(&faults);
+    assert!(missed.is_empty(), "{}", missed.join("\n"));
+}
+
+#[test]
+fn every_fault_of_a_warp_specialised_matmul_is_found() {
+    let faults = [
+        ("producer_does_not_wait", FoundBy::Fast),
+        ("waits_for_wrong_parity", FoundBy::Fast),
+        ("expects_too_few_bytes", FoundBy::Fast),
+        ("consumer_does_not_wait", FoundBy::Fast),
+        ("releases_before_wait", FoundBy::Fast),
+        ("keeps_group_in_flight", FoundBy::Fast),
+        ("no_barrier_after_init", FoundBy::Fast),
+        ("no_init_fence", FoundBy::Fast),
+        ("no_wgmma_fence", FoundBy::Fast),
+        ("advances_by_elements", FoundBy::Fast),
+        ("reads_before_last_wait", FoundBy::Fast),
+        ("no_proxy_fence", FoundBy::Checker),
+        ("no_barrier_before_store", FoundBy::Fast),
+        ("leaves_before_store", FoundBy::Fast),
+    ];
+    let missed = Pipeline { rows: 70, depth: 448, is_hopper: true }.missed(&faults);
     assert!(missed.is_empty(), "{}", missed.join("\n"));
 }
 
@@ -225,8 +301,9 @@ fn every_fault_of_a_pipelined_matmul_is_found() {
 fn a_correct_pipeline_is_not_accused_and_does_not_depend_on_the_schedule() {
     for (flavour, seeds) in [(Flavour::Fast, 40), (Flavour::Checked, 6)] {
         let device = Emulator::new(flavour, 0).unwrap();
-        for (rows, depth) in [(70, 112), (64, 16), (1, 32), (129, 48)] {
-            let pipeline = Pipeline { rows, depth };
+        let shapes = [(70, 112, false), (64, 16, false), (1, 32, false), (129, 48, false)];
+        for (rows, depth, is_hopper) in shapes.into_iter().chain([(70, 448, true), (1, 64, true)]) {
+            let pipeline = Pipeline { rows, depth, is_hopper };
             let expected = pipeline.expected();
             for seed in 0..seeds {
                 let (message, values) = pipeline.run(&device.with_seed(seed), "none");

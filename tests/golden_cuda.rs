@@ -109,6 +109,7 @@ fn the_tiny_models_train_on_the_emulator_as_in_float64() {
                 check(&device, name, variant, compute);
             }
         }
+        check(&device.as_hopper(), name, "brand", ComputeType::Bf16);
     }
 }
 
@@ -129,6 +130,7 @@ fn a_whole_run_is_clean_in_the_checker() {
     let device = Emulator::new(Flavour::Checked, 3).unwrap();
     check(&device, "tiny_qwen3", "brand", ComputeType::Bf16);
     check(&device, "tiny_gemma2", "brand", ComputeType::Bf16);
+    check(&device.as_hopper(), "tiny_qwen3", "brand", ComputeType::F16);
 }
 
 #[test]

@@ -11,6 +11,7 @@
 #include "../ptx/ldmatrix.h"
 #include "../ptx/mma.h"
 #include "halves.h"
+#include "tile_order.h"
 
 enum class Major { k, mn };
 
@@ -205,16 +206,3 @@ struct MatmulTile {
         }
     }
 };
-
-// The block's tile in an order that keeps neighbours in the L2: columns of eight row tiles are finished before the next
-// column begins.
-struct TilePlace {
-    int m, n;
-};
-DEVICE TilePlace find_tile(int m_tiles, int n_tiles, int tile_m, int tile_n) {
-    constexpr int group = 8;
-    const int linear = blockIdx.x, tiles_per_group = group * n_tiles;
-    const int first = linear / tiles_per_group * group, rows = min(group, m_tiles - first);
-    const int inside = linear % tiles_per_group;
-    return {(first + inside % rows) * tile_m, inside / rows * tile_n};
-}

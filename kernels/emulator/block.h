@@ -14,7 +14,7 @@ namespace emulator {
 // True in the checker build: shadow memory and vector clocks (checker.cpp) watch every access of the kernel.
 constexpr bool checked = EMULATOR_CHECKED;
 
-enum class State : uint8_t { runnable, in_collective, at_barrier, exited };
+enum class State : uint8_t { runnable, in_collective, at_barrier, at_mbarrier, exited };
 
 // cp.async of one thread: copies in order of issue, cut into groups by commit.
 struct AsyncCopies {
@@ -43,8 +43,10 @@ struct Thread : Indices {
     unsigned mask;
     void* arguments;
     int barrier_id;
+    uint32_t mbarrier_offset;
+    unsigned mbarrier_parity;
     AsyncCopies async_copies;
-    uint32_t* clock;  // checker: the thread's vector clock, one entry a thread
+    uint32_t* clock;  // checker: the thread's vector clock, one entry a thread and one for the TMA
 };
 
 struct Warp {
@@ -56,6 +58,19 @@ struct Barrier {
     int expected, arrived;
     std::vector<Thread*> waiting;
     std::vector<uint32_t> clock;
+};
+
+// mbarrier.cpp: a barrier in shared memory.
+struct MemoryBarrier {
+    uint32_t offset;
+    int expected, pending;  // arrivals of a phase, and those that are missing
+    int64_t bytes;          // still to be copied in this phase; copies may land before they are expected
+    uint64_t phase;
+    int initialised_by;
+    uint32_t initialised_at;  // checker: that thread's clock
+    bool visible_to_copies;
+    std::vector<Thread*> waiting;
+    std::vector<uint32_t> arriving_clock, completed_clock;
 };
 
 struct Launch {
@@ -81,7 +96,7 @@ struct Block {
     Barrier barriers[barrier_count];
     // Schedule.
     uint64_t random_state;
-    bool random, by_priority;
+    bool random, by_priority, copies_land_late;
     uint64_t switches;  // since the process began; the watchdog's sign of progress
     bool running;
     void* main_stack_pointer;
@@ -92,6 +107,10 @@ inline Thread* self() { return static_cast<Thread*>(current); }
 uint64_t random_number();
 // Gives other warps a turn once in `odds` calls on average.
 void maybe_yield(int odds);
+
+// For the files that make threads wait: the scheduler's own steps.
+void make_runnable(Thread* thread);
+void wait_in(Thread* thread, State state);
 
 // Runs one block of `launch` until every thread exited or an error ended it.
 void run_block(const Launch& launch, uint64_t linear_index);
@@ -132,7 +151,6 @@ const Allocation* find_allocation(uintptr_t address);  // the last one that star
 void* allocate(size_t bytes);
 bool release(void* address);
 bool is_inside_allocation(const void* address, size_t bytes);
-uint32_t shared_offset(const void* address);  // fails outside shared memory
 void begin_shared_memory(uint32_t dynamic_bytes);
 struct SharedVariable {
     const void* key;
@@ -143,5 +161,23 @@ extern uint32_t dynamic_shared_offset;                // 0 until the kernel aske
 
 // ---- async_copy.cpp
 void check_copies_at_exit(const Thread& thread);
+
+// ---- mbarrier.cpp
+extern std::vector<MemoryBarrier> memory_barriers;  // of this block
+MemoryBarrier& find_memory_barrier(const void* address, Location where);
+void mbarrier_bytes_landed(uint32_t offset, unsigned bytes);
+std::string describe_memory_barrier(uint32_t offset);
+
+// ---- tma.cpp
+bool encode_boxes(uint64_t* map, uint64_t address, uint64_t rows, uint64_t columns, uint64_t row_bytes, uint32_t box_rows);
+void begin_asynchronous_work();
+bool any_load_in_flight();
+bool land_a_load();
+void check_transfers_at_exit(const Thread& thread);
+void check_transfers_at_end();
+
+// ---- wgmma.cpp
+void begin_wgmma();
+void check_wgmma_at_end();
 
 }  // namespace emulator

@@ -13,25 +13,38 @@ namespace emulator::checker {
 
 constexpr size_t cell_bytes = 2;
 
-enum Flags : uint8_t { initialised = 1, in_flight = 2, by_atomic = 4 };
+enum Flags : uint8_t { initialised = 1, in_flight = 2, by_atomic = 4, by_thread = 8 };
 
 // ---- clocks
 
-static Clock clocks;  // one row of thread_count entries a thread
+static Clock clocks;  // a row for each thread: one entry a thread, and one for the TMA
+static int clock_entries() { return block.thread_count + 1; }
+static int tma() { return block.thread_count; }
+static uint32_t tma_time;
+static std::vector<Clock> proxy_fences;  // of each thread: its clock at each fence_async_proxy
 
-uint32_t* thread_clock(int thread) { return &clocks[size_t(thread) * block.thread_count]; }
+uint32_t* thread_clock(int thread) { return &clocks[size_t(thread) * clock_entries()]; }
 
 static void merge(uint32_t* into, const uint32_t* from) {
-    for (int i = 0; i < block.thread_count; i++) into[i] = std::max(into[i], from[i]);
+    for (int i = 0; i < clock_entries(); i++) into[i] = std::max(into[i], from[i]);
 }
 
 void release(Thread* thread, Clock& into) {
-    into.resize(block.thread_count, 0);
+    into.resize(clock_entries(), 0);
     merge(into.data(), thread->clock);
     thread->clock[thread->linear]++;  // what the thread does from here on is not covered
 }
 
-void acquire(Thread* thread, const Clock& from) { merge(thread->clock, from.data()); }
+void acquire(Thread* thread, const Clock& from) {
+    if (!from.empty()) merge(thread->clock, from.data());
+}
+
+void release_copies(Clock& into) {
+    into.resize(clock_entries(), 0);
+    into[tma()] = tma_time;
+}
+
+void fence_async_proxy(Thread* thread) { proxy_fences[thread->linear].push_back(thread->clock[thread->linear]++); }
 
 void synchronise(Thread* lanes, unsigned mask) {
     Clock together;
@@ -109,9 +122,8 @@ static void check_global_bounds(uintptr_t address, size_t bytes, const char* act
     if (vector && address % bytes) report("misaligned global %s of %zu bytes at %s", action, bytes, describe(place).c_str());
 }
 
-static void global_read(uintptr_t address, size_t bytes, Place place) {
+static void global_read(const Thread& thread, uintptr_t address, size_t bytes, Place place) {
     check_global_bounds(address, bytes, "read", place);
-    const Thread& thread = *self();
     const uint32_t launch = block.launch->id;
     for (GlobalCell *cell = global_cell(address), *last = global_cell(address + bytes - 1); cell <= last; cell++) {
         if (!(cell->flags & initialised)) {
@@ -139,9 +151,8 @@ static void global_read(uintptr_t address, size_t bytes, Place place) {
     }
 }
 
-static void global_write(uintptr_t address, size_t bytes, Place place, bool atomic) {
+static void global_write(const Thread& thread, uintptr_t address, size_t bytes, Place place, bool atomic) {
     check_global_bounds(address, bytes, atomic ? "atomic" : "write", place);
-    const Thread& thread = *self();
     const uint32_t launch = block.launch->id;
     for (GlobalCell *cell = global_cell(address), *last = global_cell(address + bytes - 1); cell <= last; cell++) {
         if (atomic && !(cell->flags & initialised))
@@ -183,7 +194,9 @@ static std::vector<SharedCell> shared_cells;
 static uint32_t block_stamp = 0;
 
 void begin_block() {
-    clocks.assign(size_t(block.thread_count) * block.thread_count, 0);
+    clocks.assign(size_t(block.thread_count) * clock_entries(), 0);
+    proxy_fences.assign(block.thread_count, {});
+    tma_time = 0;
     for (int i = 0; i < block.thread_count; i++) thread_clock(i)[i] = 1;
     shared_cells.resize(shared_arena_bytes / cell_bytes);
     block_stamp++;
@@ -210,49 +223,68 @@ static void check_shared_bounds(size_t offset, size_t bytes, const char* action,
     if (vector && offset % bytes) report("misaligned shared %s of %zu bytes at %s", action, bytes, describe(place).c_str());
 }
 
-static void remember_reader(SharedCell& cell, const Thread& thread) {
+static void remember_reader(SharedCell& cell, const Thread& thread, int reader, uint32_t clock) {
     int slot = -1;
     for (int i = 0; i < cell.reader_count; i++) {
-        if (cell.readers[i] == thread.linear) { slot = i; break; }
+        if (cell.readers[i] == reader) { slot = i; break; }
         if (cell.read_clocks[i] <= thread.clock[cell.readers[i]]) slot = i;  // that read is over
     }
     if (slot < 0) slot = cell.reader_count < remembered_readers ? cell.reader_count++ : random_number() % remembered_readers;
-    cell.readers[slot] = static_cast<uint16_t>(thread.linear);
-    cell.read_clocks[slot] = thread.clock[thread.linear];
+    cell.readers[slot] = static_cast<uint16_t>(reader);
+    cell.read_clocks[slot] = clock;
 }
 
-static void shared_read(const Thread& thread, size_t offset, size_t bytes, Place place) {
+// Who reads: the thread itself, or the TMA or the tensor cores on its behalf.
+enum class Proxy { thread, tensor_cores, tma };
+
+static std::string describe_writer(const SharedCell& cell) {
+    return cell.writer == tma() ? "the TMA" : "thread " + std::to_string(cell.writer);
+}
+
+// What a thread wrote reaches the asynchronous proxy if the thread fenced after it, and that before what orders the reader.
+static bool is_fenced(const SharedCell& cell, const Thread& reader) {
+    const Clock& fences = proxy_fences[cell.writer];
+    const auto fence = std::lower_bound(fences.begin(), fences.end(), cell.write_clock);
+    return fence != fences.end() && (cell.writer == reader.linear || *fence < reader.clock[cell.writer]);
+}
+
+static void shared_read(const Thread& thread, size_t offset, size_t bytes, Place place, Proxy proxy = Proxy::thread) {
     check_shared_bounds(offset, bytes, "read", place);
     for (size_t at = offset & ~(cell_bytes - 1); at < offset + bytes; at += cell_bytes) {
         SharedCell& cell = shared_cell(at);
         if (cell.flags & in_flight) {
-            report("shared memory read at %s while a cp.async to it is in flight (issued at %s)", describe(place).c_str(),
-                   describe(cell.write_place).c_str());
+            report("shared memory read at %s while an asynchronous copy to it is in flight (issued at %s)",
+                   describe(place).c_str(), describe(cell.write_place).c_str());
             cell.flags &= ~in_flight;
         } else if (!(cell.flags & initialised)) {
             report("read of uninitialised shared memory at %s", describe(place).c_str());
             cell.flags |= initialised;
         } else {
             if (cell.writer != thread.linear && cell.write_clock > thread.clock[cell.writer]) {
-                report("shared race: read at %s of thread %u's write at %s without a barrier between",
-                       describe(place).c_str(), cell.writer, describe(cell.write_place).c_str());
+                report("shared race: read at %s of %s's write at %s without a barrier between", describe(place).c_str(),
+                       describe_writer(cell).c_str(), describe(cell.write_place).c_str());
                 cell.write_clock = 0;
+            } else if (proxy != Proxy::thread && (cell.flags & by_thread) && !is_fenced(cell, thread)) {
+                report("asynchronous read at %s of %s's write at %s without fence_async_proxy between",
+                       describe(place).c_str(), describe_writer(cell).c_str(), describe(cell.write_place).c_str());
+                cell.flags &= ~by_thread;
             }
-            remember_reader(cell, thread);
+            if (proxy == Proxy::tma) remember_reader(cell, thread, tma(), tma_time);
+            else remember_reader(cell, thread, thread.linear, thread.clock[thread.linear]);
         }
     }
 }
 
 static void check_shared_write(const SharedCell& cell, const Thread& thread, Place place) {
     if (cell.flags & in_flight)
-        return report("shared memory written at %s while a cp.async to it is in flight", describe(place).c_str());
+        return report("shared memory written at %s while an asynchronous copy to it is in flight", describe(place).c_str());
     if ((cell.flags & initialised) && cell.writer != thread.linear && cell.write_clock > thread.clock[cell.writer])
-        return report("shared race: %s overwrites thread %u's write at %s without a barrier between",
-                      describe(place).c_str(), cell.writer, describe(cell.write_place).c_str());
+        return report("shared race: %s overwrites %s's write at %s without a barrier between", describe(place).c_str(),
+                      describe_writer(cell).c_str(), describe(cell.write_place).c_str());
     for (int i = 0; i < cell.reader_count; i++)
         if (cell.readers[i] != thread.linear && cell.read_clocks[i] > thread.clock[cell.readers[i]])
-            return report("shared race: %s overwrites what thread %u may still be reading", describe(place).c_str(),
-                          cell.readers[i]);
+            return report("shared race: %s overwrites what %s %u may still be reading", describe(place).c_str(),
+                          cell.readers[i] == tma() ? "the TMA for thread" : "thread", cell.readers[i]);
 }
 
 static void shared_write(size_t offset, size_t bytes, Place place, uint8_t flags) {
@@ -277,7 +309,7 @@ void shared_read(const Thread& reader, const void* address, size_t bytes, Locati
 
 void async_copy_issued(const void* shared, const void* global, int bytes, Location where) {
     const Place place = place_of(where);
-    if (bytes) global_read(uintptr_t(global), bytes, place);
+    if (bytes) global_read(*self(), uintptr_t(global), bytes, place);
     shared_write(shared_offset(shared), 16, place, in_flight);
 }
 
@@ -297,8 +329,52 @@ void async_copy_landed(const void* shared, size_t bytes, Location where) {
 
 void atomic_access(const void* address, size_t bytes, Location where) {
     const uintptr_t first = uintptr_t(address);
-    if (is_global(first)) global_write(first, bytes, place_of(where), true);
+    if (is_global(first)) global_write(*self(), first, bytes, place_of(where), true);
     else check_shared_bounds(shared_offset(address), bytes, "atomic", place_of(where));
+}
+
+void plain_write(const void* shared, size_t bytes, Location where) {
+    shared_write(shared_offset(shared), bytes, place_of(where), by_thread);
+}
+
+// ---- the asynchronous proxy
+
+void async_write_issued(const void* shared, size_t bytes, Location where) {
+    shared_write(shared_offset(shared), bytes, place_of(where), in_flight);
+}
+
+void async_write_landed(const void* shared, size_t bytes, Location where) {
+    const size_t offset = shared_offset(shared);
+    const Place place = place_of(where);
+    tma_time++;
+    for (size_t at = offset; at < offset + bytes; at += cell_bytes) {
+        SharedCell& cell = shared_cell(at);
+        cell.flags = initialised;
+        cell.reader_count = 0;
+        cell.writer = static_cast<uint16_t>(tma());
+        cell.write_clock = tma_time;
+        cell.write_place = place;
+    }
+}
+
+void async_read(const Thread& reader, const void* shared, size_t bytes, Location where) {
+    shared_read(reader, shared_offset(shared), bytes, place_of(where), Proxy::tensor_cores);
+}
+
+uint32_t async_read_begins(const void* shared, size_t bytes, Location where) {
+    tma_time++;
+    shared_read(*self(), shared_offset(shared), bytes, place_of(where), Proxy::tma);
+    return tma_time;
+}
+
+void async_read_ended(Thread* thread, uint32_t mark) { thread->clock[tma()] = std::max(thread->clock[tma()], mark); }
+
+void copy_reads_global(int thread, const void* global, size_t bytes, Location where) {
+    global_read(block.threads[thread], uintptr_t(global), bytes, place_of(where));
+}
+
+void copy_writes_global(int thread, const void* global, size_t bytes, Location where) {
+    global_write(block.threads[thread], uintptr_t(global), bytes, place_of(where), false);
 }
 
 // ---- what g++ calls at each access
@@ -307,11 +383,11 @@ static void plain_access(void* address, size_t bytes, bool write, void* return_a
     if (!block.running || !bytes) return;
     const uintptr_t first = uintptr_t(address);
     if (is_global(first)) {
-        if (write) global_write(first, bytes, place_of(return_address), false);
-        else global_read(first, bytes, place_of(return_address));
+        if (write) global_write(*self(), first, bytes, place_of(return_address), false);
+        else global_read(*self(), first, bytes, place_of(return_address));
     } else if (is_shared(first)) {
         const size_t offset = first - uintptr_t(shared_arena);
-        if (write) shared_write(offset, bytes, place_of(return_address), 0);
+        if (write) shared_write(offset, bytes, place_of(return_address), by_thread);
         else shared_read(*self(), offset, bytes, place_of(return_address));
     }
 }

@@ -27,6 +27,20 @@ void shared_read(const Thread& reader, const void* address, size_t bytes, Locati
 void async_copy_issued(const void* shared, const void* global, int bytes, Location where);
 void async_copy_landed(const void* shared, size_t bytes, Location where);
 void atomic_access(const void* address, size_t bytes, Location where);
+void plain_write(const void* shared, size_t bytes, Location where);
+
+// ---- the asynchronous proxy: TMA and wgmma. The TMA has a clock entry of its own behind the threads'.
+void fence_async_proxy(Thread* thread);
+void release_copies(Clock& into);
+void async_write_issued(const void* shared, size_t bytes, Location where);
+void async_write_landed(const void* shared, size_t bytes, Location where);
+// A read by wgmma, on behalf of `reader`.
+void async_read(const Thread& reader, const void* shared, size_t bytes, Location where);
+// A read by a TMA store, from its issue by the running thread until the thread has waited for the mark that is returned.
+uint32_t async_read_begins(const void* shared, size_t bytes, Location where);
+void async_read_ended(Thread* thread, uint32_t mark);
+void copy_reads_global(int thread, const void* global, size_t bytes, Location where);
+void copy_writes_global(int thread, const void* global, size_t bytes, Location where);
 
 // "file:line" of an address in the kernels' code, by addr2line: slow, for messages only. In both builds.
 std::string describe_code(uintptr_t program_counter);

@@ -88,6 +88,13 @@ INTERFACE const char* emulator_kernel_name(size_t index) {
     return kernel ? kernel->name : nullptr;
 }
 
+// Fills a kernel's TensorMap of 16 words. False: the matrix lies outside its memory, or the TMA cannot take it.
+INTERFACE bool emulator_encode_boxes(uint64_t* map, uint64_t address, uint64_t rows, uint64_t columns, uint64_t row_bytes,
+                                     uint32_t box_rows) {
+    std::lock_guard lock(one_at_a_time);
+    return encode_boxes(map, address, rows, columns, row_bytes, box_rows);
+}
+
 // Runs every block of the grid, one after the other, in an order that depends on the seed. False: `message` holds what
 // was found, cut to its length.
 INTERFACE bool emulator_launch(const Kernel* kernel, const unsigned* grid, const unsigned* block_dim,

@@ -51,7 +51,9 @@ void barrier_sync(int id, int thread_count, Location where);
 void barrier_arrive(int id, int thread_count, Location where);
 
 // ---- warp collectives: every lane of `mask` posts its arguments and the last to arrive runs the operation for all.
-enum class Collective : uint8_t { none, syncwarp, shuffle, vote, reduce, ldmatrix, mma };
+enum class Collective : uint8_t {
+    none, syncwarp, shuffle, vote, reduce, ldmatrix, mma, wgmma, wgmma_fence, wgmma_commit, wgmma_wait
+};
 using Operation = void (*)(void** lane_arguments, unsigned mask);
 void collective(Collective kind, unsigned mask, void* arguments, Operation operation, Location where);
 
@@ -86,6 +88,24 @@ void cp_async16(void* shared, const void* global, int bytes, Location where);
 void cp_async_commit();
 void cp_async_wait(int groups_in_flight);
 
+// ---- Hopper: mbarriers, the TMA and wgmma (mbarrier.cpp, tma.cpp, wgmma.cpp)
+void mbarrier_init(uint64_t* barrier, unsigned arrivals, Location where);
+void fence_mbarrier_init();
+void mbarrier_arrive(uint64_t* barrier, unsigned bytes, Location where);
+void mbarrier_wait(uint64_t* barrier, unsigned parity, Location where);
+void tma_load(void* shared, const uint64_t* map, int row, int column, uint64_t* barrier, Location where);
+void tma_store(const uint64_t* map, const void* shared, int row, int column, Location where);
+void tma_store_commit();
+void tma_store_wait_read();
+void fence_async_proxy();
+uint32_t shared_offset(const void* address);  // fails outside shared memory
+// A's fragment where it is in registers; else null, and `a` says where in shared memory.
+void wgmma(float* d, int columns, const uint32_t* a_registers, uint64_t a, uint64_t b, bool b_is_mn, bool accumulate, bool bf16,
+           Location where);
+void wgmma_fence(Location where);
+void wgmma_commit(Location where);
+void wgmma_wait(int groups_in_flight, Location where);
+
 // ---- registry: each exported kernel, its parameters' kinds and a function that unpacks an argument array.
 struct Kernel {
     const char* name;
@@ -95,7 +115,8 @@ struct Kernel {
 };
 void register_kernel(Kernel* kernel);
 
-// One letter a parameter, so that the host's argument list can be checked: p(ointer), i(nt32), u(int32), l(int64), f(loat).
+// One letter a parameter, so that the host's argument list can be checked: p(ointer), i(nt32), u(int32), l(int64), f(loat),
+// b(oxes of a matrix: a TensorMap).
 template <class T>
 constexpr char parameter_kind() {
     if constexpr (std::is_pointer_v<T>) return 'p';
@@ -103,7 +124,8 @@ constexpr char parameter_kind() {
     else if constexpr (std::is_same_v<T, int>) return 'i';
     else if constexpr (std::is_same_v<T, unsigned>) return 'u';
     else if constexpr (std::is_same_v<T, long long> || std::is_same_v<T, int64_t>) return 'l';
-    else static_assert(!sizeof(T), "parameters are pointers, float, int, unsigned or long long");
+    else if constexpr (sizeof(T) == 128) return 'b';
+    else static_assert(!sizeof(T), "parameters are pointers, float, int, unsigned, long long or TensorMap");
 }
 
 template <auto function>

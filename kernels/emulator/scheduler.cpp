@@ -63,7 +63,8 @@ void abandon_block() {
 }
 
 static std::string describe_wait(const Thread& thread) {
-    static const char* const kinds[] = {"none", "__syncwarp", "shuffle", "vote", "warp_reduce", "ldmatrix", "mma"};
+    static const char* const kinds[] = {"none", "__syncwarp", "shuffle", "vote", "warp_reduce", "ldmatrix", "mma",
+                                        "wgmma", "wgmma_fence", "wgmma_commit", "wgmma_wait"};
     char text[160];
     switch (thread.state) {
         case State::in_collective:
@@ -75,6 +76,9 @@ static std::string describe_wait(const Thread& thread) {
                      barrier.expected);
             break;
         }
+        case State::at_mbarrier:
+            return "waiting for parity " + std::to_string(thread.mbarrier_parity) + " of " +
+                   describe_memory_barrier(thread.mbarrier_offset) + " at " + describe_location(thread.where);
         case State::exited: return "exited";
         case State::runnable: return "runnable";
     }
@@ -106,7 +110,15 @@ static int pick_warp() {
     return best;
 }
 
+// Loads in flight land at random, or, in half of the schedules, only when no thread can go on without them.
+static void land_loads() {
+    constexpr int odds = 16;
+    if (block.random && !block.copies_land_late && any_load_in_flight() && random_number() % odds == 0) land_a_load();
+    while (!block.runnable_warps && land_a_load()) {}
+}
+
 static Thread* pick_thread() {
+    land_loads();
     const bool preempt = block.random && !block.by_priority && (random_number() & 63) == 0;
     if (!block.warps[block.current_warp].runnable || preempt) {
         if (!block.runnable_warps) report_deadlock();
@@ -125,7 +137,7 @@ static void switch_away(Thread* thread) {
     emulator_switch_stack(&thread->stack_pointer, next->stack_pointer);
 }
 
-static void make_runnable(Thread* thread) {
+void make_runnable(Thread* thread) {
     thread->state = State::runnable;
     block.warps[thread->warp].runnable |= 1u << thread->lane;
     block.runnable_warps |= 1u << thread->warp;
@@ -138,7 +150,7 @@ static void leave_runnable(Thread* thread, State state) {
     if (!warp.runnable) block.runnable_warps &= ~(1u << thread->warp);
 }
 
-static void wait_in(Thread* thread, State state) {
+void wait_in(Thread* thread, State state) {
     leave_runnable(thread, state);
     switch_away(thread);
 }
@@ -261,10 +273,15 @@ static void thread_main() {
     block.launch->kernel->call(block.launch->arguments);
     Thread* thread = self();
     check_copies_at_exit(*thread);
+    check_transfers_at_exit(*thread);
     leave_runnable(thread, State::exited);
     block.warps[thread->warp].exited |= 1u << thread->lane;
     void* nobody;
-    if (--block.alive == 0) emulator_switch_stack(&nobody, block.main_stack_pointer);
+    if (--block.alive == 0) {
+        check_transfers_at_end();
+        check_wgmma_at_end();
+        emulator_switch_stack(&nobody, block.main_stack_pointer);
+    }
     Thread* next = pick_thread();
     current = next;
     emulator_switch_stack(&nobody, next->stack_pointer);
@@ -303,6 +320,9 @@ void run_block(const Launch& launch, uint64_t linear_index) {
     for (int warm_up = 0; warm_up < 4; warm_up++) random_number();
     block.random = launch.seed != 0;
     block.by_priority = block.random && (random_number() & 1);
+    block.copies_land_late = !block.random || (random_number() & 1);
+    begin_asynchronous_work();
+    begin_wgmma();
     prepare_warps();
     for (Barrier& barrier : block.barriers) {
         barrier.arrived = 0;

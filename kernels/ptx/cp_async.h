@@ -2,13 +2,6 @@
 #pragma once
 #include "target.h"
 
-// A shared-memory pointer as the 32-bit address that PTX wants.
-#if ON_DEVICE
-DEVICE uint32_t shared_address(const void* pointer) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-#endif
-
 // shared[0..bytes] = global[0..bytes], zeros up to 16; lands at the wait for its group. bytes: 0 … 16; with 0 the source
 // is not read, but must still be a valid, aligned address.
 DEVICE void cp_async16(void* shared, const void* global, int bytes CALL_SITE) {

@@ -31,6 +31,13 @@
 
 #define DEVICE static __device__ __forceinline__
 
+// A shared-memory pointer as the 32-bit address that PTX wants.
+#if ON_DEVICE
+DEVICE uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+#endif
+
 typedef __half f16;
 typedef __nv_bfloat16 bf16;
 
@@ -42,8 +49,11 @@ typedef __nv_bfloat16 bf16;
     EXPORT_KERNEL_FOR(name, f16, BOUNDS, PARAMETERS, ARGUMENTS) \
     EXPORT_KERNEL_FOR(name, bf16, BOUNDS, PARAMETERS, ARGUMENTS)
 #define EXPORT_KERNEL_FOR(name, type, BOUNDS, PARAMETERS, ARGUMENTS) \
-    namespace name##_for_##type { \
+    EXPORT_KERNEL_AS(name##_##type, type, BOUNDS, PARAMETERS, (name<T> ARGUMENTS))
+// One kernel of any name that makes the parenthesised call.
+#define EXPORT_KERNEL_AS(name, type, BOUNDS, PARAMETERS, CALL) \
+    namespace of_##name { \
     using T = type; \
-    extern "C" __global__ void __launch_bounds__ BOUNDS name##_##type PARAMETERS { name<T> ARGUMENTS; } \
-    REGISTER_KERNEL(name##_##type); \
+    extern "C" __global__ void __launch_bounds__ BOUNDS name PARAMETERS { CALL; } \
+    REGISTER_KERNEL(name); \
     }

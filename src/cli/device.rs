@@ -8,17 +8,17 @@ use crate::backend::Backend;
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::{ComputeType, CudaBackend};
 use crate::checkpoint::base::BaseModel;
-use crate::config::check_compute_choices;
+use crate::config::{DeviceName, check_compute_choices};
 use crate::device::driver::Driver;
 #[cfg(feature = "emulator")]
-use crate::device::emulator::{Emulator, Flavour};
+use crate::device::emulator::Emulator;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
 /// Arguments that choose what computes.
 #[derive(Clone, Debug, Args)]
 pub struct DeviceArgs {
-    /// `auto`, `cpu` or `cuda[:N]`.
+    /// `auto`, `cpu` or `cuda[:N][:portable]`.
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: String,
     /// Compute type: `auto`, `f32` (CPU), `f16` or `bf16` (GPU).
@@ -82,9 +82,11 @@ impl Chosen {
 /// (device).
 pub fn choose_backend(device: &str, dtype: &str, threads: Option<usize>, base: &BaseModel) -> Result<Chosen> {
     check_compute_choices(device, dtype, threads)?;
-    let chosen = match (device, device.strip_prefix("cuda")) {
-        (_, Some(index)) => cuda(index.trim_start_matches(':').parse().unwrap_or(0), dtype, base)?,
-        ("auto", _) if dtype != "f32" => match cuda(0, dtype, base) {
+    let chosen = match DeviceName::parse(device)? {
+        DeviceName::Cpu => cpu(dtype, threads)?,
+        DeviceName::Cuda { index, is_portable } => cuda(index, is_portable, dtype, base)?,
+        DeviceName::Auto if dtype == "f32" => cpu(dtype, threads)?,
+        DeviceName::Auto => match cuda(0, false, dtype, base) {
             Ok(chosen) => chosen,
             Err(error) => {
                 tracing::debug!("no GPU: {error}");
@@ -93,12 +95,12 @@ pub fn choose_backend(device: &str, dtype: &str, threads: Option<usize>, base: &
             }
         },
         #[cfg(feature = "emulator")]
-        ("emulator" | "emulator:checked", _) => {
-            let flavour = if device == "emulator" { Flavour::Fast } else { Flavour::Checked };
+        DeviceName::Emulator { is_hopper, is_checked } => {
             let compute = compute_type(dtype, base)?;
-            Chosen::Emulator(Arc::new(CudaBackend::new(Emulator::new(flavour, 0)?, compute)))
+            Chosen::Emulator(Arc::new(CudaBackend::new(Emulator::of(is_hopper, is_checked)?, compute)))
         }
-        _ => cpu(dtype, threads)?,
+        #[cfg(not(feature = "emulator"))]
+        DeviceName::Emulator { .. } => return Err(Error::internal("this build has no emulator")),
     };
     tracing::info!("device: {}", chosen.description());
     Ok(chosen)
@@ -113,10 +115,16 @@ fn cpu(dtype: &str, threads: Option<usize>) -> Result<Chosen> {
     Ok(Chosen::Cpu(Arc::new(CpuBackend::new(threads)?)))
 }
 
-fn cuda(index: u32, dtype: &str, base: &BaseModel) -> Result<Chosen> {
+fn cuda(index: u32, is_portable: bool, dtype: &str, base: &BaseModel) -> Result<Chosen> {
     let compute = compute_type(dtype, base)?;
     let device = Driver::new(index).map_err(|error| error.at(format!("device cuda:{index}")))?;
-    Ok(Chosen::Cuda(Arc::new(CudaBackend::new(device, compute))))
+    Ok(Chosen::Cuda(Arc::new(gpu_backend(device, compute, is_portable))))
+}
+
+/// The backend on a GPU, with the kernels of its generation or with portable ones.
+pub(super) fn gpu_backend(device: Driver, compute: ComputeType, is_portable: bool) -> CudaBackend<Driver> {
+    let backend = CudaBackend::new(device, compute);
+    if is_portable { backend.with_portable_kernels() } else { backend }
 }
 
 fn compute_type(dtype: &str, base: &BaseModel) -> Result<ComputeType> {

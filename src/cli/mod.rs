@@ -90,6 +90,11 @@ pub enum Command {
 }
 
 impl Cli {
+    /// Whether the run takes the times of its operations, for which somebody has to listen.
+    pub fn times_operations(&self) -> bool {
+        matches!(&self.command, Command::Train(args) if args.profile)
+    }
+
     /// Runs the verb.
     pub fn run(&self) -> Result<()> {
         match &self.command {

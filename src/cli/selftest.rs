@@ -5,20 +5,21 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Value, json};
 
 use super::Cli;
+use super::device::gpu_backend;
 use super::output::print_line;
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::{ComputeType, CudaBackend};
-use crate::config::check_compute_choices;
+use crate::config::{DeviceName, check_compute_choices};
 use crate::device::driver::Driver;
 #[cfg(feature = "emulator")]
-use crate::device::emulator::{Emulator, Flavour};
+use crate::device::emulator::Emulator;
 use crate::error::{Error, Result};
 use crate::selftest::{Measurable, Outcome, Rates, Row, Scale, Timing, cases, run as run_cases};
 
 /// Arguments of `fastlora selftest`.
 #[derive(Debug, Args)]
 pub struct SelftestArgs {
-    /// `auto`, `cpu` or `cuda[:N]`.
+    /// `auto`, `cpu` or `cuda[:N][:portable]`.
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: String,
     /// CPU threads; without it, all cores.
@@ -55,20 +56,20 @@ pub(super) fn run(args: &SelftestArgs, cli: &Cli) -> Result<()> {
 impl SelftestArgs {
     fn sections(&self) -> Result<Vec<Section>> {
         let scale = |full| if self.quick { Scale::Quick } else { full };
-        let on_gpu = |driver: Driver| -> Result<Vec<Section>> {
-            let section =
-                |compute| examine(&CudaBackend::new(driver.clone(), compute), scale(Scale::Gpu), true);
+        let on_gpu = |driver: Driver, is_portable| -> Result<Vec<Section>> {
+            let section = |compute| {
+                examine(&gpu_backend(driver.clone(), compute, is_portable), scale(Scale::Gpu), true)
+            };
             COMPUTE_TYPES.into_iter().map(section).collect()
         };
-        match (&*self.device, self.device.strip_prefix("cuda")) {
-            (_, Some(index)) => {
-                let index: u32 = index.trim_start_matches(':').parse().unwrap_or(0);
-                on_gpu(Driver::new(index).map_err(|error| error.at(format!("device cuda:{index}")))?)
+        match DeviceName::parse(&self.device)? {
+            DeviceName::Cuda { index, is_portable } => {
+                let driver = Driver::new(index).map_err(|error| error.at(format!("device cuda:{index}")))?;
+                on_gpu(driver, is_portable)
             }
             #[cfg(feature = "emulator")]
-            ("emulator" | "emulator:checked", _) => {
-                let flavour = if self.device == "emulator" { Flavour::Fast } else { Flavour::Checked };
-                let emulator = Emulator::new(flavour, 0)?;
+            DeviceName::Emulator { is_hopper, is_checked } => {
+                let emulator = Emulator::of(is_hopper, is_checked)?;
                 if !self.quick {
                     tracing::info!("the emulator runs the quick cases alone, and its time says nothing");
                 }
@@ -76,7 +77,7 @@ impl SelftestArgs {
                     |compute| examine(&CudaBackend::new(emulator.clone(), compute), Scale::Quick, false);
                 COMPUTE_TYPES.into_iter().map(section).collect()
             }
-            ("auto", _) if let Ok(driver) = Driver::new(0) => on_gpu(driver),
+            DeviceName::Auto if let Ok(driver) = Driver::new(0) => on_gpu(driver, false),
             _ => Ok(vec![examine(&CpuBackend::new(self.threads)?, scale(Scale::Cpu), true)?]),
         }
     }
@@ -124,11 +125,7 @@ impl Section {
     fn to_json(&self) -> Value {
         json!({
             "device": self.description,
-            "best_rates": self.best.map(|best| json!({
-                "flops_per_second": best.flops,
-                "flops_of": best.flops_of,
-                "bytes_per_second": best.bytes,
-            })),
+            "best_rates": self.best,
             "operations": self.rows.iter().map(row_to_json).collect::<Value>(),
         })
     }

@@ -11,6 +11,7 @@ mod recorder;
 mod resume;
 mod sampler;
 mod signals;
+mod time_by_operation;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -27,7 +28,7 @@ use self::data::{conditioning, describe_data, load_records};
 use self::dry_run::DryRun;
 use self::ending::{report, stopped, write_report};
 use self::output::{AdapterWriter, Earlier, OutputFolder};
-use self::profile::{ProfileSteps, Profiled};
+use self::profile::{Profile, ProfileSteps, Profiled};
 use self::progress::Progress;
 use self::recorder::Recorder;
 use self::resume::{Resume, Start};
@@ -39,7 +40,6 @@ use super::conditioning::Conditioning;
 use super::device::{choose_backend, on_backend};
 use super::model::resolve_model;
 use super::tokenizer::tokenizer_for;
-use crate::backend::Backend;
 use crate::checkpoint::adapter::{Adapter, AdapterConfig, read_adapter};
 use crate::checkpoint::base::BaseModel;
 use crate::checkpoint::hub::ResolvedModel;
@@ -51,6 +51,7 @@ use crate::model::{LoraConfig, Transformer};
 use crate::optim::{AdamWSettings, Schedule};
 use crate::report::tensorboard::EventFile;
 use crate::report::{METRICS, PAGE, RESOLVED_CONFIG};
+use crate::selftest::Measurable;
 use crate::tokens::{
     BatchOptions, BatchPlan, SampleOptions, SampleSet, Tokenizer, tokenise, warn_about_ends,
     warn_about_overlap,
@@ -78,6 +79,9 @@ pub struct TrainArgs {
     /// Samples that a dry run shows.
     #[arg(long, value_name = "N", default_value_t = 3, requires = "dry_run")]
     show: usize,
+    /// Prints where the time of steps 3 to 7, or of --profile-steps, went, by operation and beside this machine's limits.
+    #[arg(long)]
+    pub(super) profile: bool,
     /// Opens the GPU profiler's window for steps FIRST to LAST alone; see the README.
     #[arg(long, value_name = "FIRST:LAST")]
     profile_steps: Option<ProfileSteps>,
@@ -106,7 +110,7 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
             if !config.output_dir.join(PAGE).exists() {
                 write_report(&config, None);
             }
-            return report(cli, &config, summary);
+            return report(cli, &config, summary, None);
         }
     }
 
@@ -252,7 +256,7 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
 
     let run = Run {
         cli,
-        profile_steps: args.profile_steps,
+        profile: Profile { steps: args.profile_steps, is_timed: args.profile },
         started,
         interrupts,
         start,
@@ -271,7 +275,7 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
 /// Everything that was read and checked: what is left is to compute.
 struct Run<'a> {
     cli: &'a Cli,
-    profile_steps: Option<ProfileSteps>,
+    profile: Profile,
     started: Instant,
     interrupts: Interrupts,
     start: Start,
@@ -286,7 +290,7 @@ struct Run<'a> {
 
 impl Run<'_> {
     /// Loads the model, trains it and writes the adapter.
-    fn on<B: Backend>(self, backend: Arc<B>) -> Result<()> {
+    fn on<B: Measurable>(self, backend: Arc<B>) -> Result<()> {
         let Run { cli, start, writer, training_samples, training, .. } = &self;
         let AdapterWriter { config, base, .. } = writer;
         if let Start::Resumed(resumed) = start {
@@ -336,20 +340,28 @@ impl Run<'_> {
             writer,
             checkpointer: Checkpointer::new(writer, &self.interrupts, start.steps()),
         };
-        let mut observer = Profiled::new(Arc::clone(&backend), self.profile_steps, recorder)?;
+        let mut observer = Profiled::new(Arc::clone(&backend), self.profile, start.steps(), recorder)?;
         info!("first step after {:.2} s", self.started.elapsed().as_secs_f64());
         let validation = self.validation.as_ref();
         let summary = backend
             .run(|| train(&mut model, training, validation, &settings, start.state(), &mut observer))?;
-        let recorder = observer.into_inner();
+        let (recorder, times) = observer.into_parts();
         recorder.progress.finish();
+        let times = times.map(|times| times.beside_limits(&*backend)).transpose()?;
+        match &times {
+            Some(times) if !cli.json => info!("time by operation:\n{}", times.to_text()),
+            None if self.profile.is_timed => {
+                warn!("--profile: the run did not take all of the steps that were to be timed");
+            }
+            _ => {}
+        }
         if recorder.checkpointer.is_stopped() {
             write_report(config, Some(backend.description()));
             return Err(stopped(config, summary.steps, total_steps));
         }
         writer.write_final(&summary, &model.adapters()?, &backend.description())?;
         write_report(config, Some(backend.description()));
-        report(cli, config, &summary)
+        report(cli, config, &summary, times.as_ref())
     }
 }
 

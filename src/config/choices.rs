@@ -4,6 +4,7 @@ use clap::ValueEnum;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::DeviceName;
 use crate::error::{Error, Result};
 
 /// Which tokens carry loss.
@@ -99,18 +100,7 @@ const MAX_THREADS: usize = 1024;
 /// # Errors
 /// A config error that names what there is.
 pub fn check_compute_choices(device: &str, dtype: &str, threads: Option<usize>) -> Result<()> {
-    let is_cuda = |device: &str| match device.strip_prefix("cuda") {
-        Some("") => true,
-        Some(rest) => rest.strip_prefix(':').is_some_and(|number| number.parse::<u32>().is_ok()),
-        None => false,
-    };
-    // The kernels on the CPU, in builds that have them.
-    let is_emulator = cfg!(feature = "emulator") && matches!(device, "emulator" | "emulator:checked");
-    if !matches!(device, "auto" | "cpu") && !is_cuda(device) && !is_emulator {
-        return Err(
-            Error::config(format!("`{device}` is no device; there are auto, cpu and cuda[:N]")).at("device")
-        );
-    }
+    DeviceName::parse(device)?;
     if !matches!(dtype, "auto" | "f32" | "f16" | "bf16") {
         return Err(Error::config(format!(
             "`{dtype}` is no compute type; there are auto, f32, f16 and bf16"

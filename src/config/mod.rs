@@ -3,6 +3,7 @@
 mod choices;
 mod comments;
 mod data_source;
+mod device_name;
 mod hash_template;
 mod options;
 mod pattern_map;
@@ -16,6 +17,7 @@ pub use choices::{
     ActivationMemory, LossOn, LrScheduler, OnBadRecord, OnNan, Overlong, ReportFormat, check_compute_choices,
 };
 pub use data_source::DataSource;
+pub use device_name::DeviceName;
 pub use hash_template::HashTemplate;
 pub use options::Options;
 pub use pattern_map::{CompiledPatterns, PatternMap};

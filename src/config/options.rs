@@ -187,7 +187,7 @@ pub struct Options {
     /// Steps between answers to the test cases; without it, once each epoch.
     #[arg(long, value_name = "STEPS")]
     pub sample_every: Option<u64>,
-    /// `auto`, `cpu` or `cuda[:N]`.
+    /// `auto`, `cpu` or `cuda[:N][:portable]` (the kernels of every GPU, not those of its generation).
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<String>,
     /// Compute type: `auto`, `f32`, `f16` or `bf16`.

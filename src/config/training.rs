@@ -121,7 +121,7 @@ pub struct TrainingConfig {
     pub test_cases: Option<PathBuf>,
     /// Steps between answers to the test cases; none: once each epoch.
     pub sample_every: Option<u64>,
-    /// `auto`, `cpu` or `cuda[:N]`.
+    /// `auto`, `cpu` or `cuda[:N][:portable]`.
     pub device: String,
     /// Compute type.
     pub dtype: String,

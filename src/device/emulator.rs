@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use libloading::Library;
 
+use super::boxes::{Boxes, Values};
 use super::{Argument, Device, Launch, Limits, Memory, check_range, not_while_recording};
 use crate::error::{Error, Result};
 
@@ -37,6 +38,7 @@ pub struct Emulator {
     functions: Arc<Functions>,
     flavour: Flavour,
     seed: u64,
+    is_hopper: bool,
     memory: Option<Arc<Limited>>,
     state: Arc<State>,
 }
@@ -94,6 +96,7 @@ struct Functions {
     kernel: unsafe extern "C" fn(*const c_char) -> KernelHandle,
     kernel_signature: unsafe extern "C" fn(KernelHandle) -> *const c_char,
     kernel_name: unsafe extern "C" fn(usize) -> *const c_char,
+    encode_boxes: unsafe extern "C" fn(*mut u64, u64, u64, u64, u64, u32) -> bool,
     #[allow(clippy::type_complexity)]
     launch: unsafe extern "C" fn(
         KernelHandle,
@@ -125,6 +128,7 @@ impl Functions {
                 kernel: *library.get(b"emulator_kernel")?,
                 kernel_signature: *library.get(b"emulator_kernel_signature")?,
                 kernel_name: *library.get(b"emulator_kernel_name")?,
+                encode_boxes: *library.get(b"emulator_encode_boxes")?,
                 launch: *library.get(b"emulator_launch")?,
                 _library: library,
             })
@@ -145,7 +149,26 @@ impl Emulator {
         let functions = Functions::load(path).map_err(|error| {
             Error::device("cannot load the emulator").at(path).hint("build again").caused_by(error)
         })?;
-        Ok(Self { functions: Arc::new(functions), flavour, seed, memory: None, state: Arc::default() })
+        Ok(Self {
+            functions: Arc::new(functions),
+            flavour,
+            seed,
+            is_hopper: false,
+            memory: None,
+            state: Arc::default(),
+        })
+    }
+
+    /// A small Hopper or Ampere, with the race checker or fast.
+    pub fn of(is_hopper: bool, is_checked: bool) -> Result<Self> {
+        let flavour = if is_checked { Flavour::Checked } else { Flavour::Fast };
+        let emulator = Self::new(flavour, 0)?;
+        Ok(if is_hopper { emulator.as_hopper() } else { emulator })
+    }
+
+    /// The same device as a small Hopper, for the kernels of sm_90a; else it is a small Ampere.
+    pub fn as_hopper(&self) -> Self {
+        Self { is_hopper: true, ..self.clone() }
     }
 
     /// A device with `total` bytes of memory, which is cut from large allocations as on a GPU: for tests of what fits.
@@ -198,7 +221,7 @@ impl Emulator {
 
     fn start(&self, launch: &Launch<'_>) -> Result<()> {
         let kernel = self.find(launch)?;
-        let mut arguments: Vec<_> = launch.arguments.iter().map(Argument::value_pointer).collect();
+        let values = Values::new(launch.arguments, |boxes| self.encode(boxes))?;
         let mut message = vec![0u8; 16 << 10];
         let block = [launch.threads, 1, 1];
         // SAFETY: the arguments' kinds were compared with the kernel's parameters; a kernel that leaves its memory is
@@ -210,7 +233,7 @@ impl Emulator {
                 block.as_ptr(),
                 launch.dynamic_shared_bytes,
                 self.seed,
-                arguments.as_mut_ptr(),
+                values.pointers().as_mut_ptr(),
                 message.as_mut_ptr().cast(),
                 message.len(),
             )
@@ -221,6 +244,24 @@ impl Emulator {
         let text =
             CStr::from_bytes_until_nul(&message).unwrap_or_default().to_string_lossy().trim_end().to_owned();
         Err(Error::device(text).at(format!("{launch} on {}", self.description())))
+    }
+
+    fn encode(&self, boxes: &Boxes) -> Result<TensorMap> {
+        let &Boxes { address, rows, columns, box_rows, .. } = boxes;
+        let mut map = TensorMap([0; 16]);
+        // SAFETY: the map is writable; the function checks the range that the numbers name.
+        let encoded = unsafe {
+            let words = map.0.as_mut_ptr();
+            (self.functions.encode_boxes)(
+                words,
+                address,
+                rows as u64,
+                columns as u64,
+                boxes.row_bytes(),
+                box_rows,
+            )
+        };
+        if encoded { Ok(map) } else { Err(Error::internal(format!("the TMA cannot take {boxes:?}"))) }
     }
 
     /// The names of all kernels.
@@ -263,8 +304,13 @@ fn kind_of(argument: &Argument) -> char {
         Argument::I32(_) => 'i',
         Argument::U32(_) => 'u',
         Argument::I64(_) => 'l',
+        Argument::Boxes(_) => 'b',
     }
 }
+
+/// `TensorMap` of kernels/ptx/tma.h.
+#[repr(C, align(64))]
+struct TensorMap([u64; 16]);
 
 /// Memory of the emulated device: ends at a guard page, starts as NaN.
 pub struct EmulatorMemory {
@@ -325,17 +371,19 @@ impl Device for Emulator {
     type Event = Instant;
     type Graph = Recording;
     type Landing = Vec<u8>;
+    const IS_REAL: bool = false;
 
     fn description(&self) -> String {
-        format!("emulator ({:?}, seed {})", self.flavour, self.seed)
+        let chip = if self.is_hopper { "Hopper, " } else { "" };
+        format!("emulator ({chip}{:?}, seed {})", self.flavour, self.seed)
     }
 
     fn limits(&self) -> Limits {
-        // A small Ampere: more multiprocessors would only make tests slower.
+        // More multiprocessors would only make tests slower.
         Limits {
-            compute_capability: (8, 0),
+            compute_capability: if self.is_hopper { (9, 0) } else { (8, 0) },
             multiprocessor_count: 4,
-            shared_bytes_per_block: 163 << 10,
+            shared_bytes_per_block: if self.is_hopper { 227 << 10 } else { 163 << 10 },
             total_memory_bytes: 64 << 30,
         }
     }

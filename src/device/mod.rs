@@ -4,6 +4,7 @@
 //! All work of a device is ordered: copies and launches run one after the other, as on one CUDA stream. That is why memory is
 //! written through shared references: who may write which part is the backend's to know.
 
+mod boxes;
 pub mod driver;
 #[cfg(feature = "emulator")]
 pub mod emulator;
@@ -12,6 +13,8 @@ use std::fmt;
 use std::ops::Range;
 
 use crate::error::{Error, Result};
+
+pub use boxes::{BOX_COLUMNS, Boxes};
 
 /// What the hardware allows, for choosing grids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +27,13 @@ pub struct Limits {
     pub shared_bytes_per_block: u32,
     /// Memory of the device, in bytes.
     pub total_memory_bytes: u64,
+}
+
+impl Limits {
+    /// Whether the kernels for sm_90a run: on compute capability 9.0 and on no other.
+    pub fn is_hopper(&self) -> bool {
+        self.compute_capability == (9, 0)
+    }
 }
 
 /// Device memory, freed when dropped.
@@ -47,24 +57,14 @@ pub enum Argument {
     U32(u32),
     /// `long long`.
     I64(i64),
+    /// `TensorMap`.
+    Boxes(Boxes),
 }
 
 impl Argument {
     /// The start of `memory`.
     pub fn of(memory: &impl Memory) -> Self {
         Argument::Address(memory.address())
-    }
-
-    /// Where the argument's value lies, as the driver's launch call wants it.
-    fn value_pointer(&self) -> *mut std::ffi::c_void {
-        let pointer: *const u8 = match self {
-            Argument::Address(value) => (value as *const u64).cast(),
-            Argument::F32(value) => (value as *const f32).cast(),
-            Argument::I32(value) => (value as *const i32).cast(),
-            Argument::U32(value) => (value as *const u32).cast(),
-            Argument::I64(value) => (value as *const i64).cast(),
-        };
-        pointer.cast_mut().cast()
     }
 }
 
@@ -77,6 +77,7 @@ impl fmt::Display for Argument {
             Argument::I32(value) => write!(formatter, "{value}"),
             Argument::U32(value) => write!(formatter, "{value}"),
             Argument::I64(value) => write!(formatter, "{value}"),
+            Argument::Boxes(boxes) => boxes.fmt(formatter),
         }
     }
 }
@@ -110,11 +111,14 @@ pub trait Device: Clone + Send + Sync + 'static {
     /// Its memory.
     type Memory: Memory;
     /// A point in its work.
-    type Event;
+    type Event: Send + 'static;
     /// Recorded work.
     type Graph: Send + Sync;
     /// Where a copy to the host arrives.
     type Landing: Default + Send + Sync;
+
+    /// Whether it is hardware, and not only played.
+    const IS_REAL: bool;
 
     /// The device's name, for the log.
     fn description(&self) -> String;

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use rayon::prelude::*;
+use serde::Serialize;
 
 use super::operations::{Operation, Prepared, large_product};
 use super::precision::Precision;
@@ -16,7 +17,9 @@ use crate::error::Result;
 /// A backend whose work can be timed.
 pub trait Measurable: Backend + Sized + 'static {
     /// A point in its work.
-    type Mark;
+    type Mark: Send + 'static;
+    /// Whether its time is that of a machine, and not of one that is only played.
+    const IS_REAL: bool;
 
     /// Its numbers.
     fn precision(&self) -> Precision;
@@ -35,16 +38,25 @@ pub trait Measurable: Backend + Sized + 'static {
     /// # Errors
     /// The device's.
     fn best_rates(&self) -> Result<Rates>;
+    /// Whether each operation is started by itself from now on, so that marks stand between them.
+    ///
+    /// # Errors
+    /// The device's.
+    fn time_operations(&self, _is_on: bool) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// What a machine reaches, measured on it.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Rates {
     /// Operations a second.
+    #[serde(rename = "flops_per_second")]
     pub flops: f64,
     /// How `flops` was measured.
     pub flops_of: &'static str,
     /// Bytes a second read and written by a large copy.
+    #[serde(rename = "bytes_per_second")]
     pub bytes: f64,
 }
 
@@ -105,6 +117,7 @@ pub fn seconds_of_passes<B: Measurable>(
 
 impl Measurable for CpuBackend {
     type Mark = Instant;
+    const IS_REAL: bool = true;
 
     fn precision(&self) -> Precision {
         Precision::F32
@@ -193,6 +206,7 @@ fn copy_rate() -> f64 {
 
 impl<D: Device> Measurable for CudaBackend<D> {
     type Mark = D::Event;
+    const IS_REAL: bool = D::IS_REAL;
 
     fn precision(&self) -> Precision {
         Precision::half(self.compute().dtype())
@@ -216,6 +230,11 @@ impl<D: Device> Measurable for CudaBackend<D> {
             flops_of: "our product of 8192 × 8192 × 8192",
             bytes: device_copy_rate(self.device())?,
         })
+    }
+
+    fn time_operations(&self, is_on: bool) -> Result<()> {
+        self.start_operations_singly(is_on);
+        Ok(())
     }
 }
 

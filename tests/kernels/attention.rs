@@ -1,4 +1,4 @@
-//! attention.cu, attention_backward.cu
+//! attention.cu, attention_sm90a.cu, attention_backward.cu
 
 use fastlora::device::Argument;
 
@@ -12,6 +12,8 @@ struct Shape {
     head_dim: usize,
     window: usize,
     soft_cap: f64,
+    /// Whether the forward is attention_sm90a.cu's.
+    is_hopper: bool,
 }
 
 impl Shape {
@@ -21,7 +23,8 @@ impl Shape {
 
     fn name(&self, half: Half) -> String {
         format!(
-            "attention {} samples {:?} Q={} K={} D={} window {} cap {}",
+            "attention{} {} samples {:?} Q={} K={} D={} window {} cap {}",
+            if self.is_hopper { " for Hopper" } else { "" },
             half.suffix(),
             self.sample_lengths,
             self.query_heads,
@@ -103,12 +106,25 @@ fn run(half: Half, shape: &Shape, qkv: &[u16], dout: &[u16]) -> Results {
         let [q, k, v] = parts(Argument::of(&qkv));
         let [dq, dk, dv] = parts(Argument::of(&gradient));
 
-        let mut arguments = vec![q, k, v, Argument::of(&out), Argument::of(&log_sum), Argument::of(&tiles)];
-        arguments.extend(heads.iter().chain(&tail));
-        let stages = if dim <= 128 { 2 } else { 1 };
-        let shared = (64 + 2 * stages * shape.inner_rows()) * pitch_bytes;
+        let rest = [Argument::of(&out), Argument::of(&log_sum), Argument::of(&tiles)];
         let grid = [tile_count, query_heads as u32, 1];
-        launch_grid(device, &kernel("forward"), grid, 128, shared as u32, &arguments);
+        if shape.is_hopper {
+            let matrix = |first_head: usize, heads: usize| {
+                boxes_from(&qkv, first_head * dim, [tokens, heads * dim], leading, 128)
+            };
+            let [q, k] = [matrix(0, query_heads), matrix(query_heads, key_heads)];
+            let v = matrix(query_heads + key_heads, key_heads);
+            let arguments: Vec<_> = [q, k, v].into_iter().chain(rest).chain([heads[0], heads[1]]).collect();
+            let arguments: Vec<_> = arguments.into_iter().chain(tail).collect();
+            let shared = 5 * 128 * dim * 2 + 1024;
+            launch_grid(device, &kernel("forward_sm90a"), grid, 384, shared as u32, &arguments);
+        } else {
+            let mut arguments: Vec<_> = [q, k, v].into_iter().chain(rest).collect();
+            arguments.extend(heads.iter().chain(&tail));
+            let stages = if dim <= 128 { 2 } else { 1 };
+            let shared = (64 + 2 * stages * shape.inner_rows()) * pitch_bytes;
+            launch_grid(device, &kernel("forward"), grid, 128, shared as u32, &arguments);
+        }
 
         let rows = tokens * query_heads;
         let arguments =
@@ -277,10 +293,25 @@ fn check(half: Half, shape: &Shape) {
 type Case = (&'static [usize], usize, usize, usize, usize, f64);
 
 fn check_all(cases: &[Case]) {
+    check_forward(false, cases);
+}
+
+fn check_forward(is_hopper: bool, cases: &[Case]) {
     for half in HALVES {
         for &(sample_lengths, query_heads, key_value_heads, head_dim, window, soft_cap) in cases {
             let sample_lengths = sample_lengths.to_vec();
-            check(half, &Shape { sample_lengths, query_heads, key_value_heads, head_dim, window, soft_cap });
+            check(
+                half,
+                &Shape {
+                    sample_lengths,
+                    query_heads,
+                    key_value_heads,
+                    head_dim,
+                    window,
+                    soft_cap,
+                    is_hopper,
+                },
+            );
         }
     }
 }
@@ -313,4 +344,22 @@ fn attention_of_every_head_size_matches_float64() {
         (&[66], 2, 1, 128, 0, 0.0),
         (&[70], 2, 2, 256, 33, 0.0),
     ]);
+}
+
+/// More than 3 × stages × 128 keys; samples that end inside a box; odd numbers of 64 queries; a window; a cap; groups.
+#[test]
+fn attention_for_hopper_matches_float64() {
+    if !has_hopper_kernels() {
+        return println!("left out: the GPU is no Hopper");
+    }
+    check_forward(
+        true,
+        &[
+            (&[1], 1, 1, 64, 0, 0.0),
+            (&[70, 5, 130], 2, 1, 64, 0, 0.0),
+            (&[790], 1, 1, 64, 0, 0.0),
+            (&[300, 129], 1, 1, 128, 65, 0.0),
+            (&[66], 3, 1, 128, 0, 5.0),
+        ],
+    );
 }

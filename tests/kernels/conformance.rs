@@ -1,4 +1,4 @@
-//! conformance.cu: what each primitive means, written here once more from the PTX manual.
+//! conformance.cu and conformance_sm90a.cu: what each primitive means, written here once more from the PTX manual.
 
 use fastlora::device::Argument;
 
@@ -97,4 +97,77 @@ fn a_warp_adds_compares_and_raises_two() {
     let (sum, maximum) = (values.iter().sum::<f32>(), values.iter().copied().fold(f32::MIN, f32::max));
     let expected: Vec<f32> = values.iter().flat_map(|&value| [sum, maximum, value.exp2()]).collect();
     assert_eq!(results, expected);
+}
+
+#[test]
+fn the_tma_swizzles_boxes_and_stays_inside_the_matrix() {
+    if !has_hopper_kernels() {
+        return println!("left out: the GPU is no Hopper");
+    }
+    let (rows, columns, stride) = (70, 100, 104);
+    let elements: Vec<u16> = (0..rows * stride).map(|i| i as u16 + 1).collect();
+    // Inside; over the right edge; over the lower right corner; over the upper left one.
+    for (row, column) in [(3, 8), (3, 64), (40, 64), (-5, -16)] {
+        let results = run_everywhere("conformance_tma", |device| {
+            let (input, out) = (upload(device, &elements), poisoned::<u16>(device, rows * stride));
+            let raw = poisoned::<u16>(device, 64 * 64);
+            let maps = [&input, &out].map(|memory| boxes(memory, [rows, columns], stride, 64));
+            let place = [row, column].map(Argument::I32);
+            let arguments: Vec<_> = maps.into_iter().chain([Argument::of(&raw)]).chain(place).collect();
+            launch_grid(device, "conformance_tma", [1, 1, 1], 128, 9 << 10, &arguments);
+            [download::<u16>(device, &raw), download::<u16>(device, &out)].concat()
+        });
+        let (raw, out) = results.split_at(64 * 64);
+        let mut expected_out = vec![u16::MAX; rows * stride];
+        for (box_row, stored) in raw.chunks(64).enumerate() {
+            for box_column in 0..64 {
+                let (at_row, at_column) = (row + box_row as i32, column + box_column as i32);
+                let inside = (0..rows as i32).contains(&at_row) && (0..columns as i32).contains(&at_column);
+                let place = (at_row * stride as i32 + at_column) as usize;
+                let expected = if inside { elements[place] } else { 0 };
+                let chunk = (box_column / 8) ^ (box_row % 8);
+                assert_eq!(stored[chunk * 8 + box_column % 8], expected, "({box_row}, {box_column})");
+                if inside {
+                    expected_out[place] = expected;
+                }
+            }
+        }
+        assert_eq!(out, expected_out, "box at ({row}, {column})");
+    }
+}
+
+#[test]
+fn wgmma_multiplies_operands_of_either_order() {
+    if !has_hopper_kernels() {
+        return println!("left out: the GPU is no Hopper");
+    }
+    for (half, n) in HALVES.into_iter().flat_map(|half| [128, 192, 256].map(|n| (half, n))) {
+        let mut random = Random(90);
+        let mut integers =
+            |count: usize| -> Vec<f64> { (0..count).map(|_| random.below(9) as f64 - 4.0).collect() };
+        let (a, b_by_k, b_by_n) = (integers(64 * 64), integers(n * 64), integers(64 * n));
+        let encoded = |values: &[f64]| values.iter().map(|&value| half.encode(value)).collect::<Vec<u16>>();
+        let kernel = format!("conformance_wgmma_n{n}_{}", half.suffix());
+        let d = run_everywhere(&kernel, |device| {
+            let memories = [&a, &b_by_k, &b_by_n].map(|values| upload(device, &encoded(values)));
+            let d = poisoned::<f32>(device, 2 * 64 * n);
+            let arguments = [
+                boxes(&memories[0], [64, 64], 64, 64),
+                boxes(&memories[1], [n, 64], 64, n),
+                boxes(&memories[2], [64, n], n, 64),
+                Argument::of(&d),
+            ];
+            launch_grid(device, &kernel, [1, 1, 1], 128, 100 << 10, &arguments);
+            download::<f32>(device, &d)
+        });
+        for row in 0..64 {
+            for column in 0..n {
+                let product = |b: &dyn Fn(usize) -> f64| (0..64).map(|k| a[row * 64 + k] * b(k)).sum::<f64>();
+                let added = 1.0 + product(&|k| b_by_k[column * 64 + k]);
+                let replaced = product(&|k| b_by_n[k * n + column]);
+                let found = [d[row * n + column], d[(64 + row) * n + column]];
+                assert_eq!(found, [added as f32, replaced as f32], "{kernel}, ({row}, {column})");
+            }
+        }
+    }
 }

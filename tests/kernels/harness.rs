@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use bytemuck::Pod;
 use fastlora::device::driver::{Driver, DriverMemory};
 use fastlora::device::emulator::{Emulator, EmulatorMemory, Flavour};
-use fastlora::device::{Argument, Device, Launch, Memory};
+use fastlora::device::{Argument, Boxes, Device, Launch, Memory};
 use fastlora::error::Result;
 
 /// A 16-bit float type.
@@ -216,6 +216,31 @@ fn places() -> &'static [Place] {
             emulators.push(checked);
             emulators.into_iter().map(Place::Emulator).collect()
         }
+    })
+}
+
+/// A matrix [rows][columns] for the TMA.
+pub fn boxes(memory: &PlaceMemory, extents: [usize; 2], row_stride: usize, box_rows: usize) -> Argument {
+    boxes_from(memory, 0, extents, row_stride, box_rows)
+}
+
+/// The same from an element of the memory on.
+pub fn boxes_from(
+    memory: &PlaceMemory,
+    first: usize,
+    [rows, columns]: [usize; 2],
+    row_stride: usize,
+    box_rows: usize,
+) -> Argument {
+    let address = memory.address() + first as u64 * 2;
+    Argument::Boxes(Boxes { address, rows, columns, row_stride, box_rows: box_rows as u32 })
+}
+
+/// Whether the kernels of sm_90a run in the places: on the emulator always.
+pub fn has_hopper_kernels() -> bool {
+    places().iter().all(|place| match place {
+        Place::Emulator(_) => true,
+        Place::Gpu(device) => device.limits().is_hopper(),
     })
 }
 

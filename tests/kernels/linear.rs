@@ -1,4 +1,4 @@
-//! linear.cu
+//! linear.cu and linear_sm90a.cu
 
 use fastlora::device::Argument;
 
@@ -18,12 +18,55 @@ fn groups() -> Vec<Group> {
     ]
 }
 
-fn blocks(group: &Group, width: usize) -> [u32; 3] {
-    [(group.tokens.div_ceil(128) * width.div_ceil(128)) as u32, 1, 1]
+/// Which of the two files.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Version {
+    Portable,
+    /// With tiles of so many columns.
+    Hopper(usize),
+}
+use Version::{Hopper, Portable};
+
+impl Version {
+    /// The shapes, and for Hopper more than 3 × stages × 64 of k and several tiles a block.
+    fn groups(self) -> Vec<Group> {
+        let mut groups = groups();
+        if let Hopper(columns) = self {
+            groups.push(Group::new(20, 1240, &[(columns + 8, 20)]));
+            groups.push(Group::new(300, 72, &[(columns, 8), (columns + 40, 70)]));
+        }
+        groups
+    }
+
+    /// The kernel over an output of `width`.
+    fn launch(
+        self,
+        place: &Place,
+        name: &str,
+        half: Half,
+        tokens: usize,
+        width: usize,
+        arguments: &[Argument],
+    ) {
+        let half = half.suffix();
+        match self {
+            Portable => {
+                let blocks = (tokens.div_ceil(128) * width.div_ceil(128)) as u32;
+                launch_grid(place, &format!("{name}_{half}"), [blocks, 1, 1], 256, SHARED_BYTES, arguments);
+            }
+            Hopper(columns) => {
+                // Fewer blocks than tiles: each takes several.
+                let blocks = (tokens.div_ceil(128) * width.div_ceil(columns)).min(2) as u32;
+                let kernel = format!("{name}_sm90a_n{columns}_{half}");
+                launch_grid(place, &kernel, [blocks, 1, 1], 384, 227 << 10, arguments);
+            }
+        }
+    }
 }
 
-fn forward(half: Half, group: &Group, with_residual: bool) {
-    let name = format!("linear_forward_{} {}, residual {with_residual}", half.suffix(), group.name);
+fn forward(version: Version, half: Half, group: &Group, with_residual: bool) {
+    let name =
+        format!("linear_forward_{} {version:?} {}, residual {with_residual}", half.suffix(), group.name);
     let (tokens, inputs, outputs) = (group.tokens, group.in_features, group.out_features());
     let (rank, leading) = (group.rank(), group.rank_leading());
     let mut random = Random(tokens as u64 + inputs as u64);
@@ -42,23 +85,32 @@ fn forward(half: Half, group: &Group, with_residual: bool) {
         let y =
             if with_residual { upload(device, &residual) } else { poisoned::<u16>(device, tokens * outputs) };
         let null = Argument::Address(0);
-        let arguments = [
-            Argument::of(&memories[0]),
-            Argument::of(&memories[1]),
-            if with_residual { Argument::of(&memories[2]) } else { null },
-            if with_residual { Argument::of(&y) } else { null },
-            Argument::of(&memories[3]),
-            Argument::of(&memories[4]),
-            Argument::of(&tables.slots),
-            Argument::of(&y),
-            i32_of(tokens),
-            i32_of(inputs),
-            i32_of(outputs),
-            i32_of(slots.len()),
-            i32_of(leading),
-        ];
-        let kernel = format!("linear_forward_{}", half.suffix());
-        launch_grid(device, &kernel, blocks(group, outputs), 256, SHARED_BYTES, &arguments);
+        let [x, w, bias, s, b_hat] = &memories;
+        let bias = if with_residual { Argument::of(bias) } else { null };
+        let sizes = [tokens, inputs, outputs, slots.len()].map(i32_of);
+        let arguments = match version {
+            Portable => {
+                let residual = if with_residual { Argument::of(&y) } else { null };
+                let places = [x, w].map(Argument::of).into_iter().chain([bias, residual]);
+                let places = places.chain([s, b_hat, &tables.slots, &y].map(Argument::of));
+                places.chain(sizes).chain([i32_of(leading)]).collect::<Vec<_>>()
+            }
+            Hopper(columns) => {
+                let x = boxes(x, [tokens, inputs], inputs, 128);
+                let w = boxes(w, [outputs, inputs], inputs, columns);
+                let adapters = if rank > 0 {
+                    [boxes(s, [tokens, rank], leading, 128), boxes(b_hat, [outputs, rank], leading, columns)]
+                } else {
+                    [x, w]
+                };
+                let y = boxes(&y, [tokens, outputs], outputs, 64);
+                let matrices = [x, w].into_iter().chain(adapters).chain([y, y]);
+                let slots = Argument::of(&tables.slots);
+                let rest = [bias, slots, Argument::I32(i32::from(with_residual))];
+                matrices.chain(rest).chain(sizes).collect()
+            }
+        };
+        version.launch(device, "linear_forward", half, tokens, outputs, &arguments);
         download::<u16>(device, &y)
     });
     let [x, w, bias, residual, s, b_hat] =
@@ -76,8 +128,9 @@ fn forward(half: Half, group: &Group, with_residual: bool) {
     assert_close(&name, outputs, &half.decode_all(&y), &expected);
 }
 
-fn backward_input(half: Half, group: &Group, with_dropout: bool) {
-    let name = format!("linear_backward_input_{} {}, dropout {with_dropout}", half.suffix(), group.name);
+fn backward_input(version: Version, half: Half, group: &Group, with_dropout: bool) {
+    let name =
+        format!("linear_backward_input_{} {version:?} {}, dropout {with_dropout}", half.suffix(), group.name);
     let (tokens, inputs, outputs) = (group.tokens, group.in_features, group.out_features());
     let (rank, leading) = (group.rank(), group.rank_leading());
     let mut random = Random(tokens as u64 * 3 + inputs as u64);
@@ -90,12 +143,27 @@ fn backward_input(half: Half, group: &Group, with_dropout: bool) {
         let memories = [&dy, &w, &ds, &a].map(|values| upload(device, values));
         let mask_memories = mask.upload(device);
         let dx = poisoned::<u16>(device, tokens * inputs);
-        let mut arguments: Vec<Argument> = memories.iter().map(Argument::of).collect();
-        arguments.push(Argument::of(&dx));
-        arguments.extend([tokens, inputs, outputs, rank, leading].map(i32_of));
+        let mut arguments: Vec<Argument> = match version {
+            Portable => memories.iter().chain([&dx]).map(Argument::of).collect(),
+            Hopper(_) => {
+                let [dy, w, ds, a] = &memories;
+                let dy = boxes(dy, [tokens, outputs], outputs, 128);
+                let w = boxes(w, [outputs, inputs], inputs, 64);
+                let adapters = if rank > 0 {
+                    [boxes(ds, [tokens, rank], leading, 128), boxes(a, [rank, inputs], inputs, 64)]
+                } else {
+                    [dy, w]
+                };
+                let dx = boxes(&dx, [tokens, inputs], inputs, 64);
+                [dy, w].into_iter().chain(adapters).chain([dx]).collect()
+            }
+        };
+        arguments.extend([tokens, inputs, outputs, rank].map(i32_of));
+        if version == Portable {
+            arguments.push(i32_of(leading));
+        }
         arguments.extend(mask.arguments(with_dropout.then_some(&mask_memories)));
-        let kernel = format!("linear_backward_input_{}", half.suffix());
-        launch_grid(device, &kernel, blocks(group, inputs), 256, SHARED_BYTES, &arguments);
+        version.launch(device, "linear_backward_input", half, tokens, inputs, &arguments);
         download::<u16>(device, &dx)
     });
     let [dy, w, ds, a] = [&dy, &w, &ds, &a].map(|values| half.decode_all(values));
@@ -112,22 +180,38 @@ fn backward_input(half: Half, group: &Group, with_dropout: bool) {
     assert_close(&name, inputs, &half.decode_all(&dx), &expected);
 }
 
-#[test]
-fn linear_forward_matches_float64() {
+fn check(version: Version, run: impl Fn(Version, Half, &Group, bool)) {
+    if version != Portable && !has_hopper_kernels() {
+        return println!("left out: the GPU is no Hopper");
+    }
     for half in HALVES {
-        for group in groups() {
-            forward(half, &group, false);
-            forward(half, &group, true);
+        for group in version.groups() {
+            run(version, half, &group, false);
+            run(version, half, &group, true);
         }
     }
 }
 
 #[test]
+fn linear_forward_matches_float64() {
+    check(Portable, forward);
+}
+
+#[test]
 fn linear_backward_input_matches_float64() {
-    for half in HALVES {
-        for group in groups() {
-            backward_input(half, &group, false);
-            backward_input(half, &group, true);
-        }
+    check(Portable, backward_input);
+}
+
+#[test]
+fn linear_forward_for_hopper_matches_float64() {
+    for columns in [128, 192, 256] {
+        check(Hopper(columns), forward);
+    }
+}
+
+#[test]
+fn linear_backward_input_for_hopper_matches_float64() {
+    for columns in [128, 192, 256] {
+        check(Hopper(columns), backward_input);
     }
 }

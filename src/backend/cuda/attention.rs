@@ -3,6 +3,7 @@
 
 use super::launch::{NULL, Shape, int};
 use super::memory::{CudaBuffer, CudaFloats, FLOAT_BYTES, HALF_BYTES};
+use super::products::boxes;
 use super::{CudaBackend, CudaBatch, Scratch};
 use crate::backend::{Attention, KvCache, LongTexts, RmsNorm, Rotations};
 use crate::device::{Argument, Device};
@@ -19,6 +20,17 @@ const THREADS: u32 = 128;
 const OUTER_ROWS: usize = 64;
 /// Heads of a token that a block of rope.cu takes.
 const ROPE_HEADS: usize = 4;
+
+/// Widths of a head that attention_sm90a.cu is compiled for.
+const HOPPER_HEAD_DIMS: [usize; 2] = [64, 128];
+const HOPPER_THREADS: u32 = 384;
+/// Rows of its tiles, of queries and of keys.
+const HOPPER_ROWS: usize = 128;
+
+/// A tile of queries, two of keys and of values, and the barriers.
+fn hopper_shared_bytes(head_dim: usize) -> usize {
+    5 * HOPPER_ROWS * head_dim * HALF_BYTES + 1024
+}
 
 /// Rows of the tiles that pass by (`inner_rows` in attention_tile.h).
 fn inner_rows(head_dim: usize) -> usize {
@@ -198,14 +210,27 @@ impl<D: Device> CudaBackend<D> {
         let Operands { q, k, v } =
             self.rotate(attention, rows, &self.batch_positions(attention, batch)?, qkv, &mut scratch)?;
         let out = out.first(rows * widths.query)?;
-        let mut arguments =
-            vec![q, k, v, out, log_sum.first(rows * attention.query_heads)?, batch.sample_tiles()?];
+        let results = [out, log_sum.first(rows * attention.query_heads)?, batch.sample_tiles()?];
+        let grid = [batch.tiles, attention.query_heads, 1];
+        if self.kernels.uses_hopper && HOPPER_HEAD_DIMS.contains(&dim) {
+            let mut arguments = vec![
+                boxes(q, [rows, widths.query], widths.rotated, HOPPER_ROWS)?,
+                boxes(k, [rows, widths.key], widths.rotated, HOPPER_ROWS)?,
+                boxes(v, [rows, widths.key], widths.qkv, HOPPER_ROWS)?,
+            ];
+            arguments.extend(results);
+            arguments.extend([int(attention.query_heads)?, int(attention.key_value_heads)?]);
+            arguments.extend(self.score_arguments(attention)?);
+            let shape = Shape { grid, threads: HOPPER_THREADS, shared_bytes: hopper_shared_bytes(dim) };
+            // SAFETY: as below.
+            return unsafe {
+                self.kernels.launch_half(&format!("attention_forward_sm90a_d{dim}"), shape, &arguments)
+            };
+        }
+        let mut arguments = vec![q, k, v];
+        arguments.extend(results);
         arguments.extend(self.shape_arguments(attention, widths)?);
-        let shape = Shape {
-            grid: [batch.tiles, attention.query_heads, 1],
-            threads: THREADS,
-            shared_bytes: forward_shared_bytes(dim),
-        };
+        let shape = Shape { grid, threads: THREADS, shared_bytes: forward_shared_bytes(dim) };
         // SAFETY: tiles name rows of the batch alone, and every operand has that many rows.
         unsafe { self.kernels.launch_half(&format!("attention_forward_d{dim}"), shape, &arguments) }
     }

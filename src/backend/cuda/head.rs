@@ -1,8 +1,8 @@
 //! Output head and cross-entropy by chunks of labelled rows (cross_entropy.cu).
 
 use super::launch::{NULL, Shape, int};
-use super::linear::tile_shape;
 use super::memory::{CudaBuffer, CudaFloats, HALF_BYTES};
+use super::products::HeadSizes;
 use super::weights::check_width;
 use super::{CudaBackend, CudaBatch};
 use crate::backend::Head;
@@ -61,9 +61,15 @@ impl<D: Device> CudaBackend<D> {
             let Some(dx) = dx else { continue };
             let dx = dx.at(first * width, rows * width)?;
             let weight = head.weight.shaped(vocabulary, width)?;
-            let arguments = [z, weight, dx, int(rows)?, int(width)?, int(vocabulary)?, int(leading)?];
             // SAFETY: dz [rows, V̄], W [V, H], dx [rows, H].
-            unsafe { self.kernels.launch_half("head_backward_input", tile_shape(rows, width), &arguments)? };
+            unsafe {
+                self.kernels.head_backward_input(
+                    z,
+                    weight,
+                    dx,
+                    HeadSizes { rows, width, vocabulary, leading },
+                )?
+            };
         }
         Ok(())
     }
@@ -75,17 +81,9 @@ impl<D: Device> CudaBackend<D> {
         let leading = vocabulary_leading(vocabulary);
         let bytes = rows * leading * HALF_BYTES;
         let z = super::lock(&self.scratch).logits.reserve(self.device(), bytes)?.first(bytes)?;
-        let arguments = [
-            x,
-            weight.shaped(vocabulary, width)?,
-            z,
-            int(rows)?,
-            int(width)?,
-            int(vocabulary)?,
-            int(leading)?,
-        ];
+        let sizes = HeadSizes { rows, width, vocabulary, leading };
         // SAFETY: x [rows, H], W [V, H], z [rows, V̄].
-        unsafe { self.kernels.launch_half("head_logits", tile_shape(rows, vocabulary), &arguments)? };
+        unsafe { self.kernels.head_logits(x, weight.shaped(vocabulary, width)?, z, sizes)? };
         Ok(z)
     }
 

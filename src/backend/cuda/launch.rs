@@ -92,6 +92,8 @@ pub(super) const NULL: Argument = Argument::Address(0);
 pub(super) struct Kernels<D: Device> {
     pub device: D,
     pub compute: ComputeType,
+    /// Whether the products run on the kernels for sm_90a.
+    pub uses_hopper: bool,
 }
 
 impl<D: Device> Kernels<D> {

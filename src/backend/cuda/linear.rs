@@ -3,6 +3,7 @@
 use super::adapter_gradients::GradientInputs;
 use super::launch::{NULL, Shape, int};
 use super::memory::{CudaBuffer, CudaFloats, FLOAT_BYTES, HALF_BYTES, Region};
+use super::products::{BackwardProduct, ForwardProduct, NO_MASK};
 use super::weights::{WIDTH_MULTIPLE, check_width};
 use super::{CudaBackend, CudaBatch, Scratch};
 use crate::backend::{
@@ -11,22 +12,12 @@ use crate::backend::{
 use crate::device::{Argument, Device};
 use crate::error::{Error, Result};
 
-/// Tiles of the frozen products.
-const TILE: usize = 128;
-const TILE_THREADS: u32 = 256;
-const TILE_SHARED_BYTES: usize = 64 << 10;
 /// Tiles of the adapters' own products.
 const LORA_TILE: usize = 64;
 const LORA_THREADS: u32 = 128;
 const LORA_SHARED_BYTES: usize = 32 << 10;
 /// Threads of lora.cu's element-wise kernels.
 pub(super) const ELEMENT_THREADS: usize = 256;
-
-/// The frozen products' launch over an output `[rows, columns]`.
-pub(super) fn tile_shape(rows: usize, columns: usize) -> Shape {
-    let tiles = rows.div_ceil(TILE) * columns.div_ceil(TILE);
-    Shape { grid: [tiles, 1, 1], threads: TILE_THREADS, shared_bytes: TILE_SHARED_BYTES }
-}
 
 pub(super) fn lora_shape(rows: usize, columns: usize, stretches: usize) -> Shape {
     let tiles = rows.div_ceil(LORA_TILE) * columns.div_ceil(LORA_TILE);
@@ -98,8 +89,7 @@ pub(super) fn upload<D: Device, T: bytemuck::NoUninit>(device: &D, values: &[T])
 
 /// Positions, samples, seed, epoch, input, threshold and factor: `DropoutMask` in philox.h.
 fn mask_arguments<D: Device>(batch: &CudaBatch<D>, input_index: u32) -> Result<[Argument; 8]> {
-    let [zero, none] = [Argument::U32(0), Argument::F32(0.0)];
-    let Some(given) = batch.dropout else { return Ok([NULL, NULL, zero, zero, NULL, zero, zero, none]) };
+    let Some(given) = batch.dropout else { return Ok(NO_MASK) };
     let probability = f64::from(given.probability);
     Ok([
         batch.positions()?,
@@ -169,36 +159,32 @@ impl<D: Device> CudaBackend<D> {
         y: &CudaBuffer<D>,
     ) -> Result<()> {
         let sizes @ Sizes { tokens, inputs, outputs, rank, leading } = Sizes::of(group, input.rows);
-        let (mut s_argument, mut b_hat, mut slots, mut count) = (NULL, NULL, NULL, 0);
+        let mut product = ForwardProduct {
+            x: input.x.first(tokens * inputs)?,
+            weight: group.weight.shaped(outputs, inputs)?,
+            bias: group.bias.as_ref().map_or(Ok(NULL), |bias| bias.first(outputs))?,
+            residual: residual.map_or(Ok(NULL), |residual| residual.first(tokens * outputs))?,
+            s: NULL,
+            b_hat: NULL,
+            slots: NULL,
+            adapters: 0,
+            y: y.first(tokens * outputs)?,
+            sizes,
+        };
         if let Some(adapters) = &group.prepared.adapters {
             let mut scratch = super::lock(&self.scratch);
             let x = self.adapter_input(group, &input, &mut scratch)?;
             let a = self.half_copy(parameters)?.at(adapters.a_offset, rank * inputs)?;
-            s_argument = s.first(tokens * leading)?;
-            let arguments = [x, a, s_argument, int(tokens)?, int(inputs)?, int(rank)?, int(leading)?];
+            product.s = s.first(tokens * leading)?;
+            let arguments = [x, a, product.s, int(tokens)?, int(inputs)?, int(rank)?, int(leading)?];
             // SAFETY: x [T, I], A [R, I], s [T, R̄].
             unsafe { self.kernels.launch_half("lora_down", lora_shape(tokens, rank, 1), &arguments)? };
-            b_hat = self.pack(adapters, sizes, parameters)?;
-            slots = adapters.tables()?[0];
-            count = adapters.shapes.len();
+            product.b_hat = self.pack(adapters, sizes, parameters)?;
+            product.slots = adapters.tables()?[0];
+            product.adapters = adapters.shapes.len();
         }
-        let arguments = [
-            input.x.first(tokens * inputs)?,
-            group.weight.shaped(outputs, inputs)?,
-            group.bias.as_ref().map_or(Ok(NULL), |bias| bias.first(outputs))?,
-            residual.map_or(Ok(NULL), |residual| residual.first(tokens * outputs))?,
-            s_argument,
-            b_hat,
-            slots,
-            y.first(tokens * outputs)?,
-            int(tokens)?,
-            int(inputs)?,
-            int(outputs)?,
-            int(count)?,
-            int(leading)?,
-        ];
         // SAFETY: every stretch was asked for by its shape.
-        unsafe { self.kernels.launch_half("linear_forward", tile_shape(tokens, outputs), &arguments) }
+        unsafe { self.kernels.linear_forward(&product) }
     }
 
     /// The adapters' input: `x`, or `x̃` after dropout.
@@ -262,11 +248,16 @@ impl<D: Device> CudaBackend<D> {
             self.adapter_gradients(&inputs, gradients, &mut scratch.partials)?;
         }
         let Some(dx) = dx else { return Ok(()) };
-        let mut arguments =
-            vec![dy, group.weight.shaped(outputs, inputs)?, ds, a, dx.first(tokens * inputs)?];
-        arguments.extend([int(tokens)?, int(inputs)?, int(outputs)?, int(rank)?, int(leading)?]);
-        arguments.extend(mask_arguments(input.batch, group.input_index)?);
+        let product = BackwardProduct {
+            dy,
+            weight: group.weight.shaped(outputs, inputs)?,
+            ds,
+            a,
+            dx: dx.first(tokens * inputs)?,
+            sizes,
+            mask: mask_arguments(input.batch, group.input_index)?,
+        };
         // SAFETY: every stretch was asked for by its shape.
-        unsafe { self.kernels.launch_half("linear_backward_input", tile_shape(tokens, inputs), &arguments) }
+        unsafe { self.kernels.linear_backward_input(&product) }
     }
 }

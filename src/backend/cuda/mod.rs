@@ -14,6 +14,7 @@ mod launch;
 mod linear;
 mod memory;
 mod optimizer;
+mod products;
 mod recordings;
 mod weights;
 
@@ -94,14 +95,21 @@ fn lock<T>(scratch: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl<D: Device> CudaBackend<D> {
-    /// The kernels of `compute` on `device`.
+    /// The kernels of `compute` on `device`: those of its own generation where there are some.
     pub fn new(device: D, compute: ComputeType) -> Self {
+        let uses_hopper = device.limits().is_hopper();
         Self {
-            kernels: Kernels { device, compute },
+            kernels: Kernels { device, compute, uses_hopper },
             scratch: Mutex::default(),
             arena: Mutex::new(None),
             is_profiled: AtomicBool::new(false),
         }
+    }
+
+    /// The kernels that every GPU from Ampere on runs, alone.
+    pub fn with_portable_kernels(mut self) -> Self {
+        self.kernels.uses_hopper = false;
+        self
     }
 
     /// Where the work runs.
@@ -112,6 +120,11 @@ impl<D: Device> CudaBackend<D> {
     /// What activations and weights are.
     pub fn compute(&self) -> ComputeType {
         self.kernels.compute
+    }
+
+    /// Whether nothing is recorded and replayed from now on.
+    pub fn start_operations_singly(&self, is_on: bool) {
+        self.is_profiled.store(is_on, Ordering::Relaxed);
     }
 
     fn is_profiled(&self) -> bool {
@@ -145,7 +158,8 @@ impl<D: Device> Backend for CudaBackend<D> {
     type Recordings = CudaRecordings<D>;
 
     fn description(&self) -> String {
-        format!("{}, {}", self.device().description(), self.compute())
+        let kernels = if self.kernels.uses_hopper { ", kernels for sm_90a" } else { "" };
+        format!("{}, {}{kernels}", self.device().description(), self.compute())
     }
 
     fn in_arena<R>(&self, bytes: u64, make: impl FnOnce() -> Result<R>) -> Result<R> {
@@ -167,7 +181,7 @@ impl<D: Device> Backend for CudaBackend<D> {
     }
 
     fn profile(&self, is_open: bool) -> Result<()> {
-        self.is_profiled.store(is_open, Ordering::Relaxed);
+        self.start_operations_singly(is_open);
         self.device().profile(is_open)
     }
 

@@ -8,6 +8,7 @@ use super::super::Cli;
 use super::super::output::{for_terminal, print_line, shell_word};
 use super::output::{best_folder, checkpoints_folder};
 use super::progress::human_time;
+use super::time_by_operation::TimeByOperation;
 use crate::checkpoint::adapter::CHAT_TEMPLATE;
 use crate::checkpoint::run::read_json;
 use crate::config::{ReportFormat, TrainingConfig};
@@ -44,7 +45,12 @@ pub(super) fn write_report(config: &TrainingConfig, device: Option<String>) {
 }
 
 /// Says how the run went, on the log or as an object.
-pub(super) fn report(cli: &Cli, config: &TrainingConfig, summary: &TrainingSummary) -> Result<()> {
+pub(super) fn report(
+    cli: &Cli,
+    config: &TrainingConfig,
+    summary: &TrainingSummary,
+    times: Option<&TimeByOperation>,
+) -> Result<()> {
     let best = summary
         .best_validation
         .map(|(step, loss)| json!({ "step": step, "loss": loss, "folder": best_folder(config) }));
@@ -73,6 +79,7 @@ pub(super) fn report(cli: &Cli, config: &TrainingConfig, summary: &TrainingSumma
     if cli.json {
         let result = json!({
             "output_dir": config.output_dir,
+            "time_by_operation": times.map(TimeByOperation::to_json),
             "steps": summary.steps,
             "first_loss": summary.first_loss,
             "last_loss": summary.last_loss,

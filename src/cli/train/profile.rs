@@ -1,11 +1,12 @@
-//! `--profile-steps A:B`: the GPU profiler's window opens for these steps alone.
+//! `--profile-steps A:B`: the GPU profiler's window opens for these steps alone. `--profile`: their time by operation.
 
 use std::str::FromStr;
 use std::sync::Arc;
 
-use crate::backend::Backend;
+use super::time_by_operation::{OpenWindow, TimeByOperation};
 use crate::error::Result;
 use crate::model::Transformer;
+use crate::selftest::Measurable;
 use crate::training::{Flow, Observer, Pause, StepReport, ValidationReport};
 
 /// Steps `first` to `last`, counted from 1.
@@ -13,6 +14,18 @@ use crate::training::{Flow, Observer, Pause, StepReport, ValidationReport};
 pub(super) struct ProfileSteps {
     first: u64,
     last: u64,
+}
+
+/// Past the warm-up: caches are filled, and shapes have been seen.
+const TIMED_STEPS: ProfileSteps = ProfileSteps { first: 3, last: 7 };
+
+/// What is profiled.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Profile {
+    /// `--profile-steps`.
+    pub steps: Option<ProfileSteps>,
+    /// `--profile`.
+    pub is_timed: bool,
 }
 
 impl FromStr for ProfileSteps {
@@ -28,41 +41,59 @@ impl FromStr for ProfileSteps {
 }
 
 /// Opens and closes the window around an observer's steps.
-pub(super) struct Profiled<B, O> {
+pub(super) struct Profiled<B: Measurable, O> {
     backend: Arc<B>,
-    steps: Option<ProfileSteps>,
+    profile: Profile,
+    window: Option<OpenWindow<B>>,
+    times: Option<TimeByOperation>,
     observer: O,
 }
 
-impl<B: Backend, O: Observer<B>> Profiled<B, O> {
+impl<B: Measurable, O: Observer<B>> Profiled<B, O> {
     /// # Errors
-    /// A backend that has no such profiler, where steps are given.
-    pub(super) fn new(backend: Arc<B>, steps: Option<ProfileSteps>, observer: O) -> Result<Self> {
-        if let Some(ProfileSteps { first, .. }) = steps {
-            backend.profile(first == 1)?;
-        }
-        Ok(Self { backend, steps, observer })
+    /// A backend that has no such profiler, where steps are given for one.
+    pub(super) fn new(backend: Arc<B>, profile: Profile, steps_done: u64, observer: O) -> Result<Self> {
+        let mut profiled = Self { backend, profile, window: None, times: None, observer };
+        profiled.step_ended(steps_done)?;
+        Ok(profiled)
     }
 
-    /// The observer within.
-    pub(super) fn into_inner(self) -> O {
-        self.observer
+    /// The observer within, and what the window showed, where one was closed.
+    pub(super) fn into_parts(self) -> (O, Option<TimeByOperation>) {
+        (self.observer, self.times)
+    }
+
+    fn step_ended(&mut self, step: u64) -> Result<()> {
+        let Profile { steps, is_timed } = self.profile;
+        let ProfileSteps { first, last } = match (steps, is_timed) {
+            (Some(steps), _) => steps,
+            (None, true) => TIMED_STEPS,
+            (None, false) => return Ok(()),
+        };
+        if step + 1 == first {
+            if is_timed {
+                self.window = Some(OpenWindow::open(&self.backend)?);
+            } else {
+                self.backend.profile(true)?;
+            }
+        } else if step == last {
+            match self.window.take() {
+                Some(window) => self.times = Some(window.close(last + 1 - first)?),
+                None if !is_timed => self.backend.profile(false)?,
+                None => {} // a resumed run that began inside the window
+            }
+        }
+        Ok(())
     }
 }
 
-impl<B: Backend, O: Observer<B>> Observer<B> for Profiled<B, O> {
+impl<B: Measurable, O: Observer<B>> Observer<B> for Profiled<B, O> {
     fn prepare(&mut self, model: &mut Transformer<B>) -> Result<()> {
         self.observer.prepare(model)
     }
 
     fn step(&mut self, report: &StepReport) -> Result<()> {
-        if let Some(ProfileSteps { first, last }) = self.steps {
-            if report.step == last {
-                self.backend.profile(false)?;
-            } else if report.step + 1 == first {
-                self.backend.profile(true)?;
-            }
-        }
+        self.step_ended(report.step)?;
         self.observer.step(report)
     }
 

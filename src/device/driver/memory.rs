@@ -47,6 +47,9 @@ pub struct DriverEvent {
     pub(super) event: sys::CUevent,
 }
 
+// SAFETY: a CUDA handle may be used from any thread once the context is current there, which every method sees to.
+unsafe impl Send for DriverEvent {}
+
 impl Drop for DriverEvent {
     fn drop(&mut self) {
         // SAFETY: the event is ours and used nowhere after this.

@@ -9,6 +9,7 @@ mod library;
 mod memory;
 mod staging;
 mod survey;
+mod tensor_map;
 
 use std::collections::HashMap;
 use std::ffi::CString;
@@ -24,10 +25,12 @@ pub use landing::DriverLanding;
 pub use memory::{DriverEvent, DriverMemory};
 pub use survey::{GpuSummary, KernelBuild, Survey, kernel_build, survey};
 
+use super::boxes::Values;
 use super::{Argument, Device, Launch, Limits, check_range};
 use crate::error::{Error, Result};
 use library::{check_library, check_version, failed};
 use staging::Staging;
+use tensor_map::tensor_map;
 
 /// The kernels that the build script compiled: `CUDA_VERSION`, `TARGETS` and `MODULES`.
 mod compiled {
@@ -226,7 +229,9 @@ fn open(device: sys::CUdevice, name: String, limits: Limits) -> Result<Inner> {
     inner.enter().map_err(|error| failed("use the GPU", error))?;
     inner.stream = result::stream::create(result::stream::StreamKind::NonBlocking)
         .map_err(|error| failed("make a CUDA stream", error))?;
-    for (module_name, image) in compiled::MODULES {
+    let modules =
+        compiled::MODULES.iter().filter(|(_, is_for_hopper, _)| !is_for_hopper || limits.is_hopper());
+    for (module_name, _, image) in modules {
         // SAFETY: the image is a whole fatbin written by nvcc.
         let module = unsafe { result::module::load_data(image.as_ptr().cast()) }
             .map_err(|error| failed("load compiled kernels", error).at(*module_name))?;
@@ -280,6 +285,7 @@ impl Device for Driver {
     type Event = DriverEvent;
     type Graph = DriverGraph;
     type Landing = DriverLanding;
+    const IS_REAL: bool = true;
 
     fn description(&self) -> String {
         let (major, minor) = self.inner.limits.compute_capability;
@@ -379,7 +385,7 @@ impl Device for Driver {
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()> {
         self.enter()?;
         let function = self.function(launch.kernel)?;
-        let mut arguments: Vec<_> = launch.arguments.iter().map(Argument::value_pointer).collect();
+        let values = Values::new(launch.arguments, tensor_map)?;
         let [x, y, z] = launch.grid;
         // SAFETY: the caller vouches for the addresses; the values are copied before the call returns.
         unsafe {
@@ -389,7 +395,7 @@ impl Device for Driver {
                 (launch.threads, 1, 1),
                 launch.dynamic_shared_bytes,
                 self.inner.stream,
-                &mut arguments,
+                &mut values.pointers(),
             )
         }
         .map_err(|error| failed("launch", error).at(launch.to_string()))?;

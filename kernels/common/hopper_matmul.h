@@ -1,0 +1,146 @@
+// A block's part of C[m][n] = Σ_k A[m][k] · B[k][n] for sm_90a: one warpgroup's first thread feeds a ring of shared-memory
+// stages through the TMA, two warpgroups multiply 64 rows each by wgmma, and a finished tile leaves through shared memory while
+// the ring fills for the next one. Blocks are persistent: a block takes every gridDim.x-th tile.
+//
+//   producer    wait empty ─▶ TMA loads ─▶ full                       a stage: A 128×64, B 64×TILE_N
+//   consumers   wait full ─▶ wgmma ×4, one group in flight ─▶ empty
+//
+// A has k innermost; B has k innermost ([n][k]), or n (B_IS_MN: [k][n]), so that forward and input gradient read the same
+// weights. m, n and k are arbitrary: the TMA reads zeros outside. Row lengths are multiples of 8.
+#pragma once
+#include "../ptx/barrier.h"
+#include "../ptx/wgmma.h"
+#include "halves.h"
+#include "tile_order.h"
+
+template <class T, bool B_IS_MN, int TILE_N>
+struct HopperMatmul {
+    static constexpr int tile_m = 128, tile_n = TILE_N, tile_k = box_columns;
+    static constexpr int warpgroup = 128, consumers = 2, threads = warpgroup * (1 + consumers);
+    static constexpr int rows_of_consumer = tile_m / consumers;
+
+    // Shared memory: the ring, the tile on its way out in boxes of 64 columns, the barriers.
+    static constexpr int a_bytes = tile_m * box_row_bytes, b_bytes = TILE_N * box_row_bytes;
+    static constexpr int stage_bytes = a_bytes + b_bytes;
+    static constexpr int boxes_of_tile = TILE_N / box_columns, out_box_bytes = tile_m * box_row_bytes;
+    static constexpr int out_bytes = boxes_of_tile * out_box_bytes;
+    static constexpr int barrier_bytes = 1024, largest_shared = 227 * 1024;
+    static constexpr int stages = (largest_shared - out_bytes - barrier_bytes) / stage_bytes;
+    static_assert(stages >= 3, "loads run ahead of two groups of wgmma");
+
+    // With B_IS_MN a stage's B is boxes of 64 of n, each with its 64 rows of k.
+    static constexpr int mn_box_bytes = tile_k * box_row_bytes;
+
+    struct Barriers {
+        Mbarrier full[stages], empty[stages], residual[consumers];
+    };
+    static_assert(sizeof(Barriers) <= barrier_bytes, "the barriers have their place");
+
+    static __device__ __forceinline__ unsigned char* stage(unsigned char* shared, int index) {
+        return shared + index * stage_bytes;
+    }
+    static __device__ __forceinline__ unsigned char* out(unsigned char* shared) { return shared + stages * stage_bytes; }
+    static __device__ __forceinline__ Barriers& barriers(unsigned char* shared) {
+        return *reinterpret_cast<Barriers*>(out(shared) + out_bytes);
+    }
+
+    // By the whole block, before anything else.
+    static __device__ __forceinline__ void begin(unsigned char* shared) {
+        if (threadIdx.x == 0) {
+            Barriers& all = barriers(shared);
+            for (int i = 0; i < stages; i++) {
+                mbarrier_init(&all.full[i], 1);
+                mbarrier_init(&all.empty[i], consumers * warpgroup / 32);
+            }
+            for (int i = 0; i < consumers; i++) mbarrier_init(&all.residual[i], 1);
+            fence_mbarrier_init();
+        }
+        __syncthreads();
+    }
+
+    // A position in the ring; producer and consumers walk the same way.
+    struct Ring {
+        int index = 0;
+        unsigned parity = 0;
+        int unreleased = -1;  // of a consumer: the stage that its group in flight reads
+        __device__ __forceinline__ void advance() {
+            if (++index == stages) {
+                index = 0;
+                parity ^= 1;
+            }
+        }
+    };
+
+    // The producer's half: loads the stages of k in [k_begin, k_end) for the tile at (m, n). Whole stages: beyond k_end what the
+    // matrices hold there, beyond their edges zeros.
+    static __device__ __forceinline__ void load(unsigned char* shared, Ring& ring, const TensorMap& a, const TensorMap& b, int m,
+                                                int n, int k_begin, int k_end) {
+        Barriers& all = barriers(shared);
+        for (int k = k_begin; k < k_end; k += tile_k) {
+            Mbarrier* full = &all.full[ring.index];
+            mbarrier_wait(&all.empty[ring.index], ring.parity ^ 1);
+            mbarrier_arrive_expecting(full, stage_bytes);
+            unsigned char* a_tile = stage(shared, ring.index);
+            tma_load(a_tile, a, m, k, full);
+            if constexpr (B_IS_MN) {
+                for (int box = 0; box < boxes_of_tile; box++)
+                    tma_load(a_tile + a_bytes + box * mn_box_bytes, b, k, n + box * box_columns, full);
+            } else {
+                tma_load(a_tile + a_bytes, b, n, k, full);
+            }
+            ring.advance();
+        }
+    }
+
+    // The consumers' half, for accumulators of wgmma.h. `any`: whether the accumulators hold a sum already.
+    static __device__ __forceinline__ void accumulate(float (&sums)[TILE_N / 2], unsigned char* shared, Ring& ring,
+                                                      int consumer, int k_begin, int k_end, bool& any) {
+        Barriers& all = barriers(shared);
+        for (int k = k_begin; k < k_end; k += tile_k) {
+            mbarrier_wait(&all.full[ring.index], ring.parity);
+            const unsigned char* a_tile = stage(shared, ring.index) + consumer * rows_of_consumer * box_row_bytes;
+            const unsigned char* b_tile = stage(shared, ring.index) + a_bytes;
+            wgmma_fence(sums);
+#pragma unroll
+            for (int step = 0; step < tile_k / 16; step++) {
+                const uint64_t b = B_IS_MN ? wgmma_operand(b_tile + step * 16 * box_row_bytes, mn_box_bytes)
+                                           : wgmma_operand(b_tile + step * 32);
+                wgmma<T, TILE_N, B_IS_MN>(sums, wgmma_operand(a_tile + step * 32), b, any || step > 0);
+            }
+            wgmma_commit();
+            wgmma_wait<1>(sums);
+            release(all, ring);
+            ring.unreleased = ring.index;
+            ring.advance();
+            any = true;
+        }
+    }
+
+    // Waits for the last group: the accumulators may be touched.
+    static __device__ __forceinline__ void finish(float (&sums)[TILE_N / 2], unsigned char* shared, Ring& ring) {
+        wgmma_wait<0>(sums);
+        release(barriers(shared), ring);
+        ring.unreleased = -1;
+    }
+
+    static __device__ __forceinline__ void release(Barriers& all, const Ring& ring) {
+        if (ring.unreleased >= 0 && threadIdx.x % 32 == 0) mbarrier_arrive(&all.empty[ring.unreleased]);
+    }
+
+    // Calls visit(row, column, first, second) for each two neighbouring accumulators; coordinates inside the tile.
+    template <class Visit>
+    static __device__ __forceinline__ void for_each_pair(float (&sums)[TILE_N / 2], int consumer, const Visit& visit) {
+        const int lane = threadIdx.x % 32, first_row = consumer * rows_of_consumer + threadIdx.x % warpgroup / 32 * 16 + lane / 4;
+#pragma unroll
+        for (int j = 0; j < TILE_N / 8; j++)
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                visit(first_row + half * 8, j * 8 + lane % 4 * 2, sums[j * 4 + half * 2], sums[j * 4 + half * 2 + 1]);
+    }
+
+    // Where two neighbouring elements of the tile stand on their way out.
+    static __device__ __forceinline__ T* out_pair(unsigned char* shared, int row, int column) {
+        const int inside = column % box_columns;
+        return reinterpret_cast<T*>(out(shared) + column / box_columns * out_box_bytes + box_offset(row, inside / 8)) + inside % 8;
+    }
+};
