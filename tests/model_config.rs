@@ -209,6 +209,103 @@ fn phi3_has_fused_linears_and_heads_that_are_rotated_in_part() {
     }
 }
 
+/// Settings of released models, and their parameters as the hub counts them.
+#[test]
+fn released_models_have_the_parameters_that_the_hub_counts() {
+    let gemma = |sizes: [u64; 6], more: Value| {
+        let [hidden, intermediate, layers, heads, key_value_heads, vocabulary] = sizes;
+        let mut config = json!({ "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": key_value_heads, "vocab_size": vocabulary,
+            "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "torch_dtype": "bfloat16" });
+        config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        config
+    };
+    let phi = |sizes: [u64; 6], more: Value| {
+        let mut config = gemma(
+            sizes,
+            json!({ "model_type": "phi3", "hidden_act": "silu", "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": false, "attention_bias": false, "embd_pdrop": 0.0, "resid_pdrop": 0.0 }),
+        );
+        config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        config
+    };
+    let long = |pairs: usize| json!({ "type": "longrope", "short_factor": vec![1.0; pairs], "long_factor": vec![8.0; pairs] });
+    for (name, config, count) in [
+        (
+            "gemma-2b",
+            gemma(
+                [2048, 16384, 18, 8, 1, 256_000],
+                json!({ "model_type": "gemma", "head_dim": 256, "hidden_act": "gelu", "rope_theta": 10000.0 }),
+            ),
+            2_506_172_416,
+        ),
+        (
+            "gemma-2-2b-it",
+            gemma(
+                [2304, 9216, 26, 8, 4, 256_000],
+                json!({ "model_type": "gemma2", "head_dim": 256, "hidden_act": "gelu_pytorch_tanh",
+                    "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "sliding_window": 4096,
+                    "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "cache_implementation": "hybrid" }),
+            ),
+            2_614_341_888,
+        ),
+        (
+            "gemma-3-1b-it",
+            gemma(
+                [1152, 6912, 26, 4, 1, 262_144],
+                json!({ "model_type": "gemma3_text", "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
+                    "query_pre_attn_scalar": 256, "sliding_window": 512, "sliding_window_pattern": 6, "rope_theta": 1e6,
+                    "rope_local_base_freq": 10000, "rope_scaling": null, "attn_logit_softcapping": null,
+                    "final_logit_softcapping": null, "max_position_embeddings": 32768 }),
+            ),
+            999_885_952,
+        ),
+        (
+            "gemma-3-270m",
+            gemma(
+                [640, 2048, 18, 4, 1, 262_144],
+                json!({ "model_type": "gemma3_text", "head_dim": 256, "use_bidirectional_attention": false,
+                    "_sliding_window_pattern": 6, "max_position_embeddings": 32768, "sliding_window": 512 }),
+            ),
+            268_098_176,
+        ),
+        (
+            "Phi-3-mini-4k-instruct",
+            phi([3072, 8192, 32, 32, 32, 32_064], json!({ "sliding_window": 2047, "rope_scaling": null })),
+            3_821_079_552,
+        ),
+        (
+            "Phi-3.5-mini-instruct",
+            phi(
+                [3072, 8192, 32, 32, 32, 32_064],
+                json!({ "rope_scaling": long(48), "sliding_window": 262_144, "max_position_embeddings": 131_072,
+                    "original_max_position_embeddings": 4096 }),
+            ),
+            3_821_079_552,
+        ),
+        (
+            "Phi-4-mini-instruct",
+            phi(
+                [3072, 8192, 32, 24, 8, 200_064],
+                json!({ "rope_scaling": long(48), "partial_rotary_factor": 0.75, "tie_word_embeddings": true,
+                    "max_position_embeddings": 131_072, "original_max_position_embeddings": 4096 }),
+            ),
+            3_836_021_760,
+        ),
+        (
+            "phi-4",
+            phi(
+                [5120, 17_920, 40, 40, 10, 100_352],
+                json!({ "rope_theta": 250_000, "max_position_embeddings": 16_384 }),
+            ),
+            14_659_507_200_u64,
+        ),
+    ] {
+        let config = ModelConfig::from_json(&config.to_string(), name).unwrap();
+        assert_eq!(config.parameter_count(), count, "{name}");
+    }
+}
+
 #[test]
 fn end_tokens_come_from_both_files() {
     let folder = tempfile::tempdir().unwrap();

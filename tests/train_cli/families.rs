@@ -149,6 +149,25 @@ fn the_emulator_trains_gemma_and_phi_through_the_binary() {
     }
 }
 
+/// What is kept of a forward changes no bit, with norms behind attention and MLP too.
+#[test]
+fn activations_that_are_computed_again_change_nothing() {
+    for family in &FAMILIES[1..4] {
+        let workspace = workspace(family);
+        let devices: &[&str] = if cfg!(feature = "emulator") { &["cpu", "emulator"] } else { &["cpu"] };
+        for device in devices {
+            let [fast, balanced, small] = ["fast", "balanced", "small"].map(|memory| {
+                let output = format!("{device}-{memory}");
+                let more = ["--device", device, "--activation-memory", memory, "--set"];
+                let targets = ["lora_target_modules=all-linear"];
+                workspace.run(&[&TRAIN[..], &[&output], &more, &targets].concat()).succeeded();
+                workspace.adapter_bytes(&output)
+            });
+            assert!(fast == balanced && fast == small, "{} on {device}", family.model);
+        }
+    }
+}
+
 #[test]
 fn the_default_targets_name_what_phi_has_instead() {
     let workspace = workspace(&PHI);
