@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 adapter, file, base = map(pathlib.Path, sys.argv[1:])
 config = json.loads((adapter / "adapter_config.json").read_text())
 shape = json.loads((base / "config.json").read_text())
-architecture = {"llama": "llama", "mistral": "llama"}.get(shape["model_type"], shape["model_type"])
+architecture = {"mistral": "llama", "gemma3_text": "gemma3"}.get(shape["model_type"], shape["model_type"])
 reader = gguf.GGUFReader(file)
 field = lambda name: reader.fields[name].contents()
 assert field("general.architecture") == architecture, field("general.architecture")
