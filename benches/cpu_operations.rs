@@ -7,7 +7,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use fastlora::backend::cpu::{AlignedFloats, CpuBackend, CpuBatch};
 use fastlora::backend::{
     Activation, AdamWStep, Attention, Backend, Dropout, Head, KvCache, LinearGroup, LinearInput, LoraSlot,
-    OptimizerState, PassSettings, Projection, RmsNorm, Rotations,
+    OptimizerState, PassSettings, Projection, RmsNorm, Rotations, Weight,
 };
 use fastlora::batch::Batch;
 use fastlora::dtype::DType;
@@ -111,7 +111,7 @@ fn rows(criterion: &mut Criterion) {
     let backend = CpuBackend::new(Some(2)).unwrap();
     let (rows, width) = (1024, HIDDEN);
     let weight = floats(width);
-    let norm = RmsNorm { weight: &weight, weight_offset: 0.0, epsilon: 1e-5, width };
+    let norm = RmsNorm { weight: Weight::Frozen(&weight), weight_offset: 0.0, epsilon: 1e-5, width };
     let (x, dy, mut y) = (floats(rows * width), floats(rows * width), floats(rows * width));
     group.throughput(Throughput::Elements((rows * width) as u64));
     group.bench_function("rms_norm 1024x576", |bencher| {
@@ -168,8 +168,9 @@ fn head(criterion: &mut Criterion) {
         group.throughput(Throughput::Elements((4 * rows * vocabulary * HIDDEN) as u64));
         group.bench_function(BenchmarkId::new("loss with gradient", rows), |bencher| {
             bencher.iter(|| {
-                let head = Head { weight: &weight, vocabulary, width: HIDDEN, soft_cap: None };
-                backend.head_loss(head, &batch, &x, &mut losses, Some(&mut dx)).unwrap();
+                let head =
+                    Head { weight: Weight::Frozen(&weight), vocabulary, width: HIDDEN, soft_cap: None };
+                backend.head_loss(head, &batch, &x, &mut losses, Some(&mut dx), None).unwrap();
             });
         });
     }

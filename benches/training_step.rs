@@ -65,11 +65,10 @@ fn bench<B: Measurable>(criterion: &mut Criterion, backend: Arc<B>, batches: &[B
     let targets = TargetModules::Pattern(TargetModules::ALL_LINEAR.into());
     let lora = LoraConfig::new(16, 32.0, targets);
     let mut model = Transformer::load(Arc::clone(&backend), &base, Some(&lora)).unwrap();
-    let parameters = model.layout().initial_parameters(1);
-    model.set_parameters(&parameters).unwrap();
+    model.start(&base, 1).unwrap();
     let settings =
         AdamWSettings { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0, max_grad_norm: 1.0 };
-    let mut optimizer = AdamW::new(&*backend, parameters.len(), settings).unwrap();
+    let mut optimizer = AdamW::new(&*backend, model.layout().parameter_count(), settings).unwrap();
     let best = backend.best_rates().unwrap();
     println!("{}: {:.3} TFLOP/s ({})", backend.description(), best.flops / 1e12, best.flops_of);
 

@@ -144,8 +144,7 @@ impl<B: Backend> Observer<B> for () {
 /// let targets = TargetModules::Names(vec!["q_proj".into(), "v_proj".into()]);
 /// let lora = LoraConfig::new(8, 16.0, targets);
 /// let mut model = Transformer::load(Arc::new(CpuBackend::new(None)?), &base, Some(&lora))?;
-/// let start = model.layout().initial_parameters(42);
-/// model.set_parameters(&start)?;
+/// model.start(&base, 42)?;
 ///
 /// // Samples: these are tokens already.
 /// let folder = tempfile::tempdir()?;

@@ -51,11 +51,10 @@ fn check(model: &str) {
     let targets = TargetModules::Pattern(TargetModules::ALL_LINEAR.into());
     let lora = LoraConfig::new(4, 8.0, targets);
     let mut model = Transformer::load(Arc::new(CpuBackend::new(None).unwrap()), &base, Some(&lora)).unwrap();
-    let parameters = model.layout().initial_parameters(1);
-    model.set_parameters(&parameters).unwrap();
+    model.start(&base, 1).unwrap();
     let settings =
         AdamWSettings { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0, max_grad_norm: 1.0 };
-    let mut optimizer = AdamW::new(&**model.backend(), parameters.len(), settings).unwrap();
+    let mut optimizer = AdamW::new(&**model.backend(), model.layout().parameter_count(), settings).unwrap();
     let settings = PassSettings {
         gradient_scale: 0.01,
         dropout: Some(Dropout { probability: 0.1, seed: 1, epoch: 0 }),

@@ -7,7 +7,7 @@ use backend_suite::{
 };
 use fastlora::backend::cpu::CpuBackend;
 use fastlora::backend::cpu::simd::Simd;
-use fastlora::backend::{Backend, Head, PassSettings};
+use fastlora::backend::{Backend, Head, PassSettings, Weight};
 use fastlora::tensor::WeightTensor;
 
 #[test]
@@ -45,10 +45,10 @@ fn chunks_of_logits_leave_no_seam() {
         assert_eq!(count * width, x.len());
         let mut losses = backend.floats(&vec![0.0; 2 * count]).unwrap();
         let mut dx = backend.buffer(x.len()).unwrap();
-        let head = Head { weight: &weight, vocabulary, width, soft_cap: None };
+        let head = Head { weight: Weight::Frozen(&weight), vocabulary, width, soft_cap: None };
         let settings = PassSettings { gradient_scale: 0.5, ..PassSettings::default() };
         let batch = resident_with(&backend, &batch, settings);
-        backend.head_loss(head, &batch, &buffer(&backend, x), &mut losses, Some(&mut dx)).unwrap();
+        backend.head_loss(head, &batch, &buffer(&backend, x), &mut losses, Some(&mut dx), None).unwrap();
         let losses = read_floats(&backend, &losses, count);
         losses
             .into_iter()

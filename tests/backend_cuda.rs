@@ -124,11 +124,10 @@ fn figures_of_a_run(is_recorded: bool) -> (Vec<f32>, u64) {
     let target_modules = TargetModules::Pattern(TargetModules::ALL_LINEAR.into());
     let lora = LoraConfig::new(8, 16.0, target_modules);
     let mut model = Transformer::load(Arc::clone(&backend), &base, Some(&lora)).unwrap();
-    let start = model.layout().initial_parameters(5);
-    model.set_parameters(&start).unwrap();
+    model.start(&base, 5).unwrap();
     let settings =
         AdamWSettings { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0, max_grad_norm: 1.0 };
-    let mut optimizer = AdamW::new(&*backend, start.len(), settings).unwrap();
+    let mut optimizer = AdamW::new(&*backend, model.layout().parameter_count(), settings).unwrap();
     // The first two are filled up to one shape.
     let batches = [&[9, 30, 1][..], &[25, 12], &[70, 3]].map(|lengths| batch_of(lengths, 200));
     let mut figures = Vec::new();
@@ -152,7 +151,7 @@ fn figures_of_a_run(is_recorded: bool) -> (Vec<f32>, u64) {
         }
     }
     figures.extend(model.parameters().unwrap());
-    model.set_parameters(&start).unwrap();
+    model.start(&base, 5).unwrap();
     figures.extend(&model.evaluate(&batches[0]).unwrap().losses);
     (figures, device.replay_count() - replays)
 }

@@ -10,13 +10,17 @@
 pub mod cpu;
 pub mod cuda;
 pub mod dropout;
+mod features;
 mod footprint;
 pub mod noise;
 mod operands;
+mod weight;
 
+pub use features::Features;
 pub use footprint::{AdapterShape, Footprint, GroupShape, OperationShapes};
 pub use noise::EmbeddingNoise;
 pub use operands::{Activation, Attention, Embedding, Head, KvCache, LongTexts, RmsNorm, Rotations};
+pub use weight::{MatrixWeight, VectorWeight, Weight};
 
 use crate::batch::Batch;
 use crate::error::{Error, Result};
@@ -278,6 +282,14 @@ pub trait Backend: Footprint + Send + Sync {
         let _ = (head_dim, rotated);
         Ok(())
     }
+    /// Refuses what this backend cannot train.
+    ///
+    /// # Errors
+    /// A device error that names the first of `features` that it lacks.
+    fn check_features(&self, features: Features) -> Result<()> {
+        let _ = features;
+        Ok(())
+    }
     /// Elements from one row of a group's `s [T, R]` to the next; `R` or more.
     fn low_rank_stride(&self, rank: usize) -> usize {
         rank
@@ -341,6 +353,16 @@ pub trait Backend: Footprint + Send + Sync {
         x: &Self::Buffer,
         dy: &Self::Buffer,
         dx: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// Adds the gradient of a trained norm's weight, `Σ_t dy·x·rstd [width]`, to `gradients`, where the weight stands in the
+    /// parameters; `x` and `dy` are `[rows, width]`.
+    fn rms_norm_weight_backward(
+        &self,
+        norm: RmsNorm<'_, Self>,
+        rows: usize,
+        x: &Self::Buffer,
+        dy: &Self::Buffer,
+        gradients: &mut Self::Floats,
     ) -> Result<()>;
 
     /// `s = dropout(x)·Aᵀ [T, R]` and `y = residual + bias + x·Wᵀ + scale·s·Bᵀ [T, O]`. The rows of `s` stand
@@ -438,7 +460,8 @@ pub trait Backend: Footprint + Send + Sync {
     ) -> Result<()>;
     /// Cross-entropy of the labelled rows `x [L, H]`: `losses [2, L]` gets each row's loss in nats, then 1 where the
     /// target has the highest logit and else 0 (as rows of length `L`; both 0 for a target that is none). With `dx`, writes
-    /// `gradient_scale · d(Σ loss)/dx`. The `[L, V]` logits never exist as a whole.
+    /// `gradient_scale · d(Σ loss)/dx`; with `gradients` as well, adds that of a trained head's weight there, where it stands
+    /// in the parameters. The `[L, V]` logits never exist as a whole.
     fn head_loss(
         &self,
         head: Head<'_, Self>,
@@ -446,6 +469,7 @@ pub trait Backend: Footprint + Send + Sync {
         x: &Self::Buffer,
         losses: &mut Self::Floats,
         dx: Option<&mut Self::Buffer>,
+        gradients: Option<&mut Self::Floats>,
     ) -> Result<()>;
     /// Logits of one row: `logits [V]` from row `row` of `x [_, H]`, on the host.
     fn head_logits(

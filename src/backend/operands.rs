@@ -1,6 +1,6 @@
 //! What the operations are given besides rows: norms, heads and their rotations, the embedding, the output head.
 
-use super::Backend;
+use super::{Backend, MatrixWeight, VectorWeight};
 
 // Derived, these would ask for `B: Copy`.
 macro_rules! copy {
@@ -19,8 +19,8 @@ copy!(RmsNorm, Rotations, Attention, Embedding, Head);
 
 /// Root-mean-square norm: `y = x · rstd · (offset + w)`, `rstd = 1/√(mean(x²) + ε)` over each row (Zhang & Sennrich 2019).
 pub struct RmsNorm<'a, B: Backend + ?Sized> {
-    /// `[width]` frozen weight.
-    pub weight: &'a B::Vector,
+    /// `[width]`.
+    pub weight: VectorWeight<'a, B>,
     /// Added to the weight: 0, or 1 where it is stored as its distance from 1 (Gemma).
     pub weight_offset: f32,
     /// ε inside the root.
@@ -115,8 +115,8 @@ pub struct Embedding<'a, B: Backend + ?Sized> {
 
 /// Output head `[V, H]` and the labelled rows' targets.
 pub struct Head<'a, B: Backend + ?Sized> {
-    /// `[V, H]` frozen weight; the embedding where the two are tied.
-    pub weight: &'a B::Matrix,
+    /// `[V, H]`; the embedding where the two are tied.
+    pub weight: MatrixWeight<'a, B>,
     /// `V`.
     pub vocabulary: usize,
     /// `H`.

@@ -20,7 +20,8 @@ pub const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
 /// The hyper-parameters' file in an adapter folder.
 pub const ADAPTER_CONFIG: &str = "adapter_config.json";
 
-/// A LoRA adapter: its hyper-parameters, and `lora_A [r, in]` and `lora_B [out, r]` of every target by full name.
+/// A LoRA adapter: its hyper-parameters, and `lora_A [r, in]` and `lora_B [out, r]` of every target by full name; with
+/// `modules_to_save` the weights of those too.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Adapter {
     /// `adapter_config.json`.
@@ -72,13 +73,26 @@ impl Adapter {
         module.strip_suffix(".lora_A.weight").or_else(|| module.strip_suffix(".lora_B.weight"))
     }
 
-    /// Every tensor is half of a LoRA pair of the configured rank, and finite.
+    /// Whether a tensor is the weight of one of the modules that `modules_to_save` means.
+    fn is_whole_module(&self, name: &str) -> bool {
+        let module = name.strip_prefix("base_model.model.").and_then(|name| name.strip_suffix(".weight"));
+        let is_meant = |module: &str| self.config.modules_to_save.iter().any(|entry| module.ends_with(entry));
+        Self::module_of(name).is_none() && module.is_some_and(is_meant)
+    }
+
+    /// Every tensor is half of a LoRA pair of the configured rank or a module's whole weight, and finite.
     fn check(&self) -> Result<()> {
         if self.tensors.is_empty() {
             return Err(Error::model("the adapter holds no tensors").hint("save the adapter again"));
         }
         let ranks = self.config.rank_pattern.compile()?;
         for tensor in &self.tensors {
+            if let Some((index, value)) = first_non_finite(&tensor.values) {
+                return Err(Error::model(format!("element {index} is {value}")).at(&*tensor.name));
+            }
+            if self.is_whole_module(&tensor.name) {
+                continue;
+            }
             let [rows, columns] = tensor.shape[..] else {
                 return Err(
                     Error::model(format!("shape {:?}, expected a matrix", tensor.shape)).at(&*tensor.name)
@@ -93,16 +107,13 @@ impl Adapter {
                     "not a tensor of a plain LoRA adapter (lora_A.weight or lora_B.weight)",
                 )
                 .at(&*tensor.name)
-                .hint("DoRA, embedding adapters and saved modules are not supported"));
+                .hint("DoRA and embedding adapters are not supported, whole modules where modules_to_save names them"));
             };
             let module = Self::module_of(&tensor.name).unwrap_or_default();
             let rank = ranks.value(module)?.unwrap_or(self.config.rank);
             if found_rank != rank {
                 return Err(Error::model(format!("rank {found_rank}, but {ADAPTER_CONFIG} says r = {rank}"))
                     .at(&*tensor.name));
-            }
-            if let Some((index, value)) = first_non_finite(&tensor.values) {
-                return Err(Error::model(format!("element {index} is {value}")).at(&*tensor.name));
             }
         }
         Ok(())

@@ -147,6 +147,7 @@ fn describe_adapter(folder: &Path) -> Result<Value> {
         "rank_pattern": (!config.rank_pattern.is_empty()).then_some(&config.rank_pattern),
         "alpha_pattern": (!config.alpha_pattern.is_empty()).then_some(&config.alpha_pattern),
         "layers_to_transform": (!config.layers_to_transform.is_empty()).then_some(&config.layers_to_transform),
+        "modules_to_save": (!config.modules_to_save.is_empty()).then_some(&config.modules_to_save),
         "dropout": config.dropout,
         "modules": modules,
         "adapted_linears": adapted,

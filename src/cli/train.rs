@@ -301,8 +301,7 @@ impl Run<'_> {
             None => {
                 let lora = LoraConfig::from(&writer.adapter);
                 let mut model = Transformer::load(Arc::clone(&backend), base, Some(&lora))?;
-                let parameters = model.layout().initial_parameters(config.seed);
-                model.set_parameters(&parameters)?;
+                model.start(base, config.seed)?;
                 model
             }
         };
@@ -407,6 +406,7 @@ fn resolve_config(args: &TrainArgs) -> Result<Resolved> {
         adopt(&mut options.rank_pattern, config.rank_pattern.clone(), "rank_pattern")?;
         adopt(&mut options.alpha_pattern, config.alpha_pattern.clone(), "alpha_pattern")?;
         adopt(&mut options.layers_to_transform, config.layers_to_transform.clone(), "layers_to_transform")?;
+        adopt(&mut options.modules_to_save, config.modules_to_save.clone(), "modules_to_save")?;
         // Only a warning, for another template can be meant.
         let learned = Conditioning::of(options.init_adapter.as_deref())?.template;
         let template = options.hash_template.get_or_insert_with(|| learned.clone());
@@ -443,6 +443,7 @@ fn adapter_config(config: &TrainingConfig, base: &ResolvedModel) -> AdapterConfi
         rank_pattern: config.rank_pattern.clone(),
         alpha_pattern: config.alpha_pattern.clone(),
         layers_to_transform: config.layers_to_transform.clone(),
+        modules_to_save: config.modules_to_save.clone(),
         base_model: Some(base.name.clone()),
         revision: base.revision.clone(),
     }

@@ -70,6 +70,9 @@ const PEFT_KEYS: [&str; 42] = [
     "velora_config",
 ];
 
+/// Programs that take an adapter or not: what they do not is no fault of the adapter.
+const TAKERS: [&str; 3] = ["PEFT", "vLLM", "llama.cpp"];
+
 /// Arguments of `fastlora verify`.
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
@@ -134,7 +137,8 @@ pub(super) fn run(args: &VerifyArgs, cli: &Cli) -> Result<()> {
         }
         print_line(&table.to_string())?;
     }
-    match checks.iter().find(|check| check.verdict == Verdict::No) {
+    let is_fault = |check: &&Check| check.verdict == Verdict::No && !TAKERS.contains(&check.name);
+    match checks.iter().find(is_fault) {
         None => Ok(()),
         Some(failed) => Err(Error::model(format!("{}: no: {}", failed.name, failed.detail))
             .at(args.adapter.display().to_string())),
@@ -240,6 +244,10 @@ fn has_one_scale(adapter: &Adapter) -> Result<bool> {
 }
 
 fn vllm(adapter: &Adapter, has_one_scale: bool) -> Check {
+    if !adapter.config.modules_to_save.is_empty() {
+        let detail = "it takes no whole modules (modules_to_save): fastlora merge makes a model of them";
+        return Check::new("vLLM", Verdict::No, detail);
+    }
     let rank = ranks(adapter).last().copied().unwrap_or(adapter.config.rank);
     let Some(most) = VLLM_RANKS.into_iter().find(|&most| most >= rank) else {
         let detail = format!("rank {rank}: it takes up to {}", VLLM_RANKS[VLLM_RANKS.len() - 1]);
@@ -256,6 +264,11 @@ fn vllm(adapter: &Adapter, has_one_scale: bool) -> Check {
 }
 
 fn llama_cpp(adapter: &Adapter, has_one_scale: bool) -> Check {
+    if !adapter.config.modules_to_save.is_empty() {
+        let detail =
+            "its adapters hold no whole modules (modules_to_save): fastlora merge makes a model of them";
+        return Check::new("llama.cpp", Verdict::No, detail);
+    }
     let mut detail = "as GGUF: fastlora export --gguf".to_string();
     if adapter.config.use_rslora || !has_one_scale {
         let what = if has_one_scale { "rsLoRA's scale" } else { "every module's scale" };

@@ -135,6 +135,9 @@ pub struct Options {
     /// Layers whose targets are adapted, from 0; without it, all.
     #[arg(long, value_name = "LAYERS", value_delimiter = ',')]
     pub layers_to_transform: Option<Vec<usize>>,
+    /// Modules whose weights are trained whole: ends of names (`lm_head,model.norm`).
+    #[arg(long, value_name = "MODULES", value_delimiter = ',')]
+    pub modules_to_save: Option<Vec<String>>,
     /// Peak learning rate.
     #[arg(long, value_name = "RATE", allow_negative_numbers = true)]
     pub learning_rate: Option<f64>,
@@ -281,7 +284,7 @@ impl Options {
             hash_template hash_dropout chat_template chat_date max_length batch_size gradient_accumulation_steps packing bucket_by_length
             balance_by_hash num_epochs max_steps shuffle
             seed loss_on on_bad_record overlong lora_r lora_alpha lora_dropout neftune_noise_alpha
-            lora_target_modules use_rslora rank_pattern alpha_pattern layers_to_transform
+            lora_target_modules use_rslora rank_pattern alpha_pattern layers_to_transform modules_to_save
             learning_rate loraplus_lr_ratio lr_scheduler warmup_steps
             weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm val_every
             early_stopping_patience on_nan save_every keep_checkpoints report test_cases sample_every device dtype threads activation_memory

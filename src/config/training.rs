@@ -87,6 +87,8 @@ pub struct TrainingConfig {
     pub alpha_pattern: PatternMap<f64>,
     /// Layers whose targets are adapted, in order; empty: all.
     pub layers_to_transform: Vec<usize>,
+    /// Ends of the names of modules that are trained whole.
+    pub modules_to_save: Vec<String>,
     /// Peak learning rate.
     pub learning_rate: f64,
     /// Rate of every B over that of the As (LoRA+, Hayou et al. 2024); 1: the same.
@@ -180,6 +182,7 @@ impl TrainingConfig {
             rank_pattern: options.rank_pattern.unwrap_or_default(),
             alpha_pattern: options.alpha_pattern.unwrap_or_default(),
             layers_to_transform: in_order(options.layers_to_transform.unwrap_or_default()),
+            modules_to_save: options.modules_to_save.unwrap_or_default(),
             learning_rate: options.learning_rate.unwrap_or(2e-4),
             loraplus_lr_ratio: options.loraplus_lr_ratio.unwrap_or(1.0),
             lr_scheduler: options.lr_scheduler.unwrap_or_default(),

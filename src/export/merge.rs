@@ -1,4 +1,5 @@
-//! Base + adapter → a Hugging Face folder that needs no adapter: `W + scale·B·A`.
+//! Base + adapter → a Hugging Face folder that needs no adapter: `W + scale·B·A`, and the weights of modules that were
+//! trained whole.
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -33,7 +34,7 @@ pub struct MergeReport {
     pub bytes: u64,
 }
 
-/// Writes `base` with `adapter` added to its weights as the folder `destination`, in shards of at most
+/// Writes `base` with `adapter` applied to its weights as the folder `destination`, in shards of at most
 /// `max_shard_bytes` where no single tensor is larger. Each tensor keeps its element type; the addition is done in f32
 /// and rounded once. Memory holds one tensor at a time; the folder appears whole or not at all.
 ///
@@ -50,8 +51,8 @@ pub fn merge(
     check_destination(destination, overwrite, "merge", is_ours)?;
     adapter.check_base(base.config())?;
     let scales = LoraConfig::from(&adapter.config).scales()?;
-    let find = |module: &str, letter: char| {
-        let name = format!("base_model.model.{module}.lora_{letter}.weight");
+    let find = |module: &str, end: &str| {
+        let name = format!("base_model.model.{module}.{end}");
         adapter.tensors.iter().find(|tensor| tensor.name == name)
     };
     let failure = RefCell::new(None);
@@ -61,7 +62,9 @@ pub fn merge(
         .map(|(name, _)| {
             let module = name.strip_suffix(".weight").unwrap_or(&name);
             let scale = scales.of(module)?.scale;
-            let update = find(module, 'A').zip(find(module, 'B')).map(|(a, b)| Update { a, b, scale });
+            let pair = find(module, "lora_A.weight").zip(find(module, "lora_B.weight"));
+            let sum = pair.map(|(a, b)| Update::Sum { a, b, scale });
+            let update = sum.or_else(|| find(module, "weight").map(Update::Whole));
             Ok(Merged { weight: base.tensor(&name)?, name, update, failure: &failure })
         })
         .collect::<Result<_>>()?;
@@ -122,13 +125,18 @@ fn cut<'t, 'a>(tensors: &'t [Merged<'a>], most: u64) -> Vec<&'t [Merged<'a>]> {
     shards
 }
 
-/// What an adapter adds to a linear.
-struct Update<'a> {
-    /// `[r, in]`.
-    a: &'a NamedTensor,
-    /// `[out, r]`.
-    b: &'a NamedTensor,
-    scale: f32,
+/// What an adapter does to a tensor.
+enum Update<'a> {
+    /// Adds `scale·B·A`.
+    Sum {
+        /// `[r, in]`.
+        a: &'a NamedTensor,
+        /// `[out, r]`.
+        b: &'a NamedTensor,
+        scale: f32,
+    },
+    /// Takes its place.
+    Whole(&'a NamedTensor),
 }
 
 /// A tensor that is computed when the writer asks for it.
@@ -151,7 +159,7 @@ impl View for &Merged<'_> {
     fn data(&self) -> Cow<'_, [u8]> {
         match &self.update {
             None => Cow::Borrowed(self.weight.bytes()),
-            Some(update) => match update.added_to(&self.weight) {
+            Some(update) => match update.applied_to(&self.weight) {
                 Ok(bytes) => Cow::Owned(bytes),
                 Err(error) => {
                     self.failure.borrow_mut().get_or_insert(error);
@@ -173,19 +181,24 @@ impl Merged<'_> {
 }
 
 impl Update<'_> {
-    /// `W + scale·B·A`, in f32, rounded to the weight's type.
-    fn added_to(&self, weight: &WeightTensor) -> Result<Vec<u8>> {
-        let (rank, columns) = (self.a.shape[0], self.a.shape[1]);
+    /// The tensor that comes of it, in f32, rounded to the weight's type.
+    fn applied_to(&self, weight: &WeightTensor) -> Result<Vec<u8>> {
+        let columns = weight.shape().last().copied().unwrap_or(1);
         let dtype = weight.dtype();
-        let mut sum = weight.to_f32();
+        let mut sum = match self {
+            Self::Sum { .. } => weight.to_f32(),
+            Self::Whole(tensor) => tensor.values.clone(),
+        };
         let mut bytes = vec![0; weight.bytes().len()];
         let rows = sum.par_chunks_mut(columns).zip(bytes.par_chunks_mut(columns * dtype.bytes())).enumerate();
         rows.try_for_each(|(row, (sum, bytes))| {
-            for (b, a) in self.b.values[row * rank..][..rank].iter().zip(self.a.values.chunks_exact(columns))
-            {
-                let factor = self.scale * b;
-                for (sum, a) in sum.iter_mut().zip(a) {
-                    *sum += factor * a;
+            if let Self::Sum { a, b, scale } = self {
+                let rank = a.shape[0];
+                for (b, a) in b.values[row * rank..][..rank].iter().zip(a.values.chunks_exact(columns)) {
+                    let factor = scale * b;
+                    for (sum, a) in sum.iter_mut().zip(a) {
+                        *sum += factor * a;
+                    }
                 }
             }
             if let Some(column) = sum.iter().position(|value| !fits(*value, dtype)) {

@@ -19,6 +19,7 @@ impl From<&AdapterConfig> for LoraConfig {
             rank_pattern: config.rank_pattern.clone(),
             alpha_pattern: config.alpha_pattern.clone(),
             layers_to_transform: config.layers_to_transform.clone(),
+            modules_to_save: config.modules_to_save.clone(),
         }
     }
 }

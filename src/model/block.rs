@@ -12,10 +12,14 @@
 //! else computed again.
 
 use super::config::{GROUP_COUNT, ModelConfig};
-use super::lora::{AdaptedLinear, AdapterLayout};
+use super::layout::AdapterLayout;
+use super::lora::AdaptedLinear;
+use super::weights::NormWeight;
+use super::whole::BlockNorm;
 use super::workspace::Allocator;
 use crate::backend::{
     Activation, Attention, Backend, KvCache, LinearGroup, LinearInput, Projection, RmsNorm, Rotations,
+    VectorWeight, Weight,
 };
 use crate::checkpoint::base::BaseModel;
 use crate::error::Result;
@@ -26,20 +30,20 @@ const OUTPUT: usize = 1;
 const GATE_UP: usize = 2;
 const DOWN: usize = 3;
 
-/// Frozen weights of one block, and which of its linears have adapters.
+/// Weights of one block, and which of its linears have adapters.
 pub(super) struct Block<B: Backend> {
-    input_norm: B::Vector,
+    input_norm: NormWeight<B>,
     qkv: LinearGroup<B>,
     query_norm: Option<B::Vector>,
     key_norm: Option<B::Vector>,
     output: LinearGroup<B>,
     /// Behind attention, before its output is added to the stream.
-    attention_norm: Option<B::Vector>,
-    middle_norm: B::Vector,
+    attention_norm: Option<NormWeight<B>>,
+    middle_norm: NormWeight<B>,
     gate_up: LinearGroup<B>,
     down: LinearGroup<B>,
     /// The same behind the MLP.
-    mlp_norm: Option<B::Vector>,
+    mlp_norm: Option<NormWeight<B>>,
     shape: BlockShape,
     window: Option<usize>,
 }
@@ -89,11 +93,11 @@ impl BlockShape {
     }
 
     /// A norm over rows of the residual stream.
-    pub(super) fn norm<'a, B: Backend>(&self, weight: &'a B::Vector) -> RmsNorm<'a, B> {
+    pub(super) fn norm<'a, B: Backend>(&self, weight: VectorWeight<'a, B>) -> RmsNorm<'a, B> {
         self.norm_over(weight, self.hidden_size)
     }
 
-    fn norm_over<'a, B: Backend>(&self, weight: &'a B::Vector, width: usize) -> RmsNorm<'a, B> {
+    fn norm_over<'a, B: Backend>(&self, weight: VectorWeight<'a, B>, width: usize) -> RmsNorm<'a, B> {
         RmsNorm { weight, weight_offset: self.norm_weight_offset, epsilon: self.epsilon, width }
     }
 
@@ -242,7 +246,7 @@ impl<B: Backend> Block<B> {
     ) -> Result<Self> {
         let config = base.config();
         let prefix = format!("model.layers.{layer}");
-        let norm = |name: &str| backend.vector(&[base.tensor(&format!("{prefix}.{name}.weight"))?]);
+        let vector = |name: &str| backend.vector(&[base.tensor(&format!("{prefix}.{name}.weight"))?]);
         let mut group = |place: usize, linears: &[AdaptedLinear]| -> Result<LinearGroup<B>> {
             let parts = |suffix: &str| -> Result<Vec<_>> {
                 linears.iter().map(|(linear, _)| base.tensor(&format!("{}.{suffix}", linear.name))).collect()
@@ -262,21 +266,20 @@ impl<B: Backend> Block<B> {
                 linears.iter().zip(slots).map(projection).collect(),
             )
         };
-        let norm_if = |is_there: bool, name: &str| is_there.then(|| norm(name)).transpose();
-        // What is behind attention has another name where something else is too.
-        let middle_norm =
-            if config.post_norms { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
+        let norm = |norm: BlockNorm| vector(norm.name(config)).map(NormWeight::Frozen);
+        let vector_if = |is_there: bool, name: &str| is_there.then(|| vector(name)).transpose();
+        let norm_behind = |place| config.post_norms.then(|| norm(place)).transpose();
         Ok(Self {
-            input_norm: norm("input_layernorm")?,
+            input_norm: norm(BlockNorm::Input)?,
             qkv: group(QKV, linears[QKV])?,
-            query_norm: norm_if(config.qk_norm, "self_attn.q_norm")?,
-            key_norm: norm_if(config.qk_norm, "self_attn.k_norm")?,
+            query_norm: vector_if(config.qk_norm, "self_attn.q_norm")?,
+            key_norm: vector_if(config.qk_norm, "self_attn.k_norm")?,
             output: group(OUTPUT, linears[OUTPUT])?,
-            attention_norm: norm_if(config.post_norms, "post_attention_layernorm")?,
-            middle_norm: norm(middle_norm)?,
+            attention_norm: norm_behind(BlockNorm::Attention)?,
+            middle_norm: norm(BlockNorm::Middle)?,
             gate_up: group(GATE_UP, linears[GATE_UP])?,
             down: group(DOWN, linears[DOWN])?,
-            mlp_norm: norm_if(config.post_norms, "post_feedforward_layernorm")?,
+            mlp_norm: norm_behind(BlockNorm::Mlp)?,
             window: config.windows[layer],
             shape: BlockShape::new(config),
         })
@@ -287,13 +290,28 @@ impl<B: Backend> Block<B> {
         [&self.qkv, &self.output, &self.gate_up, &self.down].map(LinearGroup::total_rank)
     }
 
-    /// Place of the first group with an adapter; `GROUP_COUNT` when there is none.
-    fn first_adapted(&self) -> usize {
-        self.ranks().iter().position(|rank| *rank > 0).unwrap_or(GROUP_COUNT)
+    /// Trains this norm, whose weight is at `offset` of the flat parameter buffer.
+    pub(super) fn train_norm(&mut self, norm: BlockNorm, offset: usize) {
+        let trained = NormWeight::Trained(offset);
+        match norm {
+            BlockNorm::Input => self.input_norm = trained,
+            BlockNorm::Attention => self.attention_norm = Some(trained),
+            BlockNorm::Middle => self.middle_norm = trained,
+            BlockNorm::Mlp => self.mlp_norm = Some(trained),
+        }
+    }
+
+    /// Whether anything in front of this group, within the block, is trained: then the gradient of the group's input is
+    /// wanted.
+    fn trains_before(&self, group: usize) -> bool {
+        let has_trained_attention_norm = self.attention_norm.as_ref().is_some_and(NormWeight::is_trained);
+        self.ranks()[..group].iter().any(|rank| *rank > 0)
+            || self.input_norm.is_trained()
+            || group > OUTPUT && (has_trained_attention_norm || self.middle_norm.is_trained())
     }
 
     fn attention<'a>(&'a self, rotations: [Rotations<'a, B>; 2]) -> Attention<'a, B> {
-        let head_norm = |weight| self.shape.norm_over(weight, self.shape.head_dim);
+        let head_norm = |weight| self.shape.norm_over(Weight::Frozen(weight), self.shape.head_dim);
         Attention {
             query_heads: self.shape.query_heads,
             key_value_heads: self.shape.key_value_heads,
@@ -333,7 +351,7 @@ impl<B: Backend> Block<B> {
 
     fn project_qkv(&self, pass: Pass<'_, B>, buffers: &mut ForwardBuffers<'_, B>) -> Result<()> {
         let ForwardBuffers { x_in, saved, inputs, .. } = buffers;
-        let norm = self.shape.norm(&self.input_norm);
+        let norm = self.shape.norm(self.input_norm.with(pass.adapters));
         pass.backend.rms_norm(norm, pass.tokens, x_in, None, &mut inputs.normed_input)?;
         let input = pass.input(&inputs.normed_input);
         pass.backend.linear(&self.qkv, pass.adapters, input, None, &mut saved.s[QKV], &mut saved.qkv)
@@ -347,7 +365,8 @@ impl<B: Backend> Block<B> {
         let [attention_branch, mlp_branch] = split(branches);
         let behind = self.attention_norm.as_ref().zip(attention_branch);
         self.add_branch(pass, &self.output, attended, behind, &mut s[OUTPUT], x_in, middle)?;
-        backend.rms_norm(self.shape.norm(&self.middle_norm), tokens, middle, None, normed_middle)?;
+        let norm = self.shape.norm(self.middle_norm.with(pass.adapters));
+        backend.rms_norm(norm, tokens, middle, None, normed_middle)?;
         let input = pass.input(normed_middle);
         backend.linear(&self.gate_up, pass.adapters, input, None, &mut s[GATE_UP], gate_up)?;
         backend.gated(self.shape.activation, tokens, self.shape.intermediate_size, gate_up, act)?;
@@ -363,7 +382,7 @@ impl<B: Backend> Block<B> {
         pass: Pass<'_, B>,
         group: &LinearGroup<B>,
         x: &B::Buffer,
-        behind: Option<(&B::Vector, &mut B::Buffer)>,
+        behind: Option<(&NormWeight<B>, &mut B::Buffer)>,
         s: &mut B::Buffer,
         residual: &B::Buffer,
         sum: &mut B::Buffer,
@@ -373,34 +392,39 @@ impl<B: Backend> Block<B> {
             None => backend.linear(group, adapters, pass.input(x), Some(residual), s, sum),
             Some((weight, branch)) => {
                 backend.linear(group, adapters, pass.input(x), None, s, branch)?;
-                backend.rms_norm(self.shape.norm(weight), tokens, branch, Some(residual), sum)
+                backend.rms_norm(self.shape.norm(weight.with(adapters)), tokens, branch, Some(residual), sum)
             }
         }
     }
 
     /// The gradient at the output of a branch's linear, given `dx` at the stream: `dx` itself, or, where there is a norm behind
-    /// the linear, what that leaves of it in `dbranch`.
+    /// the linear, what that leaves of it in `dbranch`. Adds the gradient of the norm's weight if it is trained.
     fn branch_gradient<'a>(
         &self,
         pass: Pass<'_, B>,
-        behind: Option<(&B::Vector, &B::Buffer)>,
+        behind: Option<(&NormWeight<B>, &B::Buffer)>,
         dx: &'a B::Buffer,
         dbranch: &'a mut B::Buffer,
+        gradients: &mut B::Floats,
     ) -> Result<&'a B::Buffer> {
         let Some((weight, branch)) = behind else { return Ok(dx) };
         let Pass { backend, tokens, .. } = pass;
+        let norm = self.shape.norm(weight.with(pass.adapters));
         backend.zero_buffer(dbranch, tokens * self.shape.hidden_size)?;
-        backend.rms_norm_backward(self.shape.norm(weight), tokens, branch, dx, dbranch)?;
+        backend.rms_norm_backward(norm, tokens, branch, dx, dbranch)?;
+        if weight.is_trained() {
+            backend.rms_norm_weight_backward(norm, tokens, branch, dx, gradients)?;
+        }
         Ok(dbranch)
     }
 
     /// Turns `dx`, the gradient at `x_out`, into the gradient at `x_in`, and adds the adapters' gradients.
     ///
-    /// With `has_adapters_below` false nothing is computed that only lower blocks would need; `dx` is then undefined.
+    /// With `trains_below` false nothing is computed that only lower blocks would need; `dx` is then undefined.
     pub(super) fn backward(
         &self,
         pass: Pass<'_, B>,
-        has_adapters_below: bool,
+        trains_below: bool,
         buffers: BackwardBuffers<'_, B>,
         gradients: &mut B::Floats,
     ) -> Result<()> {
@@ -412,22 +436,22 @@ impl<B: Backend> Block<B> {
         let GradientScratch { dnormed, dqkv, dattended, dact } = gradient;
         let shape = &self.shape;
         let ranks = self.ranks();
-        let first_adapted = self.first_adapted();
         let must_recompute = |group: usize| !inputs_are_kept && ranks[group] > 0;
-        let needs_dx = |group: usize| has_adapters_below || first_adapted < group;
+        let needs_dx = |group: usize| trains_below || self.trains_before(group);
 
         if must_recompute(DOWN) {
             backend.gated(shape.activation, tokens, shape.intermediate_size, gate_up, act)?;
         }
         let wanted = needs_dx(DOWN).then_some(&mut *dact);
         // Free until the gradients of gate and up need it, and again until those of q, k and v do.
-        let dy = self.branch_gradient(pass, self.mlp_norm.as_ref().zip(mlp_branch), dx, dnormed)?;
+        let behind = self.mlp_norm.as_ref().zip(mlp_branch);
+        let dy = self.branch_gradient(pass, behind, dx, dnormed, gradients)?;
         backend.linear_backward(&self.down, adapters, pass.input(act), &s[DOWN], dy, gradients, wanted)?;
         if !needs_dx(DOWN) {
             return Ok(());
         }
         backend.gated_backward(shape.activation, tokens, shape.intermediate_size, dact, gate_up)?;
-        let norm = self.shape.norm(&self.middle_norm);
+        let norm = self.shape.norm(self.middle_norm.with(adapters));
         if must_recompute(GATE_UP) {
             backend.rms_norm(norm, tokens, middle, None, normed_middle)?;
         }
@@ -438,10 +462,13 @@ impl<B: Backend> Block<B> {
             return Ok(());
         }
         backend.rms_norm_backward(norm, tokens, middle, dnormed, dx)?;
+        if self.middle_norm.is_trained() {
+            backend.rms_norm_weight_backward(norm, tokens, middle, dnormed, gradients)?;
+        }
 
         let wanted = needs_dx(OUTPUT).then_some(&mut *dattended);
-        let dy =
-            self.branch_gradient(pass, self.attention_norm.as_ref().zip(attention_branch), dx, dnormed)?;
+        let behind = self.attention_norm.as_ref().zip(attention_branch);
+        let dy = self.branch_gradient(pass, behind, dx, dnormed, gradients)?;
         let input = pass.input(attended);
         backend.linear_backward(&self.output, adapters, input, &s[OUTPUT], dy, gradients, wanted)?;
         if !needs_dx(OUTPUT) {
@@ -449,7 +476,7 @@ impl<B: Backend> Block<B> {
         }
         let attention = self.attention(pass.rotations);
         backend.attention_backward(&attention, pass.batch, qkv, log_sum, attended, dattended, dqkv)?;
-        let norm = self.shape.norm(&self.input_norm);
+        let norm = self.shape.norm(self.input_norm.with(adapters));
         if must_recompute(QKV) {
             backend.rms_norm(norm, tokens, x_in, None, normed_input)?;
         }
@@ -464,6 +491,12 @@ impl<B: Backend> Block<B> {
             wanted,
         )?;
         if !needs_dx(QKV) {
+            return Ok(());
+        }
+        if self.input_norm.is_trained() {
+            backend.rms_norm_weight_backward(norm, tokens, x_in, dnormed, gradients)?;
+        }
+        if !trains_below {
             return Ok(());
         }
         backend.rms_norm_backward(norm, tokens, x_in, dnormed, dx)

@@ -1,15 +1,11 @@
-//! Which linears get an adapter, where its parameters stand in the flat buffer, and how they start.
-
-use std::collections::HashMap;
-
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
+//! Which linears get an adapter, and what else is trained.
 
 use super::config::{GROUP_COUNT, LinearModule, ModelConfig};
-use crate::backend::LoraSlot;
+use super::layout::AdapterLayout;
+use super::whole::{WholeModule, WholePlace, whole_modules};
+use crate::backend::Features;
 use crate::config::{CompiledPatterns, PatternMap, TargetModules};
 use crate::error::{Error, Result};
-use crate::tensor::NamedTensor;
 
 /// Places, shapes and scales of the adapters.
 #[derive(Clone, Debug, PartialEq)]
@@ -28,6 +24,8 @@ pub struct LoraConfig {
     pub alpha_pattern: PatternMap<f64>,
     /// The layers of the targets; empty: all. A target that is named in full is one in any layer, as in PEFT.
     pub layers_to_transform: Vec<usize>,
+    /// Ends of the names of modules that are trained whole.
+    pub modules_to_save: Vec<String>,
 }
 
 /// Inner width and scale of one linear's adapter.
@@ -88,6 +86,7 @@ impl LoraConfig {
             rank_pattern: PatternMap::default(),
             alpha_pattern: PatternMap::default(),
             layers_to_transform: Vec::new(),
+            modules_to_save: Vec::new(),
         }
     }
 
@@ -173,13 +172,37 @@ impl LoraConfig {
         }
     }
 
-    /// Names and shapes of the adapter matrices of a model, which needs no weights.
+    /// The modules of `model` that are trained whole.
     ///
     /// # Errors
-    /// As [`linears`](Self::linears).
+    /// As [`whole_modules`].
+    pub fn whole_modules(&self, model: &ModelConfig) -> Result<Vec<WholeModule>> {
+        whole_modules(&self.modules_to_save, model)
+    }
+
+    /// What a backend must be able to train.
+    ///
+    /// # Errors
+    /// As [`whole_modules`](Self::whole_modules).
+    pub fn features(&self, model: &ModelConfig) -> Result<Features> {
+        let whole = self.whole_modules(model)?;
+        let is_head = |module: &WholeModule| module.place == WholePlace::Head;
+        Ok(Features {
+            trained_head: whole.iter().any(is_head),
+            trained_norms: whole.iter().any(|module| !is_head(module)),
+        })
+    }
+
+    /// Names and shapes of the trained tensors of a model, which needs no weights.
+    ///
+    /// # Errors
+    /// As [`linears`](Self::linears) and [`whole_modules`](Self::whole_modules).
     pub fn expected_tensors(&self, model: &ModelConfig) -> Result<Vec<(String, Vec<usize>)>> {
         let mut layout = AdapterLayout::default();
         layout.push_group(&self.linears(model)?);
+        for module in self.whole_modules(model)? {
+            layout.push_whole(&module);
+        }
         Ok(layout.expected())
     }
 }
@@ -212,170 +235,10 @@ fn layers_there_are(model: &ModelConfig) -> String {
     format!("the model's layers are 0 to {}", model.layer_count - 1)
 }
 
-/// One adapter matrix inside the flat parameter buffer.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct AdapterTensor {
-    /// Name as PEFT saves it.
-    pub name: String,
-    /// `[rank, in]` for A, `[out, rank]` for B.
-    pub shape: [usize; 2],
-    /// First element in the flat buffer.
-    pub offset: usize,
-    /// Whether it is an A, which starts random, or a B, which starts at zero.
-    pub is_a: bool,
-}
-
-impl AdapterTensor {
-    /// The elements' place in the flat buffer.
-    pub fn range(&self) -> std::ops::Range<usize> {
-        self.offset..self.offset + self.shape[0] * self.shape[1]
-    }
-}
-
-/// Places of all adapter matrices in one flat buffer.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct AdapterLayout {
-    tensors: Vec<AdapterTensor>,
-    parameter_count: usize,
-}
-
-impl AdapterLayout {
-    /// Appends the adapters of linears that share their input: every A, then every B, as
-    /// [`LinearGroup`](crate::backend::LinearGroup) wants them.
-    pub fn push_group(&mut self, linears: &[AdaptedLinear]) -> Vec<Option<LoraSlot>> {
-        let targets = linears.iter().filter_map(|(linear, lora)| lora.map(|lora| (linear, lora)));
-        let a_offsets: Vec<usize> = targets
-            .clone()
-            .map(|(linear, lora)| self.push(&linear.name, [lora.rank, linear.in_features], true))
-            .collect();
-        let b_offsets: Vec<usize> = targets
-            .map(|(linear, lora)| self.push(&linear.name, [linear.out_features, lora.rank], false))
-            .collect();
-        let mut places = a_offsets.into_iter().zip(b_offsets);
-        let slot = |(_, lora): &AdaptedLinear| {
-            let ModuleLora { rank, scale } = (*lora)?;
-            let (a_offset, b_offset) = places.next()?;
-            Some(LoraSlot { rank, scale, a_offset, b_offset })
-        };
-        linears.iter().map(slot).collect()
-    }
-
-    fn push(&mut self, module: &str, shape: [usize; 2], is_a: bool) -> usize {
-        let offset = self.parameter_count;
-        let letter = if is_a { 'A' } else { 'B' };
-        let name = format!("base_model.model.{module}.lora_{letter}.weight");
-        self.tensors.push(AdapterTensor { name, shape, offset, is_a });
-        self.parameter_count += shape[0] * shape[1];
-        offset
-    }
-
-    /// Every adapter matrix in the order of its place.
-    pub fn tensors(&self) -> &[AdapterTensor] {
-        &self.tensors
-    }
-
-    /// Ends of the runs of `A`s and of `B`s, which take turns, the first of `A`s.
-    pub fn runs(&self) -> Vec<usize> {
-        let runs = self.tensors.chunk_by(|one, next| one.is_a == next.is_a);
-        runs.filter_map(|run| run.last()).map(|tensor| tensor.range().end).collect()
-    }
-
-    /// Number of trainable parameters.
-    pub fn parameter_count(&self) -> usize {
-        self.parameter_count
-    }
-
-    /// Names and shapes, as an adapter file must have them.
-    pub fn expected(&self) -> Vec<(String, Vec<usize>)> {
-        self.tensors.iter().map(|tensor| (tensor.name.clone(), tensor.shape.to_vec())).collect()
-    }
-
-    /// PEFT's start: A uniform in ±1/√in (Kaiming with a = √5), B zero. Each matrix has its own stream of
-    /// (seed, place), so that it does not depend on the others.
-    pub fn initial_parameters(&self, seed: u64) -> Vec<f32> {
-        let mut parameters = vec![0.0; self.parameter_count];
-        for (place, tensor) in self.tensors.iter().enumerate().filter(|(_, tensor)| tensor.is_a) {
-            let mut generator = ChaCha8Rng::seed_from_u64(seed);
-            generator.set_stream(place as u64);
-            let bound = 1.0 / (tensor.shape[1] as f32).sqrt();
-            parameters[tensor.range()].fill_with(|| generator.random_range(-bound..=bound));
-        }
-        parameters
-    }
-
-    /// Cuts a flat buffer into named tensors.
-    ///
-    /// # Panics
-    /// When `parameters` has another length than the layout.
-    pub fn to_named(&self, parameters: &[f32]) -> Vec<NamedTensor> {
-        assert_eq!(parameters.len(), self.parameter_count);
-        let named = |tensor: &AdapterTensor| NamedTensor {
-            name: tensor.name.clone(),
-            shape: tensor.shape.to_vec(),
-            values: parameters[tensor.range()].to_vec(),
-        };
-        self.tensors.iter().map(named).collect()
-    }
-
-    /// Joins named tensors, in any order, into a flat buffer.
-    ///
-    /// # Errors
-    /// Names or shapes that are not the layout's.
-    pub fn to_flat(&self, named: &[NamedTensor]) -> Result<Vec<f32>> {
-        if named.len() != self.tensors.len() {
-            let message =
-                format!("{} adapter tensors, the model expects {}", named.len(), self.tensors.len());
-            return Err(Error::model(message));
-        }
-        let by_name: HashMap<&str, &NamedTensor> =
-            named.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
-        let mut parameters = vec![0.0; self.parameter_count];
-        for tensor in &self.tensors {
-            let error = |what: String| Error::model(what).at(tensor.name.clone());
-            let given = by_name
-                .get(tensor.name.as_str())
-                .ok_or_else(|| error("the model has this tensor, the adapter has not".into()))?;
-            if given.shape != tensor.shape {
-                return Err(error(format!("shape {:?}, expected {:?}", given.shape, tensor.shape)));
-            }
-            parameters[tensor.range()].copy_from_slice(&given.values);
-        }
-        Ok(parameters)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::checkpoint::base::BaseModel;
-
-    #[test]
-    fn a_group_keeps_its_a_matrices_together() {
-        let mut layout = AdapterLayout::default();
-        let linear = |name: &str, out_features| LinearModule {
-            name: name.into(),
-            in_features: 3,
-            out_features,
-            bias: false,
-        };
-        let lora = |rank| Some(ModuleLora { rank, scale: 4.0 });
-        let linears = [(linear("q", 5), lora(2)), (linear("k", 4), None), (linear("v", 4), lora(1))];
-        let slots = layout.push_group(&linears);
-        let slot = |rank, a_offset, b_offset| Some(LoraSlot { rank, scale: 4.0, a_offset, b_offset });
-        assert_eq!(slots, [slot(2, 0, 9), None, slot(1, 6, 19)]);
-        assert_eq!(layout.parameter_count(), 23);
-        assert_eq!(layout.runs(), [9, 23]);
-        let parameters = layout.initial_parameters(1);
-        assert!(parameters[..9].iter().all(|value| value.abs() <= 1.0 / 3f32.sqrt() && *value != 0.0));
-        assert!(parameters[9..].iter().all(|value| *value == 0.0));
-        let mut named = layout.to_named(&parameters);
-        named.reverse();
-        assert_eq!(layout.to_flat(&named).unwrap(), parameters, "whatever the order");
-        named[1].shape.reverse();
-        assert!(layout.to_flat(&named).unwrap_err().to_string().contains("expected"));
-        named[1].name = "other".into();
-        assert!(layout.to_flat(&named).unwrap_err().to_string().contains("has not"));
-    }
 
     fn config() -> LoraConfig {
         LoraConfig::new(16, 8.0, TargetModules::Names(vec!["q_proj".into(), "up_proj".into()]))

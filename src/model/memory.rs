@@ -6,7 +6,9 @@ use indicatif::HumanBytes;
 
 use super::block::BlockShape;
 use super::config::{GROUP_COUNT, ModelConfig};
-use super::lora::{AdapterLayout, LoraConfig, adapted_linears, layer_groups};
+use super::layout::AdapterLayout;
+use super::lora::{LoraConfig, adapted_linears, layer_groups};
+use super::whole::WholePlace;
 use super::workspace::{Allocator, Limits, Purpose, Workspace};
 use crate::backend::{AdapterShape, Backend, GroupShape, OperationShapes};
 use crate::config::ActivationMemory;
@@ -91,6 +93,8 @@ pub struct ModelShape {
     pub(super) block: BlockShape,
     /// Summed ranks of every block's groups.
     pub(super) ranks: Vec<[usize; GROUP_COUNT]>,
+    /// The lowest block that trains anything; the number of blocks where none does.
+    pub(super) lowest_trained: usize,
     groups: Vec<GroupShape>,
     vocabulary: usize,
     parameter_count: usize,
@@ -124,13 +128,24 @@ impl ModelShape {
             ranks.push(of_layer.each_ref().map(GroupShape::rank));
             groups.extend(of_layer);
         }
+        let is_adapted = |ranks: &[usize; GROUP_COUNT]| ranks.iter().any(|&rank| rank > 0);
+        let mut lowest_trained = ranks.iter().position(is_adapted).unwrap_or(config.layer_count);
+        let mut whole_count = 0;
+        for module in lora.map_or(Ok(Vec::new()), |lora| lora.whole_modules(config))? {
+            layout.push_whole(&module);
+            whole_count += module.shape.iter().product::<usize>() as u64;
+            if let WholePlace::Norm(layer, _) = module.place {
+                lowest_trained = lowest_trained.min(layer);
+            }
+        }
         Ok(Self {
             block: BlockShape::new(config),
             ranks,
+            lowest_trained,
             groups,
             vocabulary: config.vocabulary,
             parameter_count: layout.parameter_count(),
-            frozen_count: config.parameter_count(),
+            frozen_count: config.parameter_count() - whole_count,
             rotations_per_position: config.rope_table_length(1),
         })
     }

@@ -8,10 +8,13 @@ pub use decoding::Cache;
 
 use super::block::{Block, BlockShape, ForwardBuffers, Pass};
 use super::config::ModelConfig;
-use super::lora::{AdapterLayout, LoraConfig, adapted_linears, layer_groups};
+use super::layout::AdapterLayout;
+use super::lora::{LoraConfig, adapted_linears, layer_groups};
 use super::memory::{MemoryPlan, ModelShape, Needs, choose_plan};
+use super::weights::{HeadWeight, NormWeight};
+use super::whole::{WholeModule, WholePlace};
 use super::workspace::{Allocator, Gradient, HeadBuffers, Limits, Purpose, Workspace};
-use crate::backend::{Backend, Embedding, Head, LongTexts, PassSettings, Rotations};
+use crate::backend::{Backend, Embedding, Head, LongTexts, MatrixWeight, PassSettings, Rotations};
 use crate::batch::{Batch, BatchRows, NO_ROW};
 use crate::checkpoint::base::BaseModel;
 use crate::config::ActivationMemory;
@@ -31,9 +34,8 @@ pub struct Transformer<B: Backend> {
     has_dropout: bool,
     embedding: B::Matrix,
     blocks: Vec<Block<B>>,
-    final_norm: B::Vector,
-    /// None where the embedding serves as the head.
-    head: Option<B::Matrix>,
+    final_norm: NormWeight<B>,
+    head: HeadWeight<B>,
     layout: AdapterLayout,
     parameters: B::Floats,
     gradients: B::Floats,
@@ -84,8 +86,8 @@ impl TokenScores {
 }
 
 impl<B: Backend> Transformer<B> {
-    /// Puts `base` on `backend`, with adapters on the targets of `lora`; they start at zero, see
-    /// [`set_parameters`](Self::set_parameters).
+    /// Puts `base` on `backend`, with adapters on the targets of `lora`; all that is trained is zero until
+    /// [`start`](Self::start) or [`set_parameters`](Self::set_parameters).
     ///
     /// ```
     /// use std::sync::Arc;
@@ -100,29 +102,44 @@ impl<B: Backend> Transformer<B> {
     /// let lora = LoraConfig::new(4, 8.0, target_modules);
     /// let mut model = Transformer::load(Arc::new(CpuBackend::new(None)?), &base, Some(&lora))?;
     /// // PEFT's start: A random, B zero, so the model computes what its base computes.
-    /// let start = model.layout().initial_parameters(42);
-    /// model.set_parameters(&start)?;
+    /// model.start(&base, 42)?;
     /// assert_eq!(model.layout().tensors()[0].name, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight");
     /// assert_eq!(model.layout().tensors()[0].shape, [4, 64]);
     /// # Ok::<(), fastlora::error::Error>(())
     /// ```
     ///
     /// # Errors
-    /// Targets that match no module, a tensor that is missing, or a device without room.
+    /// Targets that match no module, a tensor that is missing, something that the backend cannot train, or a device without
+    /// room.
     pub fn load(backend: Arc<B>, base: &BaseModel, lora: Option<&LoraConfig>) -> Result<Self> {
         let config = base.config().clone();
         backend.check_heads(config.head_dim, config.rotary_width)?;
+        backend.check_features(lora.map_or(Ok(Default::default()), |lora| lora.features(&config))?)?;
         let linears = adapted_linears(&config, lora)?;
         let mut layout = AdapterLayout::default();
-        let blocks = layer_groups(&config, &linears)
+        let mut blocks: Vec<Block<B>> = layer_groups(&config, &linears)
             .enumerate()
             .map(|(layer, linears)| Block::load(&*backend, base, layer, linears, &mut layout))
             .collect::<Result<_>>()?;
+        let mut final_norm = NormWeight::Frozen(backend.vector(&[base.tensor("model.norm.weight")?])?);
+        let whole = lora.map_or(Ok(Vec::new()), |lora| lora.whole_modules(&config))?;
+        let mut head = match whole.iter().any(|module| module.place == WholePlace::Head) {
+            _ if config.tied_embeddings => HeadWeight::Tied,
+            false => HeadWeight::Frozen(backend.matrix(&[base.head()?])?),
+            true => HeadWeight::Trained(0),
+        };
+        for module @ WholeModule { place, .. } in &whole {
+            let offset = layout.push_whole(module);
+            match *place {
+                WholePlace::Norm(layer, norm) => blocks[layer].train_norm(norm, offset),
+                WholePlace::FinalNorm => final_norm = NormWeight::Trained(offset),
+                WholePlace::Head => head = HeadWeight::Trained(offset),
+            }
+        }
         let zeros = vec![0.0; layout.parameter_count()];
-        let head = if config.tied_embeddings { None } else { Some(backend.matrix(&[base.head()?])?) };
         Ok(Self {
             embedding: backend.matrix(&[base.embedding()?])?,
-            final_norm: backend.vector(&[base.tensor("model.norm.weight")?])?,
+            final_norm,
             head,
             blocks,
             layout,
@@ -152,7 +169,7 @@ impl<B: Backend> Transformer<B> {
         &self.config
     }
 
-    /// Names, shapes and places of the adapters' matrices.
+    /// Names, shapes and places of what is trained.
     pub fn layout(&self) -> &AdapterLayout {
         &self.layout
     }
@@ -162,7 +179,16 @@ impl<B: Backend> Transformer<B> {
         &self.backend
     }
 
-    /// Replaces all adapter parameters (flat, in the order of [`layout`](Self::layout)).
+    /// Sets all trained parameters to a run's start: see [`AdapterLayout::start`].
+    ///
+    /// # Errors
+    /// A base of another shape, or a device error.
+    pub fn start(&mut self, base: &BaseModel, seed: u64) -> Result<()> {
+        let parameters = self.layout.start(base, seed)?;
+        self.set_parameters(&parameters)
+    }
+
+    /// Replaces all trained parameters (flat, in the order of [`layout`](Self::layout)).
     pub fn set_parameters(&mut self, parameters: &[f32]) -> Result<()> {
         if parameters.len() != self.layout.parameter_count() {
             let (found, expected) = (parameters.len(), self.layout.parameter_count());
@@ -171,7 +197,7 @@ impl<B: Backend> Transformer<B> {
         self.backend.write_floats(&mut self.parameters, parameters)
     }
 
-    /// All adapter parameters, flat.
+    /// All trained parameters, flat.
     pub fn parameters(&self) -> Result<Vec<f32>> {
         self.read_all(&self.parameters)
     }
@@ -387,18 +413,25 @@ impl<B: Backend> Transformer<B> {
         let _range = range!("head");
         let backend = &*self.backend;
         let width = self.config.hidden_size;
-        let norm = self.shape.norm(&self.final_norm);
-        let head = head(&self.config, self.head.as_ref().unwrap_or(&self.embedding));
+        let norm = self.shape.norm(self.final_norm.with(&self.parameters));
+        let head = head(&self.config, self.head.with(&self.embedding, &self.parameters));
         let workspace = self.workspace.as_mut().expect("reserved with the batch");
         let (last, HeadBuffers { packed, normed, losses }, gradient) = workspace.after_blocks();
         backend.gather_labelled(&self.batch, width, last, packed)?;
         backend.rms_norm(norm, rows, packed, None, normed)?;
         match gradient.filter(|_| wants_gradient) {
-            None => backend.head_loss(head, &self.batch, normed, losses, None)?,
+            None => backend.head_loss(head, &self.batch, normed, losses, None, None)?,
             Some(Gradient { dx, dpacked, dnormed, .. }) => {
-                backend.head_loss(head, &self.batch, normed, losses, Some(dnormed))?;
+                let gradients = match self.head {
+                    HeadWeight::Trained(_) => Some(&mut self.gradients),
+                    _ => None,
+                };
+                backend.head_loss(head, &self.batch, normed, losses, Some(dnormed), gradients)?;
                 backend.zero_buffer(dpacked, rows * width)?;
                 backend.rms_norm_backward(norm, rows, packed, dnormed, dpacked)?;
+                if self.final_norm.is_trained() {
+                    backend.rms_norm_weight_backward(norm, rows, packed, dnormed, &mut self.gradients)?;
+                }
                 backend.scatter_labelled(&self.batch, width, dpacked, dx)?;
             }
         }
@@ -416,7 +449,7 @@ impl<B: Backend> Transformer<B> {
         Ok(&self.scores)
     }
 
-    /// From the gradient at the last block's output down to the lowest adapter.
+    /// From the gradient at the last block's output down to the lowest block that trains anything.
     fn backward(&mut self, tokens: usize) -> Result<()> {
         let workspace = self.workspace.as_mut().expect("reserved with the batch");
         let pass = Pass {
@@ -464,6 +497,6 @@ fn rotations<'a, B: Backend>(
     }
 }
 
-fn head<'a, B: Backend>(config: &ModelConfig, weight: &'a B::Matrix) -> Head<'a, B> {
+fn head<'a, B: Backend>(config: &ModelConfig, weight: MatrixWeight<'a, B>) -> Head<'a, B> {
     Head { weight, vocabulary: config.vocabulary, width: config.hidden_size, soft_cap: config.logit_soft_cap }
 }

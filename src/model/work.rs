@@ -1,10 +1,11 @@
 //! The multiplications and additions that a training step cannot do without, counted from the model's shape and the batch.
 //!
 //! Matrix products alone: what is element-wise is bound by memory. A product `[m, k] · [k, n]` counts `2·m·k·n`; frozen
-//! weights have no gradient; nothing is counted below the lowest adapter, and the head for labelled rows alone.
+//! weights have no gradient; nothing is counted below the lowest that is trained, and the head for labelled rows alone.
 
 use super::config::ModelConfig;
 use super::lora::{LoraConfig, layer_groups};
+use super::whole::{BlockNorm, WholePlace};
 use crate::batch::Batch;
 use crate::error::Result;
 
@@ -41,6 +42,8 @@ pub struct StepWork {
     pub head_forward: f64,
     /// The gradient of their input.
     pub head_backward: f64,
+    /// The gradient of the head itself, where it is trained.
+    pub head_weight: f64,
 }
 
 impl StepWork {
@@ -54,13 +57,21 @@ impl StepWork {
         let mut work = Self::default();
         let head = 2.0 * labelled * (config.vocabulary * config.hidden_size) as f64;
         (work.head_forward, work.head_backward) = (head, head);
+        let whole: Vec<WholePlace> =
+            lora.whole_modules(config)?.into_iter().map(|module| module.place).collect();
+        if whole.contains(&WholePlace::Head) {
+            work.head_weight = head;
+        }
         // Whether something below wants the gradient that goes through here.
         let mut wanted = false;
         for (layer, groups) in layer_groups(config, &linears).enumerate() {
             let pairs = pairs_of(batch, config.windows[layer]);
             let attention = 4.0 * pairs * (config.query_heads * config.head_dim) as f64;
             work.attention_forward += attention;
+            let trains = |norm| whole.contains(&WholePlace::Norm(layer, norm));
             for (place, group) in groups.into_iter().enumerate() {
+                wanted |= place == 0 && trains(BlockNorm::Input);
+                wanted |= place == 2 && (trains(BlockNorm::Attention) || trains(BlockNorm::Middle));
                 let has_adapter = group.iter().any(|(_, lora)| lora.is_some());
                 for (module, lora) in group {
                     let product = 2.0 * tokens * (module.in_features * module.out_features) as f64;
@@ -73,7 +84,7 @@ impl StepWork {
                         work.lora += down + up + 2.0 * up + down + if wanted { down } else { 0.0 };
                     }
                 }
-                wanted |= has_adapter;
+                wanted |= has_adapter || place == 3 && trains(BlockNorm::Mlp);
                 // Between q, k, v and o.
                 if place == 0 && wanted {
                     work.attention_backward += 2.5 * attention;
@@ -92,6 +103,7 @@ impl StepWork {
             + self.attention_backward
             + self.head_forward
             + self.head_backward
+            + self.head_weight
     }
 }
 

@@ -41,7 +41,7 @@ impl Limits {
 pub enum Purpose {
     /// Forward only: blocks share their buffers.
     Inference,
-    /// Forward and backward: what a backward reads is kept for each block from the lowest adapter up.
+    /// Forward and backward: what a backward reads is kept for each block from the lowest that trains anything up.
     Training,
 }
 
@@ -133,12 +133,11 @@ impl<B: Backend> Workspace<B> {
         limits: Limits,
     ) -> Result<Self> {
         let Limits { tokens, labelled_rows, .. } = limits;
-        let ModelShape { block: shape, ranks, .. } = model;
+        let ModelShape { block: shape, ranks, lowest_trained, .. } = model;
         let hidden = shape.hidden_size;
         let layer_count = ranks.len();
-        let is_adapted = |ranks: &[usize; GROUP_COUNT]| ranks.iter().any(|&rank| rank > 0);
         let first_kept = match purpose {
-            Purpose::Training => ranks.iter().position(is_adapted).unwrap_or(layer_count),
+            Purpose::Training => *lowest_trained,
             Purpose::Inference => layer_count,
         };
         let passing_buffers = if first_kept > 0 { 2 } else { 0 };

@@ -1,6 +1,6 @@
 //! Attention: groups, windows, norms, ragged samples, and the cache.
 
-use fastlora::backend::{self, Backend, KvCache, LongTexts, RmsNorm, Rotations};
+use fastlora::backend::{self, Backend, KvCache, LongTexts, RmsNorm, Rotations, Weight};
 use fastlora::tensor::WeightTensor;
 
 use super::reference::{self, dot};
@@ -111,8 +111,12 @@ impl Inputs {
         let vector =
             |values: &[f32]| backend.vector(&[WeightTensor::from_f32("norm", vec![width], values)]).unwrap();
         let (query_weight, key_weight) = (vector(&self.query_norm), vector(&self.key_norm));
-        let norm =
-            |weight| RmsNorm { weight, weight_offset: self.case.norm_offset, epsilon: NORM_EPSILON, width };
+        let norm = |weight| RmsNorm {
+            weight: Weight::Frozen(weight),
+            weight_offset: self.case.norm_offset,
+            epsilon: NORM_EPSILON,
+            width,
+        };
         let rope = backend.floats(&self.rope).unwrap();
         task(&backend::Attention {
             query_heads: self.reference.query_heads,

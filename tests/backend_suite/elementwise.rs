@@ -1,15 +1,17 @@
 //! Norm, gated activation, embedding, and moves of rows.
 
 use fastlora::backend::dropout::words_at;
-use fastlora::backend::{Activation, Backend, Embedding, EmbeddingNoise, PassSettings, RmsNorm};
+use fastlora::backend::{
+    Activation, Backend, Embedding, EmbeddingNoise, Features, PassSettings, RmsNorm, Weight,
+};
 use fastlora::batch::{Batch, BatchRows};
 use fastlora::dtype::DType;
 use fastlora::tensor::WeightTensor;
 
 use super::reference::{dot, gated, rms_norm};
 use super::{
-    Precision, Record, batch_of, buffer, finite_differences, read, resident, resident_with, stored, values,
-    widen,
+    Precision, Record, batch_of, buffer, finite_differences, read, read_floats, resident, resident_with,
+    stored, values, widen,
 };
 
 pub fn run<B: Backend>(backend: &B, record: &mut Record) {
@@ -36,7 +38,7 @@ fn norm<B: Backend>(backend: &B, record: &mut Record, rows: usize, width: usize,
     let epsilon = 1e-5;
     let tensors = [WeightTensor::from_f32("w", vec![width], &weight)];
     let vector = backend.vector(&tensors).unwrap();
-    let norm = RmsNorm { weight: &vector, weight_offset, epsilon, width };
+    let norm = RmsNorm { weight: Weight::Frozen(&vector), weight_offset, epsilon, width };
     let (x_buffer, dy_buffer) = (buffer(backend, &x), buffer(backend, &dy));
     let mut y = backend.buffer(rows * width).unwrap();
     backend.rms_norm(norm, rows, &x_buffer, None, &mut y).unwrap();
@@ -57,6 +59,30 @@ fn norm<B: Backend>(backend: &B, record: &mut Record, rows: usize, width: usize,
     }
     expected.iter_mut().zip(&before).for_each(|(sum, &before)| *sum += f64::from(before));
     record.check(&format!("{case} backward"), &read(backend, &dx, rows * width), &expected, width);
+
+    if backend.check_features(Features { trained_norms: true, ..Features::default() }).is_err() {
+        return;
+    }
+    // The same weight as a stretch of the parameters.
+    let stored: Vec<f32> = weight.iter().map(|w| (w - f64::from(weight_offset)) as f32).collect();
+    let flat = [&[9.0; 8][..], &stored, &[9.0; 3]].concat();
+    let parameters = backend.floats(&flat).unwrap();
+    let norm = RmsNorm { weight: Weight::Trained { parameters: &parameters, offset: 8 }, ..norm };
+    backend.rms_norm(norm, rows, &x_buffer, None, &mut y).unwrap();
+    record.check(
+        &format!("{case} trained"),
+        &read(backend, &y, rows * width),
+        &rms_norm(&x, &weight, epsilon),
+        width,
+    );
+    let before = values(width + 11, 5);
+    let mut gradients = backend.floats(&before).unwrap();
+    backend.rms_norm_weight_backward(norm, rows, &x_buffer, &dy_buffer, &mut gradients).unwrap();
+    let found = read_floats(backend, &gradients, width + 11);
+    let mut expected = finite_differences(&weight, |weight| dot(&rms_norm(&x, weight, epsilon), &dy));
+    expected.iter_mut().zip(&before[8..]).for_each(|(sum, &before)| *sum += f64::from(before));
+    record.check_f32(&format!("{case} weight backward"), &found[8..8 + width], &expected, rows + width);
+    assert_eq!((&found[..8], &found[8 + width..]), (&before[..8], &before[8 + width..]), "{case}: around it");
 }
 
 fn gate<B: Backend>(backend: &B, record: &mut Record, activation: Activation, rows: usize, width: usize) {

@@ -1,10 +1,10 @@
 //! Output head: losses, hits and gradients; logits of one row.
 
-use fastlora::backend::{Backend, Head, PassSettings};
+use fastlora::backend::{Backend, Features, Head, PassSettings, Weight};
 use fastlora::batch::BatchRows;
 use fastlora::dtype::DType;
 
-use super::reference::{cross_entropy, dot, product_transposed, soft_cap};
+use super::reference::{cross_entropy, cross_entropy_backward, dot, product_transposed, soft_cap};
 use super::{
     Precision, Record, batch_of, buffer, finite_differences, read, read_floats, resident, resident_with,
     stored, values, widen,
@@ -14,6 +14,11 @@ pub fn run<B: Backend>(backend: &B, record: &mut Record) {
     for (vocabulary, width, dtype) in [(5, 3, DType::F32), (50, 12, DType::F16), (1031, 9, DType::Bf16)] {
         for cap in [None, Some(1.5)] {
             check(backend, record, vocabulary, record.precision.width(width), dtype, cap);
+        }
+    }
+    for (vocabulary, width) in [(5, 3), (50, 12), (131, 40)] {
+        for cap in [None, Some(1.5)] {
+            trained(backend, record, vocabulary, record.precision.width(width), cap);
         }
     }
     ties(backend, record.precision);
@@ -31,7 +36,7 @@ fn check<B: Backend>(
     let data: Vec<f32> = values(vocabulary * width, 50).iter().map(|w| 2.0 * w).collect();
     let (tensor, table) = stored(record.precision, "head", dtype, vec![vocabulary, width], &data, 0);
     let weight = backend.matrix(&[tensor]).unwrap();
-    let head = || Head { weight: &weight, vocabulary, width, soft_cap: cap };
+    let head = || Head { weight: Weight::Frozen(&weight), vocabulary, width, soft_cap: cap };
     let host = batch_of(&[6, 1, 9], vocabulary as u32);
     let gradient_scale = 0.37;
     let settings = PassSettings { gradient_scale, ..PassSettings::default() };
@@ -41,7 +46,7 @@ fn check<B: Backend>(
     let x_buffer = buffer(backend, &x);
     let mut losses = backend.floats(&vec![0.0; 2 * count + 3]).unwrap();
     let mut dx = backend.buffer(count * width).unwrap();
-    backend.head_loss(head(), &batch, &x_buffer, &mut losses, Some(&mut dx)).unwrap();
+    backend.head_loss(head(), &batch, &x_buffer, &mut losses, Some(&mut dx), None).unwrap();
     let wide = widen(&x);
     let capped = |logits: Vec<f64>| -> Vec<f64> {
         logits.into_iter().map(|logit| soft_cap(logit, cap.map(f64::from))[0]).collect()
@@ -74,7 +79,7 @@ fn check<B: Backend>(
     record.check(&format!("{case} dx"), &read(backend, &dx, count * width), &expected, vocabulary);
 
     let mut again = backend.floats(&vec![0.0; 2 * count]).unwrap();
-    backend.head_loss(head(), &batch, &x_buffer, &mut again, None).unwrap();
+    backend.head_loss(head(), &batch, &x_buffer, &mut again, None, None).unwrap();
     assert_eq!(read_floats(backend, &again, 2 * count), found, "{case}: without dx");
 
     // Entries that fill up a batch have neither loss nor hit nor gradient, and change no other.
@@ -85,7 +90,7 @@ fn check<B: Backend>(
     x.extend(record.precision.values(3 * width, 52));
     let mut all = backend.floats(&vec![f32::NAN; 2 * (count + 3)]).unwrap();
     let mut all_dx = buffer(backend, &vec![f32::NAN; x.len()]);
-    backend.head_loss(head(), &batch, &buffer(backend, &x), &mut all, Some(&mut all_dx)).unwrap();
+    backend.head_loss(head(), &batch, &buffer(backend, &x), &mut all, Some(&mut all_dx), None).unwrap();
     let all = read_floats(backend, &all, 2 * (count + 3));
     let parts = [&found[..count], &[0.0; 3], &found[count..], &[0.0; 3]].concat();
     assert_eq!(all, parts, "{case}: losses and hits of a batch filled up");
@@ -96,6 +101,68 @@ fn check<B: Backend>(
     backend.head_logits(head(), &x_buffer, 2, &mut logits).unwrap();
     let row = &wide[2 * width..3 * width];
     let expected = capped(table.chunks(width).map(|w| dot(w, row)).collect());
+    record.check(&format!("{case} logits"), &logits, &expected, width);
+}
+
+/// A trained head: the gradient of its weight, and the same losses and `dx`.
+fn trained<B: Backend>(backend: &B, record: &mut Record, vocabulary: usize, width: usize, cap: Option<f32>) {
+    if backend.check_features(Features { trained_head: true, ..Features::default() }).is_err() {
+        return;
+    }
+    let case = format!("head_loss V={vocabulary} H={width} cap {cap:?} trained");
+    let table = record.precision.values(vocabulary * width, 60);
+    let parameters = backend.floats(&[&[9.0; 8][..], &table, &[9.0; 3]].concat()).unwrap();
+    let weight = Weight::Trained { parameters: &parameters, offset: 8 };
+    let head = Head { weight, vocabulary, width, soft_cap: cap };
+    let host = batch_of(&[6, 1, 150], vocabulary as u32);
+    let gradient_scale = 0.37;
+    let batch = resident_with(backend, &host, PassSettings { gradient_scale, ..PassSettings::default() });
+    let count = host.labelled_count();
+    let x = record.precision.values(count * width, 61);
+    let mut losses = backend.floats(&vec![0.0; 2 * count]).unwrap();
+    let mut dx = backend.buffer(count * width).unwrap();
+    let before = values(table.len() + 11, 62);
+    let mut gradients = backend.floats(&before).unwrap();
+    let x_buffer = buffer(backend, &x);
+    backend.head_loss(head, &batch, &x_buffer, &mut losses, Some(&mut dx), Some(&mut gradients)).unwrap();
+    let (x, table) = (widen(&x), widen(&table));
+    let mut expected: Vec<f64> = before[8..][..table.len()].iter().map(|&value| value.into()).collect();
+    let (mut row_losses, mut expected_dx) = (Vec::new(), Vec::new());
+    for (x, &target) in x.chunks(width).zip(&host.targets) {
+        let capped: Vec<[f64; 2]> = product_transposed(x, &table, width)
+            .into_iter()
+            .map(|logit| soft_cap(logit, cap.map(f64::from)))
+            .collect();
+        let logits: Vec<f64> = capped.iter().map(|[logit, _]| *logit).collect();
+        row_losses.push(cross_entropy(&logits, target as usize).0);
+        let mut dlogits = cross_entropy_backward(&logits, target as usize);
+        let slopes = capped.iter().map(|[_, slope]| slope);
+        dlogits.iter_mut().zip(slopes).for_each(|(d, slope)| *d *= slope * f64::from(gradient_scale));
+        for (row, d) in expected.chunks_mut(width).zip(&dlogits) {
+            row.iter_mut().zip(x).for_each(|(sum, x)| *sum += d * x);
+        }
+        let mut row_dx = vec![0.0; width];
+        for (w, d) in table.chunks(width).zip(&dlogits) {
+            row_dx.iter_mut().zip(w).for_each(|(sum, w)| *sum += d * w);
+        }
+        expected_dx.extend(row_dx);
+    }
+    record.check(&case, &read_floats(backend, &losses, count), &row_losses, width);
+    record.check(&format!("{case} dx"), &read(backend, &dx, count * width), &expected_dx, vocabulary);
+    let found = read_floats(backend, &gradients, table.len() + 11);
+    let stretch = 8..8 + table.len();
+    record.check(&format!("{case} dW"), &found[stretch.clone()], &expected, count + width);
+    assert_eq!(
+        (&found[..8], &found[stretch.end..]),
+        (&before[..8], &before[stretch.end..]),
+        "{case}: around it"
+    );
+
+    let mut logits = vec![0.0; vocabulary];
+    backend.head_logits(head, &x_buffer, 2, &mut logits).unwrap();
+    let row = &x[2 * width..3 * width];
+    let expected: Vec<f64> =
+        table.chunks(width).map(|w| soft_cap(dot(w, row), cap.map(f64::from))[0]).collect();
     record.check(&format!("{case} logits"), &logits, &expected, width);
 }
 
@@ -115,14 +182,14 @@ fn ties<B: Backend>(backend: &B, precision: Precision) {
         let mut host = fastlora::batch::Batch::default();
         host.push(0, &[1, target], &[-100, target as i32]);
         let mut losses = backend.floats(&[0.0; 2]).unwrap();
-        let head = Head { weight: &weight, vocabulary, width, soft_cap: None };
-        backend.head_loss(head, &resident(backend, &host), &x, &mut losses, None).unwrap();
+        let head = Head { weight: Weight::Frozen(&weight), vocabulary, width, soft_cap: None };
+        backend.head_loss(head, &resident(backend, &host), &x, &mut losses, None, None).unwrap();
         assert_eq!(read_floats(backend, &losses, 2)[1], hit, "target {target}");
     }
     let mut host = fastlora::batch::Batch::default();
     host.push(0, &[1, 20], &[-100, 20]);
-    let head = Head { weight: &weight, vocabulary, width, soft_cap: None };
+    let head = Head { weight: Weight::Frozen(&weight), vocabulary, width, soft_cap: None };
     let mut losses = backend.floats(&[0.0; 2]).unwrap();
-    let error = backend.head_loss(head, &resident(backend, &host), &x, &mut losses, None).unwrap_err();
+    let error = backend.head_loss(head, &resident(backend, &host), &x, &mut losses, None, None).unwrap_err();
     assert!(error.message().contains("20"), "{error}");
 }

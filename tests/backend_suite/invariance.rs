@@ -1,6 +1,6 @@
 //! A sample's values do not depend on the samples beside it.
 
-use fastlora::backend::{Backend, Dropout, Head, LinearInput, PassSettings};
+use fastlora::backend::{Backend, Dropout, Head, LinearInput, PassSettings, Weight};
 use fastlora::batch::Batch;
 use fastlora::dtype::DType;
 
@@ -149,10 +149,10 @@ fn head_loss<B: Backend>(backend: &B, whole: &Batch, cuts: &[Batch]) {
         let count = batch.labelled_count();
         let mut losses = backend.floats(&vec![0.0; 2 * count]).unwrap();
         let mut dx = backend.buffer(count * width).unwrap();
-        let head = Head { weight: &weight, vocabulary, width, soft_cap: None };
+        let head = Head { weight: Weight::Frozen(&weight), vocabulary, width, soft_cap: None };
         let resident =
             resident_with(backend, batch, PassSettings { gradient_scale: 0.5, ..PassSettings::default() });
-        backend.head_loss(head, &resident, &buffer(backend, x), &mut losses, Some(&mut dx)).unwrap();
+        backend.head_loss(head, &resident, &buffer(backend, x), &mut losses, Some(&mut dx), None).unwrap();
         let mut losses = read_floats(backend, &losses, 2 * count);
         losses.truncate(count);
         (losses, read(backend, &dx, count * width))

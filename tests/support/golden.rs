@@ -44,23 +44,28 @@ impl Golden {
         Transformer::load_with_adapter(backend, base, &adapter).unwrap()
     }
 
-    /// The right-padded rows of `forward.safetensors` without their padding.
+    /// The model's batch.
     pub fn batch(&self) -> Batch {
-        let forward = Tensors::open(self.folder.join("forward.safetensors"));
-        let (shape, ids) = forward.get("input_ids");
-        let (_, mask) = forward.get("attention_mask");
-        let (_, labels) = forward.get("labels");
-        let mut batch = Batch::default();
-        for row in 0..shape[0] {
-            let range = row * shape[1]..(row + 1) * shape[1];
-            let length = mask[range.clone()].iter().filter(|&&kept| kept == 1.0).count();
-            let range = range.start..range.start + length;
-            let ids: Vec<u32> = ids[range.clone()].iter().map(|&id| id as u32).collect();
-            let labels: Vec<i32> = labels[range].iter().map(|&label| label as i32).collect();
-            batch.push(row, &ids, &labels);
-        }
-        batch
+        batch_of(&self.folder)
     }
+}
+
+/// The right-padded rows of a model's `forward.safetensors` without their padding.
+pub fn batch_of(model: &std::path::Path) -> Batch {
+    let forward = Tensors::open(model.join("forward.safetensors"));
+    let (shape, ids) = forward.get("input_ids");
+    let (_, mask) = forward.get("attention_mask");
+    let (_, labels) = forward.get("labels");
+    let mut batch = Batch::default();
+    for row in 0..shape[0] {
+        let range = row * shape[1]..(row + 1) * shape[1];
+        let length = mask[range.clone()].iter().filter(|&&kept| kept == 1.0).count();
+        let range = range.start..range.start + length;
+        let ids: Vec<u32> = ids[range.clone()].iter().map(|&id| id as u32).collect();
+        let labels: Vec<i32> = labels[range].iter().map(|&label| label as i32).collect();
+        batch.push(row, &ids, &labels);
+    }
+    batch
 }
 
 /// Ten steps; returns the losses before each and after the last, the norms, and the first gradients.
@@ -83,8 +88,16 @@ pub fn train_at<B: Backend>(
     learning_rate: f64,
     ratio: f64,
 ) -> Trained<B> {
-    let mut model = golden.model(backend, base);
-    let batch = golden.batch();
+    train_on(golden.model(backend, base), &golden.batch(), learning_rate, ratio)
+}
+
+/// Ten steps of any model on any batch.
+pub fn train_on<B: Backend>(
+    mut model: Transformer<B>,
+    batch: &Batch,
+    learning_rate: f64,
+    ratio: f64,
+) -> Trained<B> {
     let settings =
         AdamWSettings { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01, max_grad_norm: 1.0 };
     let parameter_count = model.layout().parameter_count();
@@ -98,7 +111,7 @@ pub fn train_at<B: Backend>(
         let loss_scale = optimizer.loss_scale().factor();
         let settings =
             PassSettings { gradient_scale: (scale * loss_scale) as f32, ..PassSettings::default() };
-        losses.push(model.accumulate_gradients(&batch, settings).unwrap().loss_sum() * scale);
+        losses.push(model.accumulate_gradients(batch, settings).unwrap().loss_sum() * scale);
         if step == 0 {
             let unscaled = |gradient: f32| gradient / loss_scale as f32;
             first_gradients = model.gradients().unwrap().into_iter().map(unscaled).collect();
@@ -106,7 +119,7 @@ pub fn train_at<B: Backend>(
         let (backend, parameters, gradients) = model.trainable();
         norms.push(optimizer.update(backend, parameters, gradients, learning_rate).unwrap());
     }
-    losses.push(model.evaluate(&batch).unwrap().loss_sum() * scale);
+    losses.push(model.evaluate(batch).unwrap().loss_sum() * scale);
     Trained { losses, norms, first_gradients, model }
 }
 

@@ -30,4 +30,5 @@ mod seeing;
 mod snapshots;
 mod speaking;
 mod storage_faults;
+mod variants;
 mod workspace;

@@ -67,7 +67,7 @@ impl AdapterProducts<'_> {
     pub fn b_gradients(&self, dy: &[f32], s: &[f32], gradients: &mut [f32]) {
         let outputs = self.group.out_features();
         let gradients = DisjointParts::new(gradients);
-        let tasks = |adapter: &PlacedAdapter| adapter.out_features.div_ceil(TASK_OUTPUTS);
+        let tasks = |adapter: &PlacedAdapter| outer_product_tasks(adapter.out_features);
         let task_count = self.group.adapters().map(|adapter| tasks(&adapter)).sum();
         self.threads.for_each(task_count, |mut task| {
             for adapter in self.group.adapters() {
@@ -76,21 +76,16 @@ impl AdapterProducts<'_> {
                     continue;
                 }
                 let PlacedAdapter { slot, out_column, out_features, rank_column } = adapter;
-                let first = task * TASK_OUTPUTS;
-                let columns = TASK_OUTPUTS.min(out_features - first);
-                let mut scratch = self.threads.scratch();
-                let elements = columns * slot.rank;
-                let (sums, block) = scratch.at_least(elements + DEPTH_BLOCK * columns).split_at_mut(elements);
-                let dy = Right { values: &dy[out_column + first..], stride: outputs };
-                self.for_row_blocks(dy, columns, block, |first, depth, dy, before| {
-                    let shape = Shape { rows: columns, columns: slot.rank, depth };
-                    let s = Right { values: &s[first * self.rank + rank_column..], stride: self.rank };
-                    multiply(self.simd, shape, Left::transposed(dy, columns), s, before, sums, slot.rank);
-                });
-                let start = slot.b_offset + first * slot.rank;
-                // SAFETY: one part for each adapter and task.
-                let gradient = unsafe { gradients.part(start..start + sums.len()) };
-                return add_scaled(self.simd, slot.scale, sums, gradient);
+                let product = OuterProduct {
+                    simd: self.simd,
+                    rows: self.rows,
+                    left: Right { values: &dy[out_column..], stride: outputs },
+                    outputs: out_features,
+                    right: Right { values: &s[rank_column..], stride: self.rank },
+                    columns: slot.rank,
+                    factor: slot.scale,
+                };
+                return product.run(task, &mut self.threads.scratch(), &gradients, slot.b_offset);
             }
         });
     }
@@ -106,7 +101,7 @@ impl AdapterProducts<'_> {
             let elements = rank * columns;
             let (sums, block) = scratch.at_least(elements + DEPTH_BLOCK * columns).split_at_mut(elements);
             let x = Right { values: &x[first..], stride: inputs };
-            self.for_row_blocks(x, columns, block, |first, depth, x, before| {
+            for_row_blocks(self.simd, self.rows, x, columns, block, |first, depth, x, before| {
                 let shape = Shape { rows: rank, columns, depth };
                 let ds = Left::transposed(&ds[first * rank..], rank);
                 multiply(self.simd, shape, ds, Right { values: x, stride: columns }, before, sums, columns);
@@ -120,23 +115,6 @@ impl AdapterProducts<'_> {
         });
     }
 
-    /// Runs `product(first row, rows, their columns without gaps, what the sums hold before)` for block after block of
-    /// rows. The columns are copied together because rows far apart in memory share few places in a cache.
-    fn for_row_blocks(
-        &self,
-        from: Right<'_>,
-        columns: usize,
-        block: &mut [f32],
-        mut product: impl FnMut(usize, usize, &[f32], Before),
-    ) {
-        for first in (0..self.rows).step_by(DEPTH_BLOCK) {
-            let depth = DEPTH_BLOCK.min(self.rows - first);
-            let block = &mut block[..depth * columns];
-            copy_columns(self.simd, &from.values[first * from.stride..], from.stride, columns, block);
-            product(first, depth, block, if first == 0 { Before::Undefined } else { Before::Sum });
-        }
-    }
-
     /// Cuts `output [T, R]` into tasks of whole rows: `task(first row, rows, their part)`.
     fn for_row_tasks(&self, output: &mut [f32], task: impl Fn(usize, usize, &mut [f32]) + Send + Sync) {
         let output = DisjointParts::new(output);
@@ -146,6 +124,72 @@ impl AdapterProducts<'_> {
             // SAFETY: one part for each task.
             task(first, rows, unsafe { output.part(first * self.rank..(first + rows) * self.rank) });
         });
+    }
+}
+
+/// `left [rows, outputs]ᵀ · right [rows, columns]` times `factor`: the gradient of a matrix whose input is `right`.
+pub(super) struct OuterProduct<'a> {
+    pub simd: Simd,
+    pub rows: usize,
+    pub left: Right<'a>,
+    pub outputs: usize,
+    pub right: Right<'a>,
+    pub columns: usize,
+    pub factor: f32,
+}
+
+fn outer_product_tasks(outputs: usize) -> usize {
+    outputs.div_ceil(TASK_OUTPUTS)
+}
+
+impl OuterProduct<'_> {
+    /// Tasks that [`run`](Self::run) knows, each for some of the outputs.
+    pub fn task_count(&self) -> usize {
+        outer_product_tasks(self.outputs)
+    }
+
+    /// Adds a task's rows of the product `[outputs, columns]`, which stands in `gradients` from `offset` on and which no
+    /// other task writes.
+    pub fn run(
+        &self,
+        task: usize,
+        scratch: &mut AlignedFloats,
+        gradients: &DisjointParts<'_, f32>,
+        offset: usize,
+    ) {
+        let Self { simd, rows, left, right, columns, .. } = *self;
+        let first = task * TASK_OUTPUTS;
+        let outputs = TASK_OUTPUTS.min(self.outputs - first);
+        let elements = outputs * columns;
+        let (sums, block) = scratch.at_least(elements + DEPTH_BLOCK * outputs).split_at_mut(elements);
+        let left = Right { values: &left.values[first..], stride: left.stride };
+        for_row_blocks(simd, rows, left, outputs, block, |first, depth, left, before| {
+            let shape = Shape { rows: outputs, columns, depth };
+            let right = Right { values: &right.values[first * right.stride..], stride: right.stride };
+            multiply(simd, shape, Left::transposed(left, outputs), right, before, sums, columns);
+        });
+        let start = offset + first * columns;
+        // SAFETY: one part for each task of the matrix.
+        let gradient = unsafe { gradients.part(start..start + sums.len()) };
+        add_scaled(simd, self.factor, sums, gradient);
+    }
+}
+
+/// Runs `product(first row, rows, their columns without gaps, what the sums hold before)` for block after block of `rows`.
+/// The columns are copied together because rows far apart in memory share few places in a cache.
+fn for_row_blocks(
+    simd: Simd,
+    rows: usize,
+    from: Right<'_>,
+    columns: usize,
+    block: &mut [f32],
+    mut product: impl FnMut(usize, usize, &[f32], Before),
+) {
+    for first in (0..rows).step_by(DEPTH_BLOCK) {
+        let depth = DEPTH_BLOCK.min(rows - first);
+        let block = &mut block[..depth * columns];
+        copy_columns(simd, &from.values[first * from.stride..], from.stride, columns, block);
+        product(first, depth, block, if first == 0 { Before::Undefined } else { Before::Sum });
     }
 }
 

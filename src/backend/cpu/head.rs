@@ -2,11 +2,16 @@
 
 use rayon::prelude::*;
 
-use super::matmul::{Linear, LinearBackward, Rows, RowsMut, decode, linear, linear_backward};
+use super::adapter::OuterProduct;
+use super::matmul::{
+    Linear, LinearBackward, Rows, RowsMut, Weight as MatmulWeight, decode, linear, linear_backward,
+};
+use super::memory::DisjointParts;
+use super::product::Right;
 use super::simd::{exp, simd_fn, tanh};
 use super::weights::check_ids;
 use super::{CpuBackend, CpuBatch};
-use crate::backend::Head;
+use crate::backend::{Head, Weight};
 use crate::batch::NO_ROW;
 use crate::error::{Error, Result};
 
@@ -92,6 +97,17 @@ pub(super) fn chunk_rows(vocabulary: usize, rows: usize) -> usize {
     (CHUNK_ELEMENTS / vocabulary).clamp(1, rows.max(1))
 }
 
+impl Head<'_, CpuBackend> {
+    fn weight(&self) -> MatmulWeight<'_> {
+        match self.weight {
+            Weight::Frozen(weight) => weight.weight(),
+            Weight::Trained { parameters, offset } => {
+                MatmulWeight::f32(self.width, &parameters[offset..][..self.vocabulary * self.width])
+            }
+        }
+    }
+}
+
 impl CpuBackend {
     pub(super) fn cross_entropy(
         &self,
@@ -100,8 +116,11 @@ impl CpuBackend {
         x: &[f32],
         losses: &mut [f32],
         mut dx: Option<&mut [f32]>,
+        mut gradients: Option<&mut [f32]>,
     ) -> Result<()> {
-        let Head { weight, vocabulary, width, soft_cap } = head;
+        let Head { vocabulary, width, soft_cap, .. } = head;
+        let weight = head.weight();
+        let offset = gradients.as_ref().map_or(Ok(0), |_| head.weight.trained_offset())?;
         check_ids("target", batch.targets.iter().filter(|&&target| target != NO_ROW), vocabulary)?;
         let count = batch.labelled_count();
         let rows_per_chunk = chunk_rows(vocabulary, count);
@@ -111,10 +130,11 @@ impl CpuBackend {
         let scale = dx.is_some().then_some(batch.settings.gradient_scale);
         for first in (0..count).step_by(rows_per_chunk) {
             let rows = rows_per_chunk.min(count - first);
-            let x = Rows { values: &x[first * width..], stride: width };
+            let values = &x[first * width..];
+            let x = Rows { values, stride: width };
             let dx = dx.as_deref_mut().map(|dx| RowsMut { values: &mut dx[first * width..], stride: width });
             self.threads.pool().install(|| {
-                let product = Linear::new(rows, x, weight.weight());
+                let product = Linear::new(rows, x, weight);
                 linear(product, RowsMut { values: &mut *logits, stride: vocabulary });
                 let outcomes =
                     losses[first..first + rows].par_iter_mut().zip(&mut correct[first..first + rows]);
@@ -134,9 +154,24 @@ impl CpuBackend {
                     });
                 if let Some(dx) = dx {
                     let dlogits = Rows { values: logits, stride: vocabulary };
-                    linear_backward(LinearBackward::new(rows, dlogits, weight.weight()), dx);
+                    linear_backward(LinearBackward::new(rows, dlogits, weight), dx);
                 }
             });
+            if let Some(gradients) = gradients.as_deref_mut() {
+                let product = OuterProduct {
+                    simd: self.simd,
+                    rows,
+                    left: Right { values: logits, stride: vocabulary },
+                    outputs: vocabulary,
+                    right: Right { values, stride: width },
+                    columns: width,
+                    factor: 1.0,
+                };
+                let gradients = DisjointParts::new(&mut gradients[offset..][..vocabulary * width]);
+                self.threads.for_each(product.task_count(), |task| {
+                    product.run(task, &mut self.threads.scratch(), &gradients, 0);
+                });
+            }
         }
         Ok(())
     }
@@ -172,7 +207,7 @@ impl CpuBackend {
             return Err(Error::internal(format!("{} logits of {}", logits.len(), head.vocabulary)));
         }
         let x = Rows { values: &x[row * head.width..][..head.width], stride: head.width };
-        let product = Linear::new(1, x, head.weight.weight());
+        let product = Linear::new(1, x, head.weight());
         decode(self.threads.team(), product, RowsMut { values: &mut *logits, stride: head.vocabulary });
         head.cap(logits);
         Ok(())

@@ -244,6 +244,17 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn rms_norm_weight_backward(
+        &self,
+        norm: RmsNorm<'_, Self>,
+        rows: usize,
+        x: &Self::Buffer,
+        dy: &Self::Buffer,
+        gradients: &mut Self::Floats,
+    ) -> Result<()> {
+        self.norm_weight_gradient(norm, rows, x, dy, gradients)
+    }
+
     fn linear(
         &self,
         group: &LinearGroup<Self>,
@@ -358,8 +369,10 @@ impl Backend for CpuBackend {
         x: &Self::Buffer,
         losses: &mut Self::Floats,
         dx: Option<&mut Self::Buffer>,
+        gradients: Option<&mut Self::Floats>,
     ) -> Result<()> {
-        self.cross_entropy(head, batch, x, losses, dx.map(|dx| &mut dx[..]))
+        let gradients = gradients.map(|gradients| &mut gradients[..]);
+        self.cross_entropy(head, batch, x, losses, dx.map(|dx| &mut dx[..]), gradients)
     }
 
     fn head_logits(

@@ -114,8 +114,7 @@ impl<D: Device> CudaBackend<D> {
             return Err(Error::internal(format!("norms of queries and keys with {query:?} and {key:?}")));
         }
         let (offset, epsilon) = settings[0].or(settings[1]).unwrap_or_default();
-        let weight =
-            |norm: Option<RmsNorm<'_, Self>>| norm.map_or(Ok(NULL), |norm| norm.weight.first(head_dim));
+        let weight = |norm: Option<RmsNorm<'_, Self>>| norm.map_or(Ok(NULL), |norm| self.norm_weight(norm));
         let Rotations { table, width, long, .. } = rotations;
         let long = long.unwrap_or(LongTexts { longer_than: usize::MAX, first_row: 0 });
         let short_end = rotations.first_row + positions.longest.min(long.longer_than);

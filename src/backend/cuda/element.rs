@@ -5,7 +5,7 @@ use super::launch::{NULL, Shape, int};
 use super::memory::CudaBuffer;
 use super::weights::{WIDTH_MULTIPLE, check_width};
 use super::{CudaBackend, CudaBatch};
-use crate::backend::{Activation, Embedding, RmsNorm};
+use crate::backend::{Activation, Embedding, RmsNorm, Weight};
 use crate::device::{Argument, Device};
 use crate::error::Result;
 
@@ -23,6 +23,14 @@ fn vector_shape(elements: usize) -> Shape {
 }
 
 impl<D: Device> CudaBackend<D> {
+    /// The weight in the compute type; of a trained one, the copy.
+    pub(super) fn norm_weight(&self, norm: RmsNorm<'_, Self>) -> Result<Argument> {
+        match norm.weight {
+            Weight::Frozen(weight) => weight.first(norm.width),
+            Weight::Trained { parameters, offset } => self.half_copy(parameters)?.at(offset, norm.width),
+        }
+    }
+
     pub(super) fn norm_forward(
         &self,
         norm: RmsNorm<'_, Self>,
@@ -35,7 +43,7 @@ impl<D: Device> CudaBackend<D> {
         let elements = rows * norm.width;
         let arguments = [
             x.first(elements)?,
-            norm.weight.first(norm.width)?,
+            self.norm_weight(norm)?,
             residual.map_or(Ok(NULL), |residual| residual.first(elements))?,
             y.first(elements)?,
             int(rows)?,
@@ -60,7 +68,7 @@ impl<D: Device> CudaBackend<D> {
         let dx = dx.first(elements)?;
         let arguments = [
             x.first(elements)?,
-            norm.weight.first(norm.width)?,
+            self.norm_weight(norm)?,
             dy.first(elements)?,
             dx, // what it holds is added
             dx,

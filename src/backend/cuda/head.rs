@@ -5,7 +5,7 @@ use super::memory::{CudaBuffer, CudaFloats, HALF_BYTES};
 use super::products::HeadSizes;
 use super::weights::check_width;
 use super::{CudaBackend, CudaBatch};
-use crate::backend::Head;
+use crate::backend::{Head, Weight};
 use crate::device::{Argument, Device};
 use crate::error::Result;
 
@@ -60,7 +60,7 @@ impl<D: Device> CudaBackend<D> {
             };
             let Some(dx) = dx else { continue };
             let dx = dx.at(first * width, rows * width)?;
-            let weight = head.weight.shaped(vocabulary, width)?;
+            let weight = self.head_weight(head)?;
             // SAFETY: dz [rows, V̄], W [V, H], dx [rows, H].
             unsafe {
                 self.kernels.head_backward_input(
@@ -74,16 +74,27 @@ impl<D: Device> CudaBackend<D> {
         Ok(())
     }
 
+    /// The weight in the compute type; of a trained one, the copy.
+    fn head_weight(&self, head: Head<'_, Self>) -> Result<Argument> {
+        let Head { weight, vocabulary, width, .. } = head;
+        match weight {
+            Weight::Frozen(weight) => weight.shaped(vocabulary, width),
+            Weight::Trained { parameters, offset } => {
+                self.half_copy(parameters)?.at(offset, vocabulary * width)
+            }
+        }
+    }
+
     /// `z [rows, V̄]` of `x [rows, H]`, in scratch memory.
     fn logits(&self, head: Head<'_, Self>, rows: usize, x: Argument) -> Result<Argument> {
-        let Head { vocabulary, width, weight, .. } = head;
+        let Head { vocabulary, width, .. } = head;
         check_width("the head's input", width)?;
         let leading = vocabulary_leading(vocabulary);
         let bytes = rows * leading * HALF_BYTES;
         let z = super::lock(&self.scratch).logits.reserve(self.device(), bytes)?.first(bytes)?;
         let sizes = HeadSizes { rows, width, vocabulary, leading };
         // SAFETY: x [rows, H], W [V, H], z [rows, V̄].
-        unsafe { self.kernels.head_logits(x, weight.shaped(vocabulary, width)?, z, sizes)? };
+        unsafe { self.kernels.head_logits(x, self.head_weight(head)?, z, sizes)? };
         Ok(z)
     }
 

@@ -30,7 +30,7 @@ pub use optimizer::CudaRuns;
 pub use recordings::CudaRecordings;
 
 use crate::backend::{
-    Activation, AdamWStep, Attention, Backend, Embedding, Head, KvCache, LinearGroup, LinearInput,
+    Activation, AdamWStep, Attention, Backend, Embedding, Features, Head, KvCache, LinearGroup, LinearInput,
     OptimizerState, PassSettings, Projection, RmsNorm,
 };
 use crate::batch::Batch;
@@ -200,6 +200,10 @@ impl<D: Device> Backend for CudaBackend<D> {
         Err(Error::device(missing).hint("use `--device cpu`"))
     }
 
+    fn check_features(&self, features: Features) -> Result<()> {
+        features.refuse_all(&self.description())
+    }
+
     fn low_rank_stride(&self, rank: usize) -> usize {
         linear::rank_leading(rank)
     }
@@ -306,6 +310,17 @@ impl<D: Device> Backend for CudaBackend<D> {
     ) -> Result<()> {
         let _range = range!("rms_norm backward");
         self.norm_backward(norm, rows, x, dy, dx)
+    }
+
+    fn rms_norm_weight_backward(
+        &self,
+        _: RmsNorm<'_, Self>,
+        _: usize,
+        _: &Self::Buffer,
+        _: &Self::Buffer,
+        _: &mut Self::Floats,
+    ) -> Result<()> {
+        Err(Error::internal("a trained norm, which check_features refuses"))
     }
 
     fn linear(
@@ -427,6 +442,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         x: &Self::Buffer,
         losses: &mut Self::Floats,
         dx: Option<&mut Self::Buffer>,
+        _: Option<&mut Self::Floats>,
     ) -> Result<()> {
         let _range = range!("head loss");
         self.cross_entropy(head, batch, x, losses, dx.map(|dx| &*dx))

@@ -26,6 +26,8 @@ pub struct AdapterConfig {
     pub alpha_pattern: PatternMap<f64>,
     /// `layers_to_transform`: layers whose targets are adapted, in order; empty: all.
     pub layers_to_transform: Vec<usize>,
+    /// `modules_to_save`: ends of the names of modules whose whole weights the adapter brings.
+    pub modules_to_save: Vec<String>,
     /// `base_model_name_or_path`: the model it belongs to.
     pub base_model: Option<String>,
     /// `revision` of the base model on the hub.
@@ -123,6 +125,11 @@ impl AdapterConfig {
                 "`layers_to_transform` goes with a list of names in `target_modules` only: PEFT refuses it too",
             ));
         }
+        let modules_to_save = match take("modules_to_save") {
+            Value::Null => Vec::new(),
+            found => Vec::deserialize(&found)
+                .map_err(|_| refused("modules_to_save", &found, "a list of names, or null"))?,
+        };
         let mut take_text = |key: &str| match take(key) {
             Value::Null => Ok(None),
             Value::String(text) => Ok(Some(text)),
@@ -134,7 +141,7 @@ impl AdapterConfig {
         for key in WITHOUT_EFFECT {
             keys.shift_remove(*key);
         }
-        // Everything else changes what the adapter computes (use_dora, modules_to_save, trainable_token_indices …) or is
+        // Everything else changes what the adapter computes (use_dora, trainable_token_indices …) or is
         // unknown.
         for (key, value) in &keys {
             if !is_off(value) {
@@ -151,6 +158,7 @@ impl AdapterConfig {
             rank_pattern,
             alpha_pattern,
             layers_to_transform,
+            modules_to_save,
             base_model,
             revision,
         })
@@ -163,7 +171,7 @@ impl AdapterConfig {
             true => json!(*alpha as i64),
             false => json!(alpha),
         };
-        let layers = &self.layers_to_transform;
+        let (layers, whole) = (&self.layers_to_transform, &self.modules_to_save);
         json!({
             "alpha_pattern": self.alpha_pattern.map(number),
             "base_model_name_or_path": self.base_model,
@@ -174,7 +182,7 @@ impl AdapterConfig {
             "layers_to_transform": if layers.is_empty() { Value::Null } else { json!(layers) },
             "lora_alpha": number(&self.alpha),
             "lora_dropout": self.dropout,
-            "modules_to_save": null,
+            "modules_to_save": if whole.is_empty() { Value::Null } else { json!(whole) },
             "peft_type": "LORA",
             "r": self.rank,
             "rank_pattern": self.rank_pattern,
@@ -288,6 +296,7 @@ mod tests {
             rank_pattern: PatternMap::default(),
             alpha_pattern: PatternMap::default(),
             layers_to_transform: vec![],
+            modules_to_save: vec![],
             base_model: Some("tiny_qwen2".into()),
             revision: None,
         };
@@ -327,6 +336,7 @@ mod tests {
                 rank_pattern: "v_proj=2,.*[01].*=4".parse().unwrap(),
                 alpha_pattern: "v_proj=2,.*[01].*=0.5".parse().unwrap(),
                 layers_to_transform: if alpha == 0.5 { vec![] } else { vec![1, 2] },
+                modules_to_save: if alpha == 0.5 { vec![] } else { vec!["lm_head".into(), "norm".into()] },
                 base_model: None,
                 revision: Some("main".into()),
             };
@@ -341,7 +351,8 @@ mod tests {
             ("task_type", json!("SEQ_CLS")),
             ("bias", json!("all")),
             ("use_dora", json!(true)),
-            ("modules_to_save", json!(["lm_head"])),
+            ("modules_to_save", json!("lm_head")),
+            ("modules_to_save", json!([1])),
             ("rank_pattern", json!({"q_proj": 0})),
             ("rank_pattern", json!({"q_proj": 1.5})),
             ("rank_pattern", json!(["q_proj"])),

@@ -18,6 +18,7 @@ pub(super) fn config() -> AdapterConfig {
         rank_pattern: Default::default(),
         alpha_pattern: Default::default(),
         layers_to_transform: vec![],
+        modules_to_save: vec![],
         base_model: Some("tiny".into()),
         revision: None,
     }

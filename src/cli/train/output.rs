@@ -243,7 +243,8 @@ impl AdapterWriter<'_> {
 
     /// What the adapters have beyond one rank and one α on all targets, for the model card.
     fn variants(&self) -> String {
-        let AdapterConfig { rank_pattern, alpha_pattern, layers_to_transform, .. } = &self.adapter;
+        let AdapterConfig { rank_pattern, alpha_pattern, layers_to_transform, modules_to_save, .. } =
+            &self.adapter;
         let mut text = String::new();
         for (name, map) in [("ranks", json!(rank_pattern)), ("α", json!(alpha_pattern))] {
             if map.as_object().is_some_and(|map| !map.is_empty()) {
@@ -252,6 +253,9 @@ impl AdapterWriter<'_> {
         }
         if !layers_to_transform.is_empty() {
             text += &format!(", layers {layers_to_transform:?}");
+        }
+        if !modules_to_save.is_empty() {
+            text += &format!(", and all of {modules_to_save:?}");
         }
         text
     }

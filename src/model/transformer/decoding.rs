@@ -90,9 +90,10 @@ impl<B: Backend> Transformer<B> {
         let workspace = self.workspace.as_mut().expect("reserved with the cache");
         let rows = (tokens.len() - 1) % PREFILL_ROWS + 1;
         let (last, HeadBuffers { normed, .. }, _) = workspace.after_blocks();
-        backend.rms_norm(self.shape.norm(&self.final_norm), rows, last, None, normed)?;
+        let norm = self.shape.norm(self.final_norm.with(&self.parameters));
+        backend.rms_norm(norm, rows, last, None, normed)?;
         logits.resize(self.config.vocabulary, 0.0);
-        let head = head(&self.config, self.head.as_ref().unwrap_or(&self.embedding));
+        let head = head(&self.config, self.head.with(&self.embedding, &self.parameters));
         backend.head_logits(head, normed, rows - 1, logits)
     }
 

@@ -7,7 +7,7 @@ use super::super::reference;
 use super::{
     Operation, Prepared, Work, expect, poisoned, poisoned_floats, read, read_floats, ready, resident, upload,
 };
-use crate::backend::{Attention, Backend, KvCache, PassSettings, RmsNorm, Rotations};
+use crate::backend::{Attention, Backend, KvCache, PassSettings, RmsNorm, Rotations, Weight};
 use crate::batch::Batch;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -156,7 +156,7 @@ impl<B: Backend> Tables<B> {
     fn attention<'a>(&'a self, reference: &reference::Attention) -> Attention<'a, B> {
         let has_norms = reference.query_norm.is_some();
         let norm = |weight: &'a B::Vector| RmsNorm {
-            weight,
+            weight: Weight::Frozen(weight),
             weight_offset: 0.0,
             epsilon: NORM_EPSILON,
             width: reference.head_dim,

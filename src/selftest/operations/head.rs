@@ -9,7 +9,7 @@ use super::{
     Operation, Prepared, Work, expect, poisoned, poisoned_floats, read, read_floats, ready, resident, upload,
     wide_row,
 };
-use crate::backend::{Backend, Head, PassSettings};
+use crate::backend::{Backend, Head, PassSettings, Weight};
 use crate::batch::Batch;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -162,8 +162,8 @@ impl<B: Backend + 'static> Operation<B> for HeadLoss {
         Ok(ready(
             state,
             move |backend: &B, State { weight, batch, x, losses, dx }: &mut State<B>| {
-                let head = Head { weight, vocabulary, width, soft_cap };
-                backend.head_loss(head, batch, x, losses, dx.as_mut())
+                let head = Head { weight: Weight::Frozen(weight), vocabulary, width, soft_cap };
+                backend.head_loss(head, batch, x, losses, dx.as_mut(), None)
             },
             move |backend: &B, State { losses, dx, .. }: &State<B>| {
                 let losses = read_floats(backend, losses, 2 * count)?;

@@ -5,7 +5,7 @@ use super::super::inputs::{batch_of, values, weight, widen};
 use super::super::precision::{Precision, Tolerance};
 use super::super::reference;
 use super::{Operation, Prepared, Ready, Work, expect, poisoned, read, ready, resident, upload, wide_row};
-use crate::backend::{Activation, Backend, Embedding, PassSettings, RmsNorm};
+use crate::backend::{Activation, Backend, Embedding, PassSettings, RmsNorm, Weight};
 use crate::batch::Batch;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -125,7 +125,7 @@ impl<B: Backend + 'static> Operation<B> for Norm {
 }
 
 fn plain_norm<B: Backend>(weight: &B::Vector, width: usize) -> RmsNorm<'_, B> {
-    RmsNorm { weight, weight_offset: 0.0, epsilon: EPSILON, width }
+    RmsNorm { weight: Weight::Frozen(weight), weight_offset: 0.0, epsilon: EPSILON, width }
 }
 
 struct Gated {

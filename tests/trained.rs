@@ -1,0 +1,138 @@
+//! What goes beyond plain LoRA, trained as transformers + PEFT do in float64 (`tests/interop/make_trained.py`).
+
+mod support;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use fastlora::backend::cpu::CpuBackend;
+use fastlora::checkpoint::adapter::{Adapter, read_adapter};
+use fastlora::checkpoint::base::BaseModel;
+use fastlora::export::merge;
+use fastlora::model::Transformer;
+use serde_json::Value;
+use support::golden::{Trained, batch_of, train_on};
+use support::{Tensors, fixture, largest_difference};
+
+/// One folder of `tests/fixtures/trained`.
+struct Golden {
+    name: &'static str,
+    folder: PathBuf,
+    values: Value,
+    base: BaseModel,
+}
+
+impl Golden {
+    fn new(name: &'static str) -> Self {
+        let folder = fixture("trained").join(name);
+        let text = std::fs::read_to_string(folder.join("golden.json")).unwrap();
+        let values: Value = serde_json::from_str(&text).unwrap();
+        let base = BaseModel::open(fixture(values["base"].as_str().unwrap())).unwrap();
+        Self { name, folder, values, base }
+    }
+
+    fn start(&self) -> Adapter {
+        read_adapter(&self.folder.join("adapter_init")).unwrap()
+    }
+
+    fn train(&self, learning_rate: f64, ratio: f64) -> Trained<CpuBackend> {
+        let cpu = Arc::new(CpuBackend::new(None).unwrap());
+        let model = Transformer::load_with_adapter(cpu, &self.base, &self.start()).unwrap();
+        train_on(model, &batch_of(self.base.folder()), learning_rate, ratio)
+    }
+
+    fn check_numbers(&self, what: &str, found: &[f64], expected: &Value, tolerance: f64) {
+        let expected = expected.as_array().unwrap();
+        assert_eq!(found.len(), expected.len(), "{what}");
+        for (step, (found, expected)) in found.iter().zip(expected).enumerate() {
+            let expected = expected.as_f64().unwrap();
+            let relative = (found / expected - 1.0).abs();
+            assert!(relative <= tolerance, "{} {what} {step}: {found} against {expected}", self.name);
+        }
+    }
+}
+
+/// Losses, norms, gradients and the trained adapter; tolerances as in `golden.rs`.
+fn check(name: &'static str) {
+    let golden = Golden::new(name);
+    let rate = golden.values["lr"].as_f64().unwrap();
+    let trained = golden.train(rate, 1.0);
+    let in_f64 = &golden.values["f64"];
+    golden.check_numbers("loss", &trained.losses[..10], &in_f64["losses"], 1e-5);
+    golden.check_numbers(
+        "last loss",
+        &trained.losses[10..],
+        &serde_json::json!([in_f64["loss_after_10"]]),
+        1e-5,
+    );
+    golden.check_numbers("norm", &trained.norms, &in_f64["grad_norms"], 1e-4);
+
+    let gradients = Tensors::open(golden.folder.join("grads_step0_f64.safetensors"));
+    let finals = Tensors::open(golden.folder.join("adapter_final_f64.safetensors"));
+    let drift = golden.values["final_max_abs_diff_f32_f64"].as_f64().unwrap();
+    let bound = (5.0 * drift).max(0.01 * rate * 10.0);
+    let names: Vec<String> =
+        trained.model.layout().tensors().iter().map(|tensor| tensor.name.clone()).collect();
+    let sorted = |mut names: Vec<String>| {
+        names.sort();
+        names
+    };
+    assert_eq!(sorted(names), sorted(finals.names()), "{name}: what is trained");
+    for (tensor, last) in trained.model.layout().tensors().iter().zip(trained.model.adapters().unwrap()) {
+        let wide = |values: &[f32]| -> Vec<f64> { values.iter().map(|&value| value.into()).collect() };
+        let (shape, expected) = gradients.get(&tensor.name);
+        assert_eq!(shape, tensor.shape, "{}", tensor.name);
+        let largest = expected.iter().fold(0.0f64, |largest, value| largest.max(value.abs()));
+        assert!(largest > 0.0, "{}: a gradient that says nothing", tensor.name);
+        let (difference, place) =
+            largest_difference(&wide(&trained.first_gradients[tensor.range()]), &expected);
+        assert!(
+            difference <= 1e-4 * largest,
+            "{name}: gradient of {} [{place}] is off by {difference:e}, the largest is {largest:e}",
+            tensor.name
+        );
+        let (difference, place) = largest_difference(&wide(&last.values), &finals.get(&tensor.name).1);
+        assert!(difference <= bound, "{name}: {} [{place}] is off by {difference:e}", tensor.name);
+    }
+
+    let plus = &golden.values["loraplus"];
+    let number = |key: &str| plus[key].as_f64().unwrap();
+    let trained = golden.train(number("lr"), number("loraplus_lr_ratio"));
+    golden.check_numbers("LoRA+ loss", &trained.losses, &plus["losses_f64"], 1e-5);
+}
+
+/// As in `oracles.rs`: four times the float32 drift of transformers on these models.
+const LOGIT_TOLERANCE: f64 = 8e-5;
+
+fn check_merged(name: &'static str) {
+    let golden = Golden::new(name);
+    let folder = tempfile::tempdir().unwrap();
+    let merged = folder.path().join("merged");
+    merge(&golden.base, &golden.start(), &merged, u64::MAX, false).unwrap();
+    let cpu = || Arc::new(CpuBackend::new(Some(1)).unwrap());
+    let logits = |model: &mut Transformer<CpuBackend>| {
+        let mut cache = model.new_cache(20).unwrap();
+        let (mut all, mut logits) = (Vec::new(), Vec::new());
+        for id in 3..20 {
+            model.forward_cached(&[id], &mut cache, &mut logits).unwrap();
+            all.extend(logits.iter().map(|&logit| f64::from(logit)));
+        }
+        all
+    };
+    let with = logits(&mut Transformer::load_with_adapter(cpu(), &golden.base, &golden.start()).unwrap());
+    let alone = logits(&mut Transformer::load(cpu(), &BaseModel::open(merged).unwrap(), None).unwrap());
+    let without = logits(&mut Transformer::load(cpu(), &golden.base, None).unwrap());
+    let (difference, place) = largest_difference(&with, &alone);
+    assert!(difference <= LOGIT_TOLERANCE, "{name}, logit {place}: off by {difference:e}");
+    assert!(largest_difference(&without, &alone).0 > 1e-2, "{name}: the adapter does something");
+}
+
+#[test]
+fn modules_trained_whole_are_as_in_float64() {
+    check("whole");
+    check("whole_below");
+    check("whole_gemma2");
+    check_merged("whole_gemma2");
+    check_merged("whole");
+    check_merged("whole_below");
+}
