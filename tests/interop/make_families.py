@@ -252,10 +252,11 @@ def make(folder: Path, make_config, targets: list, old_entries: dict, without: d
             other = load(make_config(**without), state)
             changed = max(float((sample_logits(other, ids)[0] - z).abs().max()) for (ids, _), z in zip(samples, logits))
             assert changed > 0.02, f"{without} changes the logits by {changed} only"
-    prompt = samples[0][0][:, :PROMPT]
     with TrueFloat64():
         with torch.no_grad():
-            answer = greedy(model, prompt)
+            # The most varied of the answers to three prompts says the most.
+            prompts = [ids[:, :PROMPT] for ids, _ in samples]
+            prompt, answer = max(((p, greedy(model, p)) for p in prompts), key=lambda pair: len(set(pair[1])))
         double = with_adapter(load(make_config(), state), targets).double()
         with torch.no_grad(), RefuseFloat32():
             mean_loss(double, samples)
