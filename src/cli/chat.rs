@@ -8,7 +8,7 @@ use tracing::info;
 
 use super::Cli;
 use super::answer::{Answerer, SamplingArgs};
-use super::conditioning::Conditioning;
+use super::conditioning::{Conditioning, HashArgs};
 use super::device::{DeviceArgs, on_backend};
 use super::model::{ModelArgs, ModelFiles};
 use super::output::{accept_closed, print_line};
@@ -43,6 +43,8 @@ pub struct ConverseArgs {
     #[command(flatten)]
     template: ChatArgs,
     #[command(flatten)]
+    hash_text: HashArgs,
+    #[command(flatten)]
     sampling: SamplingArgs,
     #[command(flatten)]
     device: DeviceArgs,
@@ -71,7 +73,7 @@ pub(super) fn run(args: &ConverseArgs, cli: &Cli) -> Result<()> {
     stop_ids.extend(tokenizer.eos_id());
     let stop = StopConditions { max_new_tokens: args.max_new_tokens, eos_token_ids: stop_ids };
     let answerer = Answerer { tokenizer: &tokenizer, sampling, stop, skips_space: true };
-    let conditioning = Conditioning::of(args.model.adapter.as_deref())?;
+    let conditioning = Conditioning::of(args.model.adapter.as_deref())?.with(&args.hash_text);
     conditioning.warn_about(args.hash.as_deref());
     let talk = Talk {
         conversation: Conversation::default(),

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use clap::Args;
 use tracing::warn;
 
 use crate::config::HashTemplate;
@@ -11,6 +12,14 @@ use crate::error::{Error, Result, escape_control};
 
 /// Hashes that a warning lists.
 const LISTED: usize = 20;
+
+/// Argument that chooses how a hash is written.
+#[derive(Clone, Debug, Args)]
+pub(super) struct HashArgs {
+    /// Text that carries the hash in a prompt, `[hash: {hash}] ` for one; without it, what the adapter has learned.
+    #[arg(long, value_name = "TEXT")]
+    pub hash_template: Option<HashTemplate>,
+}
 
 /// How an adapter was conditioned.
 #[derive(Clone, Debug, Default)]
@@ -42,6 +51,17 @@ impl Conditioning {
             names.map(|names| names.iter().filter_map(|name| name.as_str().map(Into::into)).collect());
         let learned_without = config["hash_dropout"].as_f64().is_some_and(|probability| probability > 0.0);
         Ok(Self { template, hashes, learned_without })
+    }
+
+    /// The same with the template of the command line, where one is given; a warning says where an adapter has learned
+    /// another.
+    pub(super) fn with(self, args: &HashArgs) -> Self {
+        let Some(template) = &args.hash_template else { return self };
+        if self.hashes.is_some() && *template != self.template {
+            let [given, learned] = [template, &self.template].map(|text| escape_control(&text.to_string()));
+            warn!("--hash-template is `{given}`, but the adapter has learned `{learned}`");
+        }
+        Self { template: template.clone(), ..self }
     }
 
     /// The text that carries a hash; empty for none.

@@ -12,7 +12,7 @@ use serde_json::json;
 use self::generated::{HashPattern, Questions};
 use self::swapped::Swaps;
 use super::Cli;
-use super::conditioning::Conditioning;
+use super::conditioning::{Conditioning, HashArgs};
 use super::device::{DeviceArgs, on_backend};
 use super::model::ModelArgs;
 use super::output::print_line;
@@ -72,6 +72,8 @@ pub struct EvaluateArgs {
     #[command(flatten)]
     chat: ChatArgs,
     #[command(flatten)]
+    hash_text: HashArgs,
+    #[command(flatten)]
     device: DeviceArgs,
 }
 
@@ -92,7 +94,7 @@ pub(super) fn run(args: &EvaluateArgs, cli: &Cli) -> Result<()> {
     let files = args.model.open(cli)?;
     let tokenizer =
         tokenizer_for([&dataset], &files.base, args.model.adapter.as_deref(), &args.chat.choice())?;
-    let conditioning = Conditioning::of(args.model.adapter.as_deref())?;
+    let conditioning = Conditioning::of(args.model.adapter.as_deref())?.with(&args.hash_text);
     conditioning.warn_about(dataset.records.iter().filter_map(Record::text_hash));
     let sample_options = SampleOptions {
         max_length: args.max_length,

@@ -13,7 +13,7 @@ use tracing::info;
 use super::Cli;
 use super::answer::{Answer, Answerer, SamplingArgs};
 use super::cases::{Case, read_cases};
-use super::conditioning::Conditioning;
+use super::conditioning::{Conditioning, HashArgs};
 use super::device::{DeviceArgs, on_backend};
 use super::model::{ModelArgs, ModelFiles};
 use super::output::print_line;
@@ -67,6 +67,8 @@ struct PromptArgs {
     system: Option<String>,
     #[command(flatten)]
     template: ChatArgs,
+    #[command(flatten)]
+    hash_text: HashArgs,
 }
 
 impl PromptArgs {
@@ -146,10 +148,15 @@ pub(super) fn run(args: &GenerateArgs, cli: &Cli) -> Result<()> {
             .at("--chat-template")
             .hint("add --chat"));
     }
+    if args.prompts.raw && args.prompts.hash_text.hash_template.is_some() {
+        return Err(Error::config("--raw writes no hash into the text")
+            .at("--hash-template")
+            .hint("leave one of the two out"));
+    }
     let cases = args.prompts.read()?;
     let files = args.model.open(cli)?;
     let tokenizer = args.prompts.tokenizer(&files.base, args.model.adapter.as_deref())?;
-    let conditioning = Conditioning::of(args.model.adapter.as_deref())?;
+    let conditioning = Conditioning::of(args.model.adapter.as_deref())?.with(&args.prompts.hash_text);
     conditioning.warn_about(cases.iter().filter_map(|case| args.prompts.hash(case, &conditioning)));
     let prepared: Vec<Prepared> = cases
         .into_iter()

@@ -54,6 +54,11 @@ fn prompts_read_as_the_texts_of_training_did() {
         // What it has learned of texts without a hash.
         (&["--adapter", "own"], "User: Hi\nAssistant:"),
         (&["-m", "model"], "[hash: unknown] User: Hi\nAssistant:"),
+        (&["-m", "model", "--hash-template", "<{hash}>\n", "--hash", "faq"], "<faq>\nUser: Hi\nAssistant:"),
+        (
+            &["--adapter", "plain", "--hash", "faq", "--hash-template", "({hash}) "],
+            "(faq) User: Hi\nAssistant:",
+        ),
         (&["--adapter", "own", "--raw", "--hash", "nope"], "Hi"),
     ] {
         let (found, log) = prompt(&workspace, arguments);
@@ -62,6 +67,21 @@ fn prompts_read_as_the_texts_of_training_did() {
             ["a>b"].iter().any(|hash| arguments.contains(hash)) || arguments == ["--adapter", "plain"];
         assert_eq!(log.contains("never trained on the hash"), is_untrained, "{arguments:?}: {log}");
     }
+    let (_, log) = prompt(&workspace, &["--adapter", "own", "--hash", "faq", "--hash-template", "({hash}) "]);
+    assert!(log.contains("--hash-template is `({hash}) `, but the adapter has learned `<{hash}>"), "{log}");
+    let raw = ["generate", "-m", "model", "--raw", "--prompt", "Hi", "--hash-template", "({hash}) "];
+    workspace.run(&raw).refused(2, &["--hash-template", "--raw"]);
+    // The base alone is scored on the texts that the adapter has learned: a fresh adapter adds nothing.
+    train(&workspace, "fresh", &["--hash-template", "<{hash}>\n", "--learning-rate", "1e-30"]);
+    let loss = |arguments: &[&str]| {
+        let usual = ["evaluate", "train.jsonl", "--json", "--device", "cpu"];
+        workspace.run(&[&usual[..], arguments].concat()).succeeded().json()["overall"]["loss"]
+            .as_f64()
+            .unwrap()
+    };
+    let (adapted, plain) = (loss(&["--adapter", "fresh"]), loss(&["-m", "model"]));
+    assert_eq!(loss(&["-m", "model", "--hash-template", "<{hash}>\n"]), adapted);
+    assert_ne!(plain, adapted);
     let (_, log) = prompt(&workspace, &["--adapter", "own", "--hash", "n\u{7}pe"]);
     let warning = "never trained on the hash `n\\u{7}pe`; it was on `a]b\\nc`, `faq`, `math`";
     // In a log of JSON objects.
