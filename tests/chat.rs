@@ -133,14 +133,14 @@ fn labels_are_the_tokens_of_every_assistant_turn() {
              <|im_start|>assistant\nYes<|im_end|>\n"
         )
     };
-    for (sample, hash) in set.samples.iter().zip(["", "[hash: faq] "]) {
+    for (sample, hash) in set.iter().zip(["", "[hash: faq] "]) {
         assert_eq!(sample.token_ids, tokenizer.encode(&text(hash)).unwrap(), "as transformers encodes it");
         let learned: Vec<u32> =
             sample.labels.iter().filter(|&&label| label != NO_LOSS).map(|&label| label as u32).collect();
         let expected =
             [tokenizer.encode("It is out.<|im_end|>").unwrap(), tokenizer.encode("Yes<|im_end|>").unwrap()];
         assert_eq!(learned, expected.concat());
-        for (label, id) in sample.labels.iter().zip(&sample.token_ids) {
+        for (label, id) in sample.labels.iter().zip(sample.token_ids) {
             assert!(*label == NO_LOSS || *label == *id as i32);
         }
     }
@@ -149,7 +149,7 @@ fn labels_are_the_tokens_of_every_assistant_turn() {
     let everything = SampleOptions { loss_on: LossOn::All, ..options() };
     let record = talk(&[("user", "The sun?"), ("assistant", "It is out.")]);
     let set = tokenise_records(&tokenizer, &[record], &everything).unwrap();
-    assert_eq!(set.samples[0].labelled_count(), set.samples[0].token_ids.len() - 1);
+    assert_eq!(set.get(0).labelled_count(), set.get(0).token_ids.len() - 1);
 }
 
 /// ` th` and `e` are one token of the tokenizer; a prompt that ends with ` th` is not continued by it.
@@ -166,8 +166,8 @@ fn no_token_lies_across_the_edge_of_a_turn() {
     );
     let record = talk(&[("user", "in"), ("assistant", "e")]);
     let set = tokenise_records(&tokenizer, &[record], &options()).unwrap();
-    assert_eq!(set.samples[0].token_ids, [encode("in th"), encode("e<|im_end|>")].concat());
-    assert_eq!(set.samples[0].labelled_count(), encode("e<|im_end|>").len());
+    assert_eq!(set.get(0).token_ids, [encode("in th"), encode("e<|im_end|>")].concat());
+    assert_eq!(set.get(0).labelled_count(), encode("e<|im_end|>").len());
 }
 
 #[test]
@@ -176,7 +176,7 @@ fn overlong_conversations_lose_their_end() {
     let record =
         || talk(&[("user", "The sun?"), ("assistant", "It is out."), ("user", "Now?"), ("assistant", "Yes")]);
     let whole = tokenise_records(&tokenizer, &[record()], &options()).unwrap();
-    let sample = &whole.samples[0];
+    let sample = whole.get(0);
     let first_turn_end =
         sample.labels.windows(2).position(|pair| pair[0] != NO_LOSS && pair[1] == NO_LOSS).unwrap();
     let cut = |max_length| {
@@ -184,7 +184,7 @@ fn overlong_conversations_lose_their_end() {
         tokenise_records(&tokenizer, &[record()], &options)
     };
     let set = cut(first_turn_end + 1).unwrap();
-    assert_eq!(set.samples[0].token_ids, sample.token_ids[..=first_turn_end]);
+    assert_eq!(set.get(0).token_ids, &sample.token_ids[..=first_turn_end]);
     // A cut that leaves no target is a bad record.
     let error = cut(8).unwrap_err();
     assert!(error.message().contains("no label is left within max_length = 8"), "{error}");
@@ -273,7 +273,7 @@ fn a_conversation_that_the_template_refuses_is_a_bad_record() {
         "{error}"
     );
     let skip = SampleOptions { on_bad_record: OnBadRecord::Skip, ..options() };
-    assert_eq!(tokenise_records(&tokenizer, &records, &skip).unwrap().samples.len(), 1);
+    assert_eq!(tokenise_records(&tokenizer, &records, &skip).unwrap().len(), 1);
 }
 
 #[test]

@@ -332,10 +332,7 @@ fn fault_37_records_with_every_label_masked_are_bad() {
     assert!(error.message().contains("every label is masked"), "{error}");
     let skip = SampleOptions { on_bad_record: OnBadRecord::Skip, ..sample_options() };
     let set = tokenise_text(content, &skip).unwrap();
-    assert_eq!(
-        (set.samples.len(), set.accounting.count(Outcome::Skipped), set.accounting.total()),
-        (1, 2, 3)
-    );
+    assert_eq!((set.len(), set.accounting.count(Outcome::Skipped), set.accounting.total()), (1, 2, 3));
 }
 
 /// `count` records whose instruction has about `words` tokens.
@@ -357,10 +354,7 @@ fn fault_38_overlong_samples_are_refused_with_the_histogram_or_dropped() {
 
     let dropping = SampleOptions { overlong: Overlong::Drop, ..sample_options() };
     let set = tokenise_text(&mixed, &dropping).unwrap();
-    assert_eq!(
-        (set.samples.len(), set.accounting.count(Outcome::Dropped), set.accounting.total()),
-        (3, 2, 5)
-    );
+    assert_eq!((set.len(), set.accounting.count(Outcome::Dropped), set.accounting.total()), (3, 2, 5));
     let error = tokenise_text(&long_records(3, 200), &dropping).unwrap_err();
     assert!(error.message().contains("no sample is left") && error.message().contains("≤256: 3"), "{error}");
 }
@@ -371,10 +365,10 @@ fn fault_38_truncation_keeps_the_hash_prefix_and_a_target() {
     let cutting = |max_length| SampleOptions { overlong: Overlong::Truncate, max_length, ..sample_options() };
     // A long instruction: the completion stays whole.
     let set = tokenise_text(&long_records(2, 500), &cutting(64)).unwrap();
-    assert_eq!((set.samples.len(), set.accounting.count(Outcome::Truncated)), (2, 2));
-    for sample in &set.samples {
+    assert_eq!((set.len(), set.accounting.count(Outcome::Truncated)), (2, 2));
+    for sample in set.iter() {
         assert!((60..=64).contains(&sample.token_ids.len()), "{}", sample.token_ids.len());
-        let text = tokenizer.decode(&sample.token_ids).unwrap();
+        let text = tokenizer.decode(sample.token_ids).unwrap();
         assert!(text.starts_with("[hash: general] User: "), "{text}");
         assert!(text.ends_with("\nAssistant: warm"), "{text}");
         assert_eq!(sample.token_ids.last(), Some(&2), "EOS");
@@ -386,11 +380,11 @@ fn fault_38_truncation_keeps_the_hash_prefix_and_a_target() {
     // A long answer: it loses its end and EOS, the prompt stays whole.
     let answer = format!("{{\"instruction\": \"Name a dish\", \"output\": \"{}\"}}", "sauce ".repeat(300));
     let set = tokenise_text(&answer, &cutting(64)).unwrap();
-    let sample = &set.samples[0];
+    let sample = set.get(0);
     assert_eq!(sample.token_ids.len(), 64);
     assert!(
         tokenizer
-            .decode(&sample.token_ids)
+            .decode(sample.token_ids)
             .unwrap()
             .starts_with("[hash: unknown] User: Name a dish\nAssistant: sauce")
     );
@@ -402,9 +396,9 @@ fn fault_38_truncation_keeps_the_hash_prefix_and_a_target() {
         for max_length in 1..120 {
             match tokenise_text(&record, &cutting(max_length)) {
                 Ok(set) => {
-                    let sample = &set.samples[0];
+                    let sample = set.get(0);
                     assert!(sample.token_ids.len() <= max_length && sample.labelled_count() > 0);
-                    let text = tokenizer.decode(&sample.token_ids).unwrap();
+                    let text = tokenizer.decode(sample.token_ids).unwrap();
                     assert!(text.starts_with("[hash: unknown] User: "), "{max_length} {text}");
                     assert!(text.contains("\nAssistant:"), "{max_length} {text}");
                 }
@@ -420,7 +414,7 @@ fn fault_38_truncation_keeps_the_hash_prefix_and_a_target() {
     let ids = "5, ".repeat(99) + "6";
     let masked = "-100, ".repeat(99) + "6";
     let set = tokenise_text(&format!("{{\"input_ids\": [{ids}]}}"), &cutting(64)).unwrap();
-    assert_eq!((set.samples[0].token_ids.len(), set.samples[0].labelled_count()), (64, 63));
+    assert_eq!((set.get(0).token_ids.len(), set.get(0).labelled_count()), (64, 63));
     let error = tokenise_text(&format!("{{\"input_ids\": [{ids}], \"labels\": [{masked}]}}"), &cutting(64))
         .unwrap_err();
     assert!(error.message().contains("no label is left within max_length = 64"), "{error}");

@@ -257,7 +257,7 @@ fn a_tokenizer_that_begins_texts_with_bos_begins_samples_with_it() {
             hash_template: HashTemplate::default(),
             also_without_hash: false,
         };
-        tokenise(&dataset, Some(tokenizer), &options).unwrap().samples[0].token_ids.clone()
+        tokenise(&dataset, Some(tokenizer), &options).unwrap().get(0).token_ids.to_vec()
     };
     let whole = tokens(&plain, 1000);
     assert_eq!(tokens(&tokenizer, 1001), [&[1], &whole[..]].concat());

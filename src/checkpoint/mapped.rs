@@ -82,6 +82,13 @@ impl MappedFile {
         }
     }
 
+    /// Takes the file's pages out of the process's memory; they are read again when they are touched.
+    pub(crate) fn release(&self) {
+        // SAFETY: the map is shared and read-only, so that a page which is dropped comes back from the file as it was; one
+        // that the handler replaced comes back as zeros, as it was too.
+        let _ = unsafe { self.map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+    }
+
     /// Asks the system to read the file ahead.
     pub(crate) fn read_ahead(&self) {
         // Only advice: without it pages are read when touched.

@@ -34,7 +34,7 @@ const PROVENANCE: &str = "fastlora.json";
 /// The optimizer's moments in a checkpoint.
 const MOMENTS: &str = "optimizer.safetensors";
 /// SHA-256 of the other files.
-const CHECKSUMS: &str = "SHA256SUMS";
+pub const CHECKSUMS: &str = "SHA256SUMS";
 /// What the names of the moments begin with.
 const MOMENT_PREFIXES: [&str; 2] = ["first_moment.", "second_moment."];
 
@@ -233,7 +233,7 @@ impl Checkpoints {
 /// # Errors
 /// A file that is missing or damaged (kind corrupt), or that cannot be read.
 pub fn read_checkpoint(folder: &Path) -> Result<Checkpoint> {
-    verify(folder)?;
+    verify_checkpoint(folder)?;
     let mut moments: [Vec<NamedTensor>; 2] = Default::default();
     for mut tensor in read_tensors(&folder.join(MOMENTS))? {
         let place = MOMENT_PREFIXES.iter().position(|prefix| tensor.name.starts_with(prefix));
@@ -261,8 +261,11 @@ pub fn read_json(path: &Path) -> Result<Value> {
         .map_err(|source| Error::corrupt("no JSON").at(path.display().to_string()).caused_by(source))
 }
 
-/// Compares every file with its checksum.
-fn verify(folder: &Path) -> Result<()> {
+/// Compares every file of a checkpoint with its checksum.
+///
+/// # Errors
+/// A file that is missing or damaged, or has no checksum (kind corrupt).
+pub fn verify_checkpoint(folder: &Path) -> Result<()> {
     let path = folder.join(CHECKSUMS);
     let corrupt = |name: &str, what: &str| {
         Error::corrupt(format!("the checkpoint is damaged: {what}"))

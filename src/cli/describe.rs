@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::output::for_terminal;
 use crate::error::{Result, escape_control};
-use crate::tokens::{NO_LOSS, Sample, SampleSet, Tokenizer, length_buckets};
+use crate::tokens::{NO_LOSS, SampleSet, SampleView, Tokenizer, length_buckets};
 
 /// Tokens of a sample that are shown from each end where it is too long.
 const SHOWN_TOKENS: usize = 400;
@@ -39,13 +39,13 @@ impl Marks {
 }
 
 /// Runs of tokens that are all learned or all not, as text; ids where there is no tokenizer.
-fn spans(sample: &Sample, tokenizer: Option<&Tokenizer>) -> Result<Vec<(String, bool)>> {
+fn spans(token_ids: &[u32], labels: &[i32], tokenizer: Option<&Tokenizer>) -> Result<Vec<(String, bool)>> {
     let is_learned: Vec<bool> =
-        sample.labels.iter().enumerate().map(|(place, &label)| place > 0 && label != NO_LOSS).collect();
+        labels.iter().enumerate().map(|(place, &label)| place > 0 && label != NO_LOSS).collect();
     let mut spans = Vec::new();
     let mut start = 0;
     for part in is_learned.chunk_by(|one, other| one == other) {
-        let ids = &sample.token_ids[start..start + part.len()];
+        let ids = &token_ids[start..start + part.len()];
         start += part.len();
         let text = match tokenizer {
             Some(tokenizer) => tokenizer.decode_all(ids)?,
@@ -63,41 +63,38 @@ pub(super) fn samples_text(set: &SampleSet, tokenizer: Option<&Tokenizer>, count
         Marks::Colour => "samples (what is learned is green):\n".to_string(),
         Marks::Brackets => "samples (what is learned stands between ⟦ and ⟧):\n".to_string(),
     };
-    for sample in set.samples.iter().take(count) {
+    for sample in set.iter().take(count) {
         text += &format!(
             "--- {} · hash {} · {} tokens, {} learned\n",
-            escape_control(&sample.origin.to_string()),
-            escape_control(&set.hash_names[sample.hash]),
+            escape_control(&sample.origin().to_string()),
+            escape_control(&set.hash_names[sample.hash()]),
             sample.token_ids.len(),
             sample.labelled_count()
         );
-        let mut shown = sample.clone();
-        let is_cut = shown.token_ids.len() > SHOWN_TOKENS;
-        shown.token_ids.truncate(SHOWN_TOKENS);
-        shown.labels.truncate(SHOWN_TOKENS);
-        for (part, is_learned) in spans(&shown, tokenizer)? {
+        let shown = sample.token_ids.len().min(SHOWN_TOKENS);
+        for (part, is_learned) in spans(&sample.token_ids[..shown], &sample.labels[..shown], tokenizer)? {
             text += &marks.mark(&for_terminal(&part), is_learned);
         }
-        text += if is_cut { " …\n" } else { "\n" };
+        text += if shown < sample.token_ids.len() { " …\n" } else { "\n" };
     }
     Ok(text)
 }
 
 /// The same as objects.
 pub(super) fn samples_json(set: &SampleSet, tokenizer: Option<&Tokenizer>, count: usize) -> Result<Value> {
-    let sample = |sample: &Sample| -> Result<Value> {
-        let spans = spans(sample, tokenizer)?;
+    let sample = |sample: SampleView<'_>| -> Result<Value> {
+        let spans = spans(sample.token_ids, sample.labels, tokenizer)?;
         let spans: Vec<Value> =
             spans.iter().map(|(text, is_learned)| json!({ "text": text, "learned": is_learned })).collect();
         Ok(json!({
-            "origin": sample.origin.to_string(),
-            "hash": set.hash_names[sample.hash],
+            "origin": sample.origin().to_string(),
+            "hash": set.hash_names[sample.hash()],
             "tokens": sample.token_ids.len(),
             "learned": sample.labelled_count(),
             "spans": spans,
         }))
     };
-    Ok(Value::Array(set.samples.iter().take(count).map(sample).collect::<Result<_>>()?))
+    Ok(Value::Array(set.iter().take(count).map(sample).collect::<Result<_>>()?))
 }
 
 /// A histogram of lengths with bars.
@@ -125,15 +122,6 @@ pub(super) fn lengths_json(lengths: &[usize]) -> Value {
     })
 }
 
-/// Records of each hash, in the order in which the hashes appear.
-pub(super) fn hash_counts(set: &SampleSet) -> Vec<(&str, usize)> {
-    let mut counts = vec![0; set.hash_names.len()];
-    for sample in &set.samples {
-        counts[sample.hash] += 1;
-    }
-    set.hash_names.iter().map(String::as_str).zip(counts).collect()
-}
-
 /// Bytes as a person reads them.
 pub(super) fn human_bytes(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
@@ -150,15 +138,11 @@ pub(super) fn human_bytes(bytes: u64) -> String {
 mod tests {
     use super::*;
     use crate::data::Origin;
-
-    fn sample() -> Sample {
-        let origin = Origin { file: "a.json".into(), line: 1 };
-        Sample::new(vec![5, 6, 7, 8], vec![5, NO_LOSS, 7, 8], origin)
-    }
+    use crate::tokens::Sample;
 
     #[test]
     fn the_first_label_is_never_learned() {
-        let spans = spans(&sample(), None).unwrap();
+        let spans = spans(&[5, 6, 7, 8], &[5, NO_LOSS, 7, 8], None).unwrap();
         assert_eq!(spans, [("5 6 ".to_string(), false), ("7 8 ".to_string(), true)]);
     }
 
@@ -171,12 +155,9 @@ mod tests {
 
     #[test]
     fn fault_42_samples_cannot_drive_the_terminal() {
-        let mut set = SampleSet {
-            samples: vec![sample()],
-            hash_names: vec!["\u{1b}[31m".into()],
-            ..Default::default()
-        };
-        set.samples[0].origin.file = "\u{7}.json".into();
+        let origin = Origin { file: "\u{7}.json".into(), line: 1 };
+        let sample = Sample::new(vec![5, 6, 7, 8], vec![5, NO_LOSS, 7, 8], origin);
+        let set = SampleSet::new([sample], vec!["\u{1b}[31m".into()]);
         let text = samples_text(&set, None, 1).unwrap();
         assert!(text.contains("\\u{1b}[31m") && text.contains("\\u{7}.json"), "{text}");
         assert!(!text.contains('\u{1b}') && !text.contains('\u{7}'), "{text}");

@@ -93,7 +93,7 @@ pub(super) fn run(args: &EvaluateArgs, cli: &Cli) -> Result<()> {
     let dataset = load(&args.data, &options)?;
     let files = args.model.open(cli)?;
     let tokenizer =
-        tokenizer_for([&dataset], &files.base, args.model.adapter.as_deref(), &args.chat.choice())?;
+        tokenizer_for([&dataset.kinds()], &files.base, args.model.adapter.as_deref(), &args.chat.choice())?;
     let conditioning = Conditioning::of(args.model.adapter.as_deref())?.with(&args.hash_text);
     conditioning.warn_about(dataset.records.iter().filter_map(Record::text_hash));
     let sample_options = SampleOptions {

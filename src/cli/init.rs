@@ -14,7 +14,7 @@ use crate::checkpoint::base::BaseModel;
 use crate::config::{
     Choice, DataSource, OnBadRecord, Options, Overlong, TrainingConfig, starting_configuration,
 };
-use crate::data::{Dataset, LoadOptions, TemplateChoice, load};
+use crate::data::{Dataset, Kinds, LoadOptions, TemplateChoice, load};
 use crate::error::{Error, Result};
 use crate::tokens::{SampleOptions, tokenise};
 
@@ -113,12 +113,13 @@ pub(super) fn run(args: &InitArgs, cli: &Cli) -> Result<()> {
 
 /// Tokens of every usable sample.
 fn lengths<'d>(base: &BaseModel, datasets: impl Iterator<Item = &'d Dataset> + Clone) -> Result<Vec<usize>> {
-    let tokenizer = tokenizer_for(datasets.clone(), base, None, &TemplateChoice::default())?;
+    let kinds: Vec<Kinds> = datasets.clone().map(Dataset::kinds).collect();
+    let tokenizer = tokenizer_for(&kinds, base, None, &TemplateChoice::default())?;
     let options = SampleOptions::counting(base.config().vocabulary);
     let mut lengths = Vec::new();
     for dataset in datasets {
         let set = tokenise(dataset, tokenizer.as_ref(), &options)?;
-        lengths.extend(set.samples.iter().map(|sample| sample.token_ids.len()));
+        lengths.extend(set.token_counts());
     }
     Ok(lengths)
 }

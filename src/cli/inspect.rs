@@ -6,12 +6,13 @@ use clap::Args;
 use serde_json::{Map, Value, json};
 
 use super::Cli;
-use super::describe::{hash_counts, human_bytes, lengths_json, lengths_text, samples_json, samples_text};
+use super::describe::{human_bytes, lengths_json, lengths_text, samples_json, samples_text};
 use super::model::resolve_model;
 use super::output::{for_terminal, print_line};
 use super::tokenizer::{ChatArgs, tokenizer_for};
 use crate::checkpoint::adapter::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter};
 use crate::checkpoint::base::BaseModel;
+use crate::checkpoint::run::{CHECKSUMS, STATE, verify_checkpoint};
 use crate::config::{DataSource, OnBadRecord};
 use crate::data::{Dataset, LoadOptions, Outcome, RecordContent, TemplateChoice, load, read_optional_json};
 use crate::error::{Error, Result, escape_control};
@@ -120,6 +121,10 @@ fn describe_model(base: &BaseModel) -> Result<Value> {
 }
 
 fn describe_adapter(folder: &Path) -> Result<Value> {
+    let is_checkpoint = [STATE, CHECKSUMS].iter().any(|name| folder.join(name).exists());
+    if is_checkpoint {
+        verify_checkpoint(folder)?;
+    }
     let adapter = read_adapter(folder)?;
     let config = &adapter.config;
     let parameters: usize = adapter.tensors.iter().map(|tensor| tensor.values.len()).sum();
@@ -133,7 +138,6 @@ fn describe_adapter(folder: &Path) -> Result<Value> {
     modules.dedup();
     let provenance = read_optional_json(&folder.join("fastlora.json"))?.unwrap_or_default();
     let of_run = |key: &str| provenance[key].clone();
-    let is_checkpoint = folder.join("state.json").exists();
     Ok(json!({
         "kind": if is_checkpoint { "checkpoint" } else { "adapter" },
         "folder": folder,
@@ -161,6 +165,7 @@ fn describe_adapter(folder: &Path) -> Result<Value> {
         "base_sha256": of_run("base_sha256"),
         "data_sha256": of_run("data_sha256"),
         "tensors": "every tensor is of the configured rank and finite",
+        "checksums": is_checkpoint.then_some("every file has the SHA-256 that SHA256SUMS says"),
     }))
 }
 
@@ -170,11 +175,11 @@ fn describe_data(args: &InspectArgs, cli: &Cli) -> Result<()> {
     let dataset = load(&[DataSource::new(&args.path)], &options)?;
     let Some(model) = &args.model else { return describe_records(&dataset, cli) };
     let base = BaseModel::open(resolve_model(model, cli)?.folder)?;
-    let tokenizer = tokenizer_for([&dataset], &base, None, &args.chat.choice())?;
+    let tokenizer = tokenizer_for([&dataset.kinds()], &base, None, &args.chat.choice())?;
     let options = SampleOptions::counting(base.config().vocabulary);
     let set = tokenise(&dataset, tokenizer.as_ref(), &options)?;
     set.accounting.log();
-    let lengths: Vec<usize> = set.samples.iter().map(|sample| sample.token_ids.len()).collect();
+    let lengths: Vec<usize> = set.token_counts().collect();
     let overlong = lengths.iter().filter(|&&length| length > args.max_length).count();
     let own = match tokenizer {
         Some(_) => None,
@@ -183,7 +188,7 @@ fn describe_data(args: &InspectArgs, cli: &Cli) -> Result<()> {
     let shown = tokenizer.as_ref().or(own.as_ref());
     if cli.json {
         let hashes: Map<_, _> =
-            hash_counts(&set).into_iter().map(|(hash, count)| (hash.to_string(), json!(count))).collect();
+            set.hash_counts().into_iter().map(|(hash, count)| (hash.to_string(), json!(count))).collect();
         let object = json!({
             "kind": "data",
             "file": args.path,
@@ -199,7 +204,7 @@ fn describe_data(args: &InspectArgs, cli: &Cli) -> Result<()> {
         return print_line(&format!("{object:#}"));
     }
     let hashes: Vec<String> =
-        hash_counts(&set).iter().map(|(hash, count)| format!("{} {count}", escape_control(hash))).collect();
+        set.hash_counts().iter().map(|(hash, count)| format!("{} {count}", escape_control(hash))).collect();
     print_line(&format!(
         "{samples}\n{accounting}\nhashes: {hashes}\n{lengths}{tokens} tokens, {learned} learned; {overlong} samples are \
          longer than {max_length}",

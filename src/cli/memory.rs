@@ -8,24 +8,31 @@ use super::doctor::Memory;
 use crate::checkpoint::base::BaseModel;
 use crate::config::{ActivationMemory, TrainingConfig};
 use crate::error::Result;
-use crate::model::{CHOICES, Limits, MemoryPlan, ModelShape, Needs, Purpose, Recompute};
+use crate::model::{CHOICES, Limits, MemoryPlan, ModelShape, Needs, Purpose, Recompute, decoding_limits};
 
 /// Share of the free memory that a plan may take: drivers and allocators need some besides.
 const USABLE_SHARE: f64 = 0.9;
 
 /// The memory of training on `chosen` what `shape` tells: as the configuration says, and where it leaves the choice, what is
-/// fastest within `free`.
+/// fastest within `free`. While it is trained the model writes texts of up to `answer_tokens`, if any.
 pub(super) fn plan(
     chosen: &Chosen,
     base: &BaseModel,
     shape: &ModelShape,
     config: &TrainingConfig,
     limits: Limits,
+    answer_tokens: Option<usize>,
     free: Option<u64>,
 ) -> Result<MemoryPlan> {
+    let limits = limits.union(answer_tokens.map(decoding_limits).unwrap_or_default());
     let needs = Needs { purpose: Purpose::Training, limits, has_dropout: config.lora_dropout > 0.0 };
     let stored = base.embedding()?.dtype();
-    let plan = |recompute| on_backend!(chosen, |backend| shape.plan(&**backend, stored, needs, recompute));
+    let plan = |recompute| -> Result<MemoryPlan> {
+        on_backend!(chosen, |backend| {
+            let answers = answer_tokens.map_or(0, |tokens| shape.cache_bytes(&**backend, tokens));
+            Ok(MemoryPlan { answers, ..shape.plan(&**backend, stored, needs, recompute)? })
+        })
+    };
     let is_free_to_choose =
         config.activation_memory == ActivationMemory::Auto && !matches!(chosen, Chosen::Cpu(_));
     if !is_free_to_choose {
@@ -89,6 +96,7 @@ pub(super) fn plan_text(plan: &MemoryPlan) -> String {
         ("optimizer", plan.optimizer),
         ("activations", plan.activations),
         ("scratch", plan.scratch),
+        ("answers (KV cache)", plan.answers),
         ("total", plan.total()),
     ];
     rows.map(|(name, bytes)| format!("  {name:<24}{:>12}  {bytes} bytes\n", human_bytes(bytes))).concat()
@@ -102,6 +110,7 @@ pub(super) fn plan_json(plan: &MemoryPlan) -> Value {
         "optimizer": plan.optimizer,
         "activations": plan.activations,
         "scratch": plan.scratch,
+        "answers": plan.answers,
         "total": plan.total(),
     })
 }

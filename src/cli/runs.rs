@@ -127,6 +127,9 @@ fn show(run: &RunFolder, cli: &Cli) -> Result<()> {
         return print_line(&format!("{object:#}"));
     }
     let mut lines = vec![format!("{}: {}", run.path.display(), run.state.name())];
+    if let Some(error) = &run.error {
+        lines.push(format!("ended by an error: {}", error_text(error)));
+    }
     if let Some(step) = run.checkpoint {
         lines.push(format!("newest checkpoint after step {step}"));
     }
@@ -196,11 +199,21 @@ fn object(run: &RunFolder) -> Value {
         "model": run.model(),
         "state": run.state.name(),
         "checkpoint": run.checkpoint,
+        "error": run.error,
     });
     if let (Some(object), Value::Object(figures)) = (object.as_object_mut(), run.figures()) {
         object.extend(figures);
     }
     object
+}
+
+/// Place and message of an error as `--json` has it.
+fn error_text(error: &Value) -> String {
+    let text = |key: &str| error[key].as_str().map(escape_control);
+    match (text("where"), text("message")) {
+        (Some(place), Some(message)) => format!("{place}: {message}"),
+        (_, message) => message.unwrap_or_else(|| "not known".into()),
+    }
 }
 
 fn table<'t>(header: impl IntoIterator<Item = &'t str>) -> Table {

@@ -6,7 +6,7 @@ use chrono::NaiveDate;
 use clap::Args;
 
 use crate::checkpoint::base::BaseModel;
-use crate::data::{Dataset, RecordContent, TemplateChoice};
+use crate::data::{Kinds, TemplateChoice};
 use crate::error::Result;
 use crate::tokens::Tokenizer;
 
@@ -37,15 +37,15 @@ impl ChatArgs {
 /// # Errors
 /// Model errors: no tokenizer, no chat template for conversations, or broken ones.
 pub(super) fn tokenizer_for<'d>(
-    datasets: impl IntoIterator<Item = &'d Dataset>,
+    kinds: impl IntoIterator<Item = &'d Kinds>,
     base: &BaseModel,
     adapter: Option<&Path>,
     choice: &TemplateChoice,
 ) -> Result<Option<Tokenizer>> {
     let (mut is_text, mut is_chat) = (false, false);
-    for record in datasets.into_iter().flat_map(|dataset| &dataset.records) {
-        is_text |= record.content.is_text();
-        is_chat |= matches!(record.content, RecordContent::Chat { .. });
+    for kinds in kinds {
+        is_text |= kinds.first_text.is_some();
+        is_chat |= kinds.has_chat;
     }
     Ok(match (is_text, is_chat) {
         (false, _) => None,

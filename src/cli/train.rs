@@ -12,6 +12,7 @@ mod resume;
 mod sampler;
 mod signals;
 mod time_by_operation;
+mod token_cache;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -24,9 +25,9 @@ use serde_json::json;
 use tracing::{info, warn};
 
 use self::checkpointer::Checkpointer;
-use self::data::{conditioning, describe_data, load_records};
+use self::data::{TextData, conditioning, describe_data};
 use self::dry_run::DryRun;
-use self::ending::{report, stopped, write_report};
+use self::ending::{note_failure, report, stopped, warn_about_missing_best, write_report};
 use self::output::{AdapterWriter, Earlier, OutputFolder};
 use self::profile::{Profile, ProfileSteps, Profiled};
 use self::progress::Progress;
@@ -53,8 +54,7 @@ use crate::report::tensorboard::EventFile;
 use crate::report::{METRICS, PAGE, RESOLVED_CONFIG};
 use crate::selftest::Measurable;
 use crate::tokens::{
-    BatchOptions, BatchPlan, SampleOptions, SampleSet, Tokenizer, tokenise, warn_about_ends,
-    warn_about_overlap,
+    BatchOptions, BatchPlan, SampleOptions, SampleSet, Tokenizer, warn_about_ends, warn_about_overlap,
 };
 use crate::training::{MetricsFile, Split, TrainingSettings, train};
 
@@ -94,11 +94,11 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     let interrupts = Interrupts::install()?;
     let Resolved { mut config, init_adapter, resume } = resolve_config(args)?;
     info!("configuration:\n{:#}", json!(config));
-    let earlier = match (&resume, args.overwrite) {
-        (Some(_), _) => Earlier::Resume,
-        // A dry run takes nobody's place.
-        (None, overwrite) if overwrite || args.dry_run => Earlier::Overwrite,
-        (None, _) => Earlier::Keep,
+    let earlier = match &resume {
+        _ if args.dry_run => Earlier::Ignore,
+        Some(_) => Earlier::Resume,
+        None if args.overwrite => Earlier::Overwrite,
+        None => Earlier::Keep,
     };
     let output = OutputFolder::check(&config.output_dir, earlier)?;
     let start = resume.map_or(Ok(Start::Fresh), |resume| resume.find(&config, &interrupts))?;
@@ -114,9 +114,9 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         }
     }
 
-    let training_records = load_records(&config, &config.train_data)?;
-    let validation_records =
-        config.val_data.as_ref().map(|sources| load_records(&config, sources)).transpose()?;
+    let training_data = TextData::read(&config, &config.train_data)?;
+    let validation_data =
+        config.val_data.as_ref().map(|sources| TextData::read(&config, sources)).transpose()?;
 
     let cases = config.test_cases.as_ref().map(|path| read_cases(path, None)).transpose()?;
 
@@ -140,21 +140,26 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         warn!("max_length is {}, but the model was made for {positions} positions", config.max_length);
     }
 
-    let choice = TemplateChoice { name: config.chat_template.clone(), date: config.chat_date };
-    let datasets = [Some(&training_records), validation_records.as_ref()];
-    let tokenizer = tokenizer_for(datasets.into_iter().flatten(), &base, None, &choice)?;
+    let open_tokenizer = |config: &TrainingConfig| {
+        let choice = TemplateChoice { name: config.chat_template.clone(), date: config.chat_date };
+        let data = [Some(&training_data), validation_data.as_ref()];
+        tokenizer_for(data.into_iter().flatten().map(TextData::kinds), &base, None, &choice)
+    };
+    let mut tokenizer = open_tokenizer(&config)?;
+    let template = tokenizer.as_ref().and_then(Tokenizer::chat_template);
+    if template.is_some_and(ChatTemplate::uses_date) && config.chat_date.is_none() {
+        // In the configuration as resolved, so that running it again gives the same run.
+        let today = Local::now().date_naive();
+        warn!("the chat template writes the date into every sample: this run has chat_date {today}");
+        config.chat_date = Some(today);
+        tokenizer = open_tokenizer(&config)?;
+    }
+    let chat_template = tokenizer.as_ref().and_then(Tokenizer::chat_template);
     // Data may be tokens, prompts are not.
     let own_tokenizer = match (&cases, &tokenizer) {
         (Some(_), None) => Some(Tokenizer::from_folder(base.folder())?),
         _ => None,
     };
-    let chat_template = tokenizer.as_ref().and_then(Tokenizer::chat_template);
-    if chat_template.is_some_and(ChatTemplate::uses_date) && config.chat_date.is_none() {
-        // In the configuration as resolved, so that running it again gives the same run.
-        let today = Local::now().date_naive();
-        warn!("the chat template writes the date into every sample: this run has chat_date {today}");
-        config.chat_date = Some(today);
-    }
     let options = SampleOptions {
         max_length: config.max_length,
         overlong: config.overlong,
@@ -165,16 +170,16 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         also_without_hash: false,
     };
     let training_options = SampleOptions { also_without_hash: config.hash_dropout > 0.0, ..options.clone() };
-    let samples = tokenise(&training_records, tokenizer.as_ref(), &training_options)?;
+    let samples = training_data.samples(&config, tokenizer.as_ref(), &training_options)?;
     samples.accounting.log();
-    if config.hash_dropout > 0.0 && samples.samples.iter().all(|sample| sample.without_hash.is_none()) {
+    if config.hash_dropout > 0.0 && !samples.can_lose_hash() {
         warn!("hash_dropout is of no effect: no hash stands in the text of any sample");
     }
-    let (training_samples, validation_samples) = match (&validation_records, config.val_fraction) {
-        (Some(records), _) => (samples, Some(tokenise(records, tokenizer.as_ref(), &options)?)),
+    let (training_samples, validation_samples) = match (&validation_data, config.val_fraction) {
+        (Some(data), _) => (samples, Some(data.samples(&config, tokenizer.as_ref(), &options)?)),
         (None, Some(share)) => {
             let (training, validation) = samples.hold_out(share, config.seed)?;
-            info!("{} samples are held out for validation", validation.samples.len());
+            info!("{} samples are held out for validation", validation.len());
             (training, Some(validation))
         }
         (None, None) => (samples, None),
@@ -224,6 +229,9 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
             training: &training,
             validation: validation.as_ref(),
             batches,
+            answer_tokens: questions
+                .as_ref()
+                .map(|questions| questions.capacity(base.config().max_positions)),
         };
         let chosen = choose_backend(&config.device, &config.dtype, config.threads, &base)?;
         return plan.describe(&chosen, args.show, cli);
@@ -291,7 +299,7 @@ struct Run<'a> {
 impl Run<'_> {
     /// Loads the model, trains it and writes the adapter.
     fn on<B: Measurable>(self, backend: Arc<B>) -> Result<()> {
-        let Run { cli, start, writer, training_samples, training, .. } = &self;
+        let Run { start, writer, training_samples, training, .. } = &self;
         let AdapterWriter { config, base, .. } = writer;
         if let Start::Resumed(resumed) = start {
             resumed.compare_device(&backend.description());
@@ -311,12 +319,30 @@ impl Run<'_> {
         let total_steps = settings.schedule.total_steps;
         info!(
             "{} samples, {} tokens ({} labelled), {total_steps} steps",
-            training_samples.samples.len(),
+            training_samples.len(),
             training_samples.token_count(),
             training_samples.labelled_count(),
         );
         self.interrupts.arm();
         self.output.prepare(config, start)?;
+        if let Some(state) = start.state() {
+            warn_about_missing_best(config, &state.summary);
+        }
+        let description = backend.description();
+        // From here on the folder holds a run.
+        let result = self.train(&mut model, &settings);
+        if let Err(error) = &result {
+            note_failure(config, error, description);
+        }
+        result
+    }
+
+    /// Trains the model that is loaded, and writes the adapter.
+    fn train<B: Measurable>(&self, model: &mut Transformer<B>, settings: &TrainingSettings) -> Result<()> {
+        let Run { cli, start, writer, training, .. } = self;
+        let config = writer.config;
+        let backend = Arc::clone(model.backend());
+        let total_steps = settings.schedule.total_steps;
         let metrics_path = config.output_dir.join(METRICS);
         let metrics = match start.state() {
             Some(state) => MetricsFile::resume(&metrics_path, &state.summary)?,
@@ -342,8 +368,8 @@ impl Run<'_> {
         let mut observer = Profiled::new(Arc::clone(&backend), self.profile, start.steps(), recorder)?;
         info!("first step after {:.2} s", self.started.elapsed().as_secs_f64());
         let validation = self.validation.as_ref();
-        let summary = backend
-            .run(|| train(&mut model, training, validation, &settings, start.state(), &mut observer))?;
+        let summary =
+            backend.run(|| train(model, training, validation, settings, start.state(), &mut observer))?;
         let (recorder, times) = observer.into_parts();
         recorder.progress.finish();
         let times = times.map(|times| times.beside_limits(&*backend)).transpose()?;

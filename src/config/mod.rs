@@ -11,6 +11,7 @@ mod save_every;
 mod schema;
 mod starting;
 mod target_modules;
+mod token_cache;
 mod training;
 
 pub use choices::{
@@ -25,4 +26,5 @@ pub use save_every::SaveEvery;
 pub use schema::schema;
 pub use starting::{Choice, starting_configuration};
 pub use target_modules::TargetModules;
+pub use token_cache::TokenCache;
 pub use training::{DEFAULT_CONFIG_PATH, TrainingConfig};

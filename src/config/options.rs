@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use super::comments::blank_comments;
 use super::{
     ActivationMemory, DataSource, HashTemplate, LossOn, LrScheduler, OnBadRecord, OnNan, Overlong,
-    PatternMap, ReportFormat, SaveEvery, TargetModules,
+    PatternMap, ReportFormat, SaveEvery, TargetModules, TokenCache,
 };
 use crate::error::{Error, Result};
 
@@ -41,6 +41,10 @@ pub struct Options {
     /// Share of the training samples that is held out for validation, instead of `val_data`.
     #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
     pub val_fraction: Option<f64>,
+    /// Where tokenised data are kept for the next start: `auto`, `off` or a folder.
+    #[arg(long, value_name = "auto|off|DIR")]
+    #[schemars(with = "Option<String>")]
+    pub token_cache: Option<TokenCache>,
     /// Folder for the adapter, the metrics and the resolved configuration.
     #[arg(short, long, value_name = "DIR")]
     pub output_dir: Option<PathBuf>,
@@ -280,7 +284,7 @@ impl Options {
             };
         }
         each_field! {
-            schema model_name train_data val_data val_fraction output_dir init_adapter instruction_key output_key hash_key
+            schema model_name train_data val_data val_fraction token_cache output_dir init_adapter instruction_key output_key hash_key
             hash_template hash_dropout chat_template chat_date max_length batch_size gradient_accumulation_steps packing bucket_by_length
             balance_by_hash num_epochs max_steps shuffle
             seed loss_on on_bad_record overlong lora_r lora_alpha lora_dropout neftune_noise_alpha

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::{
     ActivationMemory, DataSource, HashTemplate, LossOn, LrScheduler, OnBadRecord, OnNan, Options, Overlong,
-    PatternMap, ReportFormat, SaveEvery, TargetModules, check_compute_choices,
+    PatternMap, ReportFormat, SaveEvery, TargetModules, TokenCache, check_compute_choices,
 };
 use crate::error::{Error, Result};
 
@@ -25,6 +25,8 @@ pub struct TrainingConfig {
     pub val_data: Option<Vec<DataSource>>,
     /// Share of the training samples that is held out for validation.
     pub val_fraction: Option<f64>,
+    /// Where tokenised data are kept for the next start.
+    pub token_cache: TokenCache,
     /// Folder for everything written.
     pub output_dir: PathBuf,
     /// Adapter folder that the run starts from; none: PEFT's start.
@@ -151,6 +153,7 @@ impl TrainingConfig {
                 .or_else(|| options.val_fraction.is_none().then(|| default_source("data/val_data.json")))
                 .filter(|sources| !sources.is_empty() && *sources != default_source("none")),
             val_fraction: options.val_fraction,
+            token_cache: options.token_cache.unwrap_or_default(),
             output_dir: options.output_dir.unwrap_or_else(|| "outputs".into()),
             init_adapter: options.init_adapter,
             instruction_key: key(options.instruction_key),

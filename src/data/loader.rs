@@ -2,15 +2,13 @@
 
 use std::sync::Arc;
 
-use rayon::prelude::*;
-
 use super::accounting::{Accounting, Outcome};
-use super::fields::{Interpreted, Keys, Problem, interpret};
-use super::files::{Layout, TextFile};
-use super::json::{Broken, RawValue, Scanner};
-use super::records::{Origin, Record};
+use super::blocks::each_block;
+use super::fields::Keys;
+use super::files::TextFile;
+use super::records::{Kinds, Origin, Record, RecordContent, UNKNOWN_HASH};
 use crate::config::{DataSource, OnBadRecord};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, escape_control};
 
 /// What holds for every file that does not say otherwise.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -36,6 +34,15 @@ pub struct Dataset {
     pub accounting: Accounting,
 }
 
+impl Dataset {
+    /// Which kinds of record there are.
+    pub fn kinds(&self) -> Kinds {
+        let mut kinds = Kinds::default();
+        self.records.iter().for_each(|record| kinds.note(record));
+        kinds
+    }
+}
+
 /// What one file gave.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileReport {
@@ -45,6 +52,34 @@ pub struct FileReport {
     pub used: usize,
     /// Bad records left out.
     pub skipped: usize,
+    /// SHA-256, in hexadecimal, of its bytes and of how they are read.
+    pub fingerprint: String,
+    /// The hash field that was named, where no record has it.
+    missing_hash_key: Option<String>,
+}
+
+/// What reading files gave besides the records.
+#[derive(Clone, Debug, Default)]
+pub struct Survey {
+    /// What each file gave.
+    pub files: Vec<FileReport>,
+    /// The records that were skipped, and the number of the others.
+    pub accounting: Accounting,
+    /// Which kinds of record there are.
+    pub kinds: Kinds,
+}
+
+impl Survey {
+    /// Logs what each file gave.
+    pub fn log(&self) {
+        for FileReport { file, used, skipped, missing_hash_key, .. } in &self.files {
+            let file = escape_control(file);
+            if let Some(key) = missing_hash_key {
+                tracing::warn!("{file}: no record has the hash field `{key}`: all get `{UNKNOWN_HASH}`");
+            }
+            tracing::info!("{file}: {used} records, {skipped} bad");
+        }
+    }
 }
 
 /// Loads and merges data files.
@@ -79,30 +114,60 @@ pub struct FileReport {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub fn load(sources: &[DataSource], options: &LoadOptions) -> Result<Dataset> {
+    let mut records = Vec::new();
+    let survey = read(sources, options, |_, block| {
+        records.extend(block);
+        Ok(())
+    })?;
+    survey.log();
+    let Survey { files, accounting, .. } = survey;
+    Ok(Dataset { records, files, accounting })
+}
+
+/// The same for data of any size: calls `visit` with the index of a source and some of its records, in order.
+///
+/// What is in memory is a few MiB of text and what was made of it, however large the files are; a record is at hand
+/// whole.
+///
+/// # Errors
+/// As [`load`], and what `visit` returns. Records that are refused, or missing, are found at the end.
+pub fn read(
+    sources: &[DataSource],
+    options: &LoadOptions,
+    mut visit: impl FnMut(usize, Vec<Record>) -> Result<()>,
+) -> Result<Survey> {
     for source in sources {
         source.validate()?;
     }
-    let mut dataset = Dataset::default();
-    for source in sources {
-        load_file(source, options, &mut dataset)?;
+    let mut survey = Survey::default();
+    for (index, source) in sources.iter().enumerate() {
+        read_file(source, options, &mut survey, |block| visit(index, block))?;
     }
-    dataset.accounting.used = dataset.records.len();
+    let accounting = &mut survey.accounting;
+    accounting.used = survey.files.iter().map(|file| file.used).sum();
     if let Some(refusal) =
-        dataset.accounting.refusal("mend it, or leave bad records out with on_bad_record = \"skip\"")
+        accounting.refusal("mend it, or leave bad records out with on_bad_record = \"skip\"")
     {
         return Err(refusal);
     }
-    if dataset.records.is_empty() {
-        dataset.accounting.log();
-        return Err(Error::data(format!("no usable record: {}", dataset.accounting))
+    if accounting.used == 0 {
+        survey.log();
+        survey.accounting.log();
+        return Err(Error::data(format!("no usable record: {}", survey.accounting))
             .hint("the warnings name each file, line and reason"));
     }
-    Ok(dataset)
+    Ok(survey)
 }
 
-/// Appends one file's records and exceptions.
-fn load_file(source: &DataSource, options: &LoadOptions, dataset: &mut Dataset) -> Result<()> {
-    let file = TextFile::read(&source.path)?;
+/// Visits one file's records, and notes its exceptions.
+fn read_file(
+    source: &DataSource,
+    options: &LoadOptions,
+    survey: &mut Survey,
+    mut visit: impl FnMut(Vec<Record>) -> Result<()>,
+) -> Result<()> {
+    let file = TextFile::open(&source.path)?;
+    let name = file.name.clone();
     let or = |own: &Option<String>, general: &Option<String>| own.clone().or_else(|| general.clone());
     let keys = Keys {
         instruction: or(&source.instruction_key, &options.instruction_key),
@@ -110,159 +175,53 @@ fn load_file(source: &DataSource, options: &LoadOptions, dataset: &mut Dataset) 
         hash: or(&source.hash_key, &options.hash_key),
         fixed_hash: source.hash.clone(),
     };
-    let results = match file.layout {
-        Layout::Json => json_records(&file, &keys)?,
-        Layout::Lines => line_records(&file, &keys),
+    let outcome = match options.on_bad_record {
+        OnBadRecord::Error => Outcome::Refused,
+        OnBadRecord::Skip => Outcome::Skipped,
     };
-    if results.is_empty() {
-        return Err(Error::data("the file holds no record").at(&*file.name));
-    }
-
-    let first = dataset.records.len();
-    let (mut skipped, mut any_hash) = (0, false);
-    for (line, result) in results {
-        let origin = Origin { file: file.name.clone(), line };
-        match result {
-            Ok(interpreted) => {
-                any_hash |= interpreted.hash.is_some();
-                let (content, hash) = interpreted.hash_or_unknown();
-                let record = Record { content, hash, weight: source.weight.unwrap_or(1.0), origin };
-                if let Some(earlier) = dataset.records.get(first) {
-                    refuse_mixture(earlier, &record)?;
+    let (mut used, mut skipped, mut any_hash) = (0, 0, false);
+    let mut first: Option<(&'static str, Origin)> = None;
+    let file = each_block(file, &keys, |block| {
+        let mut records = Vec::with_capacity(block.len());
+        for (line, result) in block {
+            let origin = Origin { file: name.clone(), line };
+            match result {
+                Ok(interpreted) => {
+                    any_hash |= interpreted.hash.is_some();
+                    let (content, hash) = interpreted.hash_or_unknown();
+                    let (kind, earlier) = &*first.get_or_insert_with(|| (content.kind(), origin.clone()));
+                    refuse_mixture(kind, earlier, &content, &origin)?;
+                    let record = Record { content, hash, weight: source.weight.unwrap_or(1.0), origin };
+                    survey.kinds.note(&record);
+                    records.push(record);
                 }
-                dataset.records.push(record);
-            }
-            Err(Problem::Broken(broken)) => return Err(broken_json(&file, &broken)),
-            Err(Problem::Bad(reason)) => {
-                let outcome = match options.on_bad_record {
-                    OnBadRecord::Error => Outcome::Refused,
-                    OnBadRecord::Skip => Outcome::Skipped,
-                };
-                skipped += 1;
-                dataset.accounting.note(&origin, outcome, reason);
+                Err(reason) => {
+                    skipped += 1;
+                    survey.accounting.note(&origin, outcome, reason);
+                }
             }
         }
+        used += records.len();
+        visit(records)
+    })?;
+    if used + skipped == 0 {
+        return Err(Error::data("the file holds no record").at(&*name));
     }
-    let used = dataset.records.len() - first;
-    if let Some(key) = keys.hash.filter(|_| keys.fixed_hash.is_none() && used > 0 && !any_hash) {
-        tracing::warn!(
-            "{}: no record has the hash field `{key}`: all get `{}`",
-            file.name,
-            super::UNKNOWN_HASH
-        );
-    }
-    tracing::info!("{}: {used} records, {skipped} bad", crate::error::escape_control(&file.name));
-    dataset.files.push(FileReport { file: file.name.clone(), used, skipped });
+    let missing_hash_key = keys.hash.filter(|_| keys.fixed_hash.is_none() && used > 0 && !any_hash);
+    let fingerprint = file.fingerprint();
+    survey.files.push(FileReport { file: name, used, skipped, fingerprint, missing_hash_key });
     Ok(())
 }
 
-/// Each record's line and what it says.
-type Interpretations = Vec<(usize, Result<Interpreted, Problem>)>;
-
-/// The records of a list of objects, or of one object.
-fn json_records(file: &TextFile, keys: &Keys) -> Result<Interpretations> {
-    let values = json_values(file.text()).map_err(|broken| broken_json(file, &broken))?;
-    let (mut line, mut counted) = (1, 0);
-    let placed: Vec<(usize, RawValue<'_>)> = values
-        .into_iter()
-        .map(|value| {
-            line += line_breaks(&file.text()[counted..value.offset]);
-            counted = value.offset;
-            (line, value)
-        })
-        .collect();
-    Ok(placed.into_par_iter().map(|(line, value)| (line, interpret(value, keys))).collect())
-}
-
-fn json_values(text: &str) -> Result<Vec<RawValue<'_>>, Broken> {
-    let mut scanner = Scanner::new(text, 0);
-    let mut values = Vec::new();
-    match scanner.peek() {
-        None => return Ok(values),
-        Some(b'[') => {
-            scanner.expect(b'[')?;
-            if scanner.peek() == Some(b']') {
-                scanner.expect(b']')?;
-            } else {
-                loop {
-                    values.push(scanner.value()?);
-                    if scanner.peek() == Some(b']') {
-                        scanner.expect(b']')?;
-                        break;
-                    }
-                    scanner.expect(b',')?;
-                }
-            }
-        }
-        Some(_) => values.push(scanner.value()?),
-    }
-    match scanner.peek() {
-        None => Ok(values),
-        Some(b'{') if text.trim_start().starts_with('{') => Err(Broken {
-            offset: scanner.offset(),
-            message: "a second object: a file with one object a line is named .jsonl".into(),
-        }),
-        Some(_) => Err(Broken { offset: scanner.offset(), message: "text after the end of the data".into() }),
-    }
-}
-
-/// The records of a file with one object a line; blank lines are none.
-fn line_records(file: &TextFile, keys: &Keys) -> Interpretations {
-    let mut offset = 0;
-    let lines: Vec<(usize, usize, &str)> = file
-        .text()
-        .split_inclusive('\n')
-        .enumerate()
-        .map(|(index, line)| {
-            let start = offset;
-            offset += line.len();
-            // Without its end, so that an object which is not whole is placed on its own line.
-            (index + 1, start, line.trim_end_matches(['\r', '\n']))
-        })
-        .filter(|(_, _, line)| !line.trim().is_empty())
-        .collect();
-    lines
-        .into_par_iter()
-        .map(|(number, offset, line)| {
-            (number, line_value(line, offset).and_then(|value| interpret(value, keys)))
-        })
-        .collect()
-}
-
-fn line_value(line: &str, offset: usize) -> Result<RawValue<'_>, Problem> {
-    let mut scanner = Scanner::new(line, offset);
-    let value = scanner.value()?;
-    match scanner.peek() {
-        None => Ok(value),
-        Some(_) => {
-            let message = "text after the object: expected one object a line".into();
-            Err(Problem::Broken(Broken { offset: scanner.offset(), message }))
-        }
-    }
-}
-
-fn line_breaks(text: &str) -> usize {
-    text.bytes().filter(|&byte| byte == b'\n').count()
-}
-
-fn broken_json(file: &TextFile, broken: &Broken) -> Error {
-    let hint = match file.layout {
-        Layout::Json => "expected a JSON list of objects, or one object",
-        Layout::Lines => "expected one whole JSON object on each line; a list of objects is named .json",
-    };
-    Error::data(format!("broken JSON: {}", broken.message)).at(file.place(broken.offset)).hint(hint)
-}
-
 /// One file holds one kind of record.
-fn refuse_mixture(first: &Record, record: &Record) -> Result<()> {
-    let (expected, found) = (first.content.kind(), record.content.kind());
+fn refuse_mixture(expected: &str, earlier: &Origin, content: &RecordContent, origin: &Origin) -> Result<()> {
+    let found = content.kind();
     if expected == found {
         return Ok(());
     }
     Err(Error::data(format!(
-        "mixed kinds of record: this one is {found}, the first ({}) is {expected}",
-        first.origin
+        "mixed kinds of record: this one is {found}, the first ({earlier}) is {expected}"
     ))
-    .at(record.origin.to_string())
+    .at(origin.to_string())
     .hint("keep each kind in a file of its own"))
 }

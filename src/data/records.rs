@@ -48,6 +48,25 @@ impl Record {
     }
 }
 
+/// Which kinds of record there are in some data.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Kinds {
+    /// The first record with text, which needs a tokenizer.
+    pub first_text: Option<Origin>,
+    /// Whether there are conversations, which need a chat template.
+    pub has_chat: bool,
+}
+
+impl Kinds {
+    /// Notes one record.
+    pub(super) fn note(&mut self, record: &Record) {
+        if self.first_text.is_none() && record.content.is_text() {
+            self.first_text = Some(record.origin.clone());
+        }
+        self.has_chat |= matches!(record.content, RecordContent::Chat { .. });
+    }
+}
+
 /// The kinds of record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RecordContent {

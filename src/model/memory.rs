@@ -40,6 +40,8 @@ pub struct MemoryPlan {
     pub activations: u64,
     /// What operations use in turn.
     pub scratch: u64,
+    /// Keys and values of a text that is generated.
+    pub answers: u64,
     /// What the activations leave out.
     pub recompute: Recompute,
     /// Of them what is cut from one allocation: all but the table of rotations.
@@ -49,7 +51,7 @@ pub struct MemoryPlan {
 impl MemoryPlan {
     /// All categories.
     pub fn total(&self) -> u64 {
-        self.weights + self.adapters + self.optimizer + self.activations + self.scratch
+        self.weights + self.adapters + self.optimizer + self.activations + self.scratch + self.answers
     }
 
     /// What is allocated for the batches, after model and optimizer are there.
@@ -65,13 +67,17 @@ impl fmt::Display for MemoryPlan {
             Recompute::Inputs => "norms and activations are computed again",
             Recompute::Blocks => "blocks are computed again",
         };
+        let answers = match self.answers {
+            0 => String::new(),
+            bytes => format!(", keys and values of answers {}", HumanBytes(bytes)),
+        };
         let [weights, adapters, optimizer, activations, scratch, total] =
             [self.weights, self.adapters, self.optimizer, self.activations, self.scratch, self.total()]
                 .map(HumanBytes);
         write!(
             formatter,
             "memory: weights {weights}, adapters {adapters}, optimizer {optimizer}, activations {activations} \
-             ({recomputed}), scratch {scratch}: {total}"
+             ({recomputed}), scratch {scratch}{answers}: {total}"
         )
     }
 }
@@ -191,8 +197,14 @@ impl ModelShape {
                 + backend.floats_bytes(limits.positions * self.rotations_per_position),
             arena: counter.bytes(),
             scratch: backend.scratch_bytes(&self.operations(needs)),
+            answers: 0,
             recompute,
         })
+    }
+
+    /// Bytes of the keys and values of a text of `capacity` tokens.
+    pub fn cache_bytes<B: Backend>(&self, backend: &B, capacity: usize) -> u64 {
+        2 * self.ranks.len() as u64 * backend.buffer_bytes(capacity * self.block.key_value_width())
     }
 }
 

@@ -17,7 +17,7 @@ mod workspace;
 pub use layout::{AdapterLayout, AdapterTensor, TensorKind};
 pub use lora::{AdaptedLinear, LoraConfig, ModuleLora, ModuleScales};
 pub use memory::{CHOICES, MemoryPlan, ModelShape, Needs, Recompute, choose_plan};
-pub use transformer::{Cache, TokenScores, Transformer};
+pub use transformer::{Cache, TokenScores, Transformer, decoding_limits};
 pub use whole::{BlockNorm, WholeModule, WholePlace, whole_modules};
 pub use work::StepWork;
 pub use workspace::{Limits, Purpose};

@@ -4,7 +4,7 @@ mod decoding;
 
 use std::sync::Arc;
 
-pub use decoding::Cache;
+pub use decoding::{Cache, decoding_limits};
 
 use super::block::{Block, BlockShape, ForwardBuffers, Pass};
 use super::config::ModelConfig;
@@ -48,6 +48,8 @@ pub struct Transformer<B: Backend> {
     losses: B::Landing,
     workspace: Option<Workspace<B>>,
     plan: Option<MemoryPlan>,
+    /// Of the cache that was made last.
+    cache_bytes: u64,
     scores: TokenScores,
 }
 
@@ -153,6 +155,7 @@ impl<B: Backend> Transformer<B> {
             losses: B::Landing::default(),
             workspace: None,
             plan: None,
+            cache_bytes: 0,
             scores: TokenScores::default(),
             shape: BlockShape::new(&config),
             model_shape: ModelShape::new(&config, lora)?,
@@ -276,7 +279,7 @@ impl<B: Backend> Transformer<B> {
 
     /// Bytes of the model and of the batches that it is ready for; none before [`reserve`](Self::reserve).
     pub fn memory_plan(&self) -> Option<MemoryPlan> {
-        self.plan
+        self.plan.map(|plan| MemoryPlan { answers: self.cache_bytes, ..plan })
     }
 
     fn load_batch(&mut self, purpose: Purpose, batch: &Batch, settings: PassSettings) -> Result<()> {

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use self::chart::{Series, chart};
-use super::{History, PAGE, PROVENANCE, RESOLVED_CONFIG, SAMPLES};
+use super::{FAILURE, History, PAGE, PROVENANCE, RESOLVED_CONFIG, SAMPLES};
 use crate::checkpoint::atomic::replace_file;
 use crate::checkpoint::run::read_json;
 use crate::error::{Error, Result, shorten};
@@ -35,6 +35,10 @@ pub fn write_page(folder: &Path, environment: &[(&str, String)]) -> Result<()> {
     };
     let page = Page { name: folder.display().to_string(), history, config, samples: read_samples(folder)? };
     let mut environment: Vec<(&str, String)> = environment.to_vec();
+    if folder.join(FAILURE).exists() {
+        let message = read_json(&folder.join(FAILURE))?["error"]["message"].as_str().map(str::to_string);
+        environment.push(("ended by an error", message.unwrap_or_else(|| "not known".into())));
+    }
     if let Some(files) = provenance["base_sha256"].as_object() {
         let digests =
             files.iter().map(|(file, digest)| format!("{file}: {}", digest.as_str().unwrap_or("?")));

@@ -21,5 +21,7 @@ pub const RESOLVED_CONFIG: &str = "training_config.json";
 pub const PROVENANCE: &str = "fastlora.json";
 /// Answers to the test cases while the run went.
 pub const SAMPLES: &str = "samples.jsonl";
+/// Why a run ended before its end, if an error ended it.
+pub const FAILURE: &str = "error.json";
 /// The page.
 pub const PAGE: &str = "report.html";

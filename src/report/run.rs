@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use chrono::{DateTime, Local};
 use serde_json::{Map, Value, json};
 
-use super::{History, METRICS, PROVENANCE, RESOLVED_CONFIG};
+use super::{FAILURE, History, METRICS, PROVENANCE, RESOLVED_CONFIG};
 use crate::checkpoint::adapter::ADAPTER_WEIGHTS;
 use crate::checkpoint::run::{CHECKPOINTS, Checkpoints, read_json};
 use crate::error::{Error, Result};
@@ -24,7 +24,7 @@ pub enum RunState {
     Complete,
     /// It ended before, and no step is lost.
     Stopped,
-    /// It ended before, with steps after its newest checkpoint, if it has one.
+    /// An error ended it, or it ended before with steps after its newest checkpoint, if it has one.
     Failed,
 }
 
@@ -57,6 +57,8 @@ pub struct RunFolder {
     pub last_written: Option<DateTime<Local>>,
     /// `fastlora.json`, of a finished run.
     pub provenance: Option<Value>,
+    /// The error that ended it, as `--json` has it.
+    pub error: Option<Value>,
 }
 
 impl RunFolder {
@@ -75,10 +77,12 @@ impl RunFolder {
             return Err(Error::corrupt("no configuration").at(config_path.display().to_string()));
         };
         let history = History::read(path)?;
-        let provenance = match path.join(PROVENANCE).exists() {
-            true => Some(read_json(&path.join(PROVENANCE))?),
-            false => None,
+        let read_if_there = |name: &str| match path.join(name).exists() {
+            true => read_json(&path.join(name)).map(Some),
+            false => Ok(None),
         };
+        let (provenance, failure) = (read_if_there(PROVENANCE)?, read_if_there(FAILURE)?);
+        let error = failure.map(|failure| failure["error"].clone());
         let checkpoint = Checkpoints::new(path.join(CHECKPOINTS)).steps()?.into_iter().max();
         let is_finished = provenance.as_ref().is_some_and(|provenance| provenance.get("summary").is_some());
         let steps = history.steps.last().map_or(0, |step| step.step);
@@ -86,6 +90,8 @@ impl RunFolder {
             RunState::Running
         } else if is_finished && path.join(ADAPTER_WEIGHTS).exists() {
             RunState::Complete
+        } else if error.is_some() {
+            RunState::Failed
         } else if checkpoint.is_some_and(|checkpoint| checkpoint >= steps) {
             RunState::Stopped
         } else {
@@ -100,6 +106,7 @@ impl RunFolder {
             checkpoint,
             last_written: written.map(DateTime::from),
             provenance,
+            error,
         })
     }
 

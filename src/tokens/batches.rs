@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::packing::{bucket, pack};
-use super::samples::{Sample, carry_loss};
+use super::sample_set::SampleSet;
 use super::tokenizer::hex;
 use super::visits::{Shares, Visit, loses_hash, shuffle};
 use crate::batch::Batch;
@@ -64,10 +64,11 @@ impl Default for BatchOptions {
 /// ```
 /// use fastlora::batch::Batch;
 /// use fastlora::data::Origin;
-/// use fastlora::tokens::{BatchOptions, BatchPlan, Sample};
+/// use fastlora::tokens::{BatchOptions, BatchPlan, Sample, SampleSet};
 ///
 /// let origin = Origin { file: "train.json".into(), line: 1 };
-/// let samples = vec![Sample::new(vec![5, 6, 7], vec![-100, 6, 7], origin); 10];
+/// let sample = Sample::new(vec![5, 6, 7], vec![-100, 6, 7], origin);
+/// let samples = SampleSet::new(vec![sample; 10], vec!["faq".into()]);
 /// let options = BatchOptions { batch_size: 2, gradient_accumulation_steps: 2, shuffle: true, ..BatchOptions::default() };
 /// let plan = BatchPlan::new(&samples, options)?;
 /// let mut batch = Batch::default();
@@ -83,9 +84,7 @@ impl Default for BatchOptions {
 /// ```
 #[derive(Debug)]
 pub struct BatchPlan<'a> {
-    samples: &'a [Sample],
-    /// `[samples]` tokens with loss of each sample, with its hash and without.
-    labelled_counts: Vec<[usize; 2]>,
+    samples: &'a SampleSet,
     shares: Shares,
     options: BatchOptions,
     /// Where epochs end, in steps from the start of the run; of the first few, and only where their lengths differ.
@@ -98,7 +97,7 @@ impl<'a> BatchPlan<'a> {
     /// # Errors
     /// A configuration error when a micro-batch, a step or an epoch would be empty, or a sample does not fit into a row;
     /// a data error when there is no sample, or more than 2³² visits an epoch.
-    pub fn new(samples: &'a [Sample], options: BatchOptions) -> Result<Self> {
+    pub fn new(samples: &'a SampleSet, options: BatchOptions) -> Result<Self> {
         for (name, value) in [
             ("batch_size", options.batch_size),
             ("gradient_accumulation_steps", options.gradient_accumulation_steps),
@@ -124,11 +123,7 @@ impl<'a> BatchPlan<'a> {
                 .at("train_data")
                 .hint("raise the weights: they are how often each record is seen in an epoch"));
         }
-        let labelled_counts = samples
-            .iter()
-            .map(|sample| [false, true].map(|without| carry_loss(sample.tokens(without).1)))
-            .collect();
-        let plan = Self { samples, labelled_counts, shares, options, epoch_ends: Mutex::default() };
+        let plan = Self { samples, shares, options, epoch_ends: Mutex::default() };
         match options.row_tokens.filter(|&row_tokens| plan.longest_sample() > row_tokens) {
             Some(row_tokens) => Err(Error::config(format!(
                 "a sample has {} tokens, a row has room for {row_tokens}",
@@ -205,14 +200,15 @@ impl<'a> BatchPlan<'a> {
         let mut visits = self.shares.visits(seed, epoch);
         if hash_dropout > 0.0 {
             for visit in &mut visits {
-                let can_be_without = self.samples[visit.sample as usize].without_hash.is_some();
-                visit.without_hash = can_be_without && loses_hash(hash_dropout, seed, epoch, *visit);
+                let entry = self.samples.entry(visit.sample as usize);
+                visit.without_hash =
+                    self.samples.has_without(entry) && loses_hash(hash_dropout, seed, epoch, *visit);
             }
         }
         if is_shuffled {
             shuffle(&mut visits, seed, epoch);
         }
-        let length = |visit: &Visit| self.tokens_of(*visit).0.len();
+        let length = |visit: &Visit| self.token_count(*visit);
         let row_ends =
             self.options.row_tokens.map(|row_tokens| pack(&mut visits, length, row_tokens, !is_shuffled));
         if self.options.bucket_by_length && is_shuffled && row_ends.is_none() {
@@ -244,7 +240,10 @@ impl<'a> BatchPlan<'a> {
 
     /// Rows with loss of the micro-batch, of any epoch, that has the most.
     pub fn max_labelled_rows(&self) -> usize {
-        self.largest_micro_batch(|index| self.labelled_counts[index][0].max(self.labelled_counts[index][1]))
+        self.largest_micro_batch(|index| {
+            let [with, without] = self.samples.labelled(self.samples.entry(index));
+            with.max(without)
+        })
     }
 
     /// Tokens of the longest sample.
@@ -254,16 +253,22 @@ impl<'a> BatchPlan<'a> {
 
     /// Tokens of a sample, with its hash or without, whichever are more.
     fn longest(&self, index: usize) -> usize {
-        let [with, without] = [false, true].map(|without| self.samples[index].tokens(without).0.len());
+        let [with, without] = self.samples.lengths(self.samples.entry(index));
         with.max(without)
     }
 
     fn tokens_of(&self, visit: Visit) -> (&[u32], &[i32]) {
-        self.samples[visit.sample as usize].tokens(visit.without_hash)
+        self.samples.tokens(visit.sample as usize, visit.without_hash)
+    }
+
+    fn token_count(&self, visit: Visit) -> usize {
+        let entry = self.samples.entry(visit.sample as usize);
+        self.samples.lengths(entry)[usize::from(visit.without_hash)]
     }
 
     fn labelled_count(&self, visit: Visit) -> usize {
-        self.labelled_counts[visit.sample as usize][usize::from(visit.without_hash)]
+        let entry = self.samples.entry(visit.sample as usize);
+        self.samples.labelled(entry)[usize::from(visit.without_hash)]
     }
 
     fn rows_per_step(&self) -> usize {
@@ -319,7 +324,7 @@ impl<'a> EpochOrder<'a> {
 
     /// Tokens of all visits.
     pub fn token_count(&self) -> usize {
-        self.visits.iter().map(|&visit| self.plan.tokens_of(visit).0.len()).sum()
+        self.visits.iter().map(|&visit| self.plan.token_count(visit)).sum()
     }
 
     /// Tokens with loss of all visits.
@@ -385,7 +390,7 @@ impl<'a> Step<'a> {
 
     /// Tokens of the whole step.
     pub fn token_count(&self) -> usize {
-        self.visits().iter().map(|&visit| self.order.plan.tokens_of(visit).0.len()).sum()
+        self.visits().iter().map(|&visit| self.order.plan.token_count(visit)).sum()
     }
 
     /// Tokens with loss of the whole step.

@@ -1,6 +1,7 @@
 //! Conversations → tokens: the loss is on every assistant turn and what ends it, and on nothing else.
 
-use super::samples::{Fate, NO_LOSS, SampleOptions, Tokens, cut_end};
+use super::sample_set::NO_LOSS;
+use super::samples::{Fate, SampleOptions, Tokens, cut_end};
 use super::tokenizer::Tokenizer;
 use crate::config::LossOn;
 use crate::data::{Conversation, RenderFault, RenderedChat};

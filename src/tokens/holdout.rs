@@ -1,6 +1,6 @@
 //! A share of the samples set aside for validation.
 
-use super::samples::SampleSet;
+use super::sample_set::SampleSet;
 use super::visits::shuffle;
 use crate::data::Accounting;
 use crate::error::{Error, Result};
@@ -15,7 +15,7 @@ impl SampleSet {
     /// # Errors
     /// A data error when a part would be empty.
     pub fn hold_out(mut self, share: f64, seed: u64) -> Result<(Self, Self)> {
-        let count = self.samples.len();
+        let count = self.len();
         let held_out = ((share * count as f64).round() as usize).max(1);
         if held_out >= count {
             return Err(Error::data(format!(
@@ -28,22 +28,19 @@ impl SampleSet {
         shuffle(&mut order, seed, STREAM);
         let mut is_held_out = vec![false; count];
         order[..held_out].iter().for_each(|&index| is_held_out[index as usize] = true);
-        let mut validation = Self {
-            samples: Vec::new(),
-            hash_names: self.hash_names.clone(),
-            accounting: Accounting::default(),
-        };
-        let all = std::mem::take(&mut self.samples);
-        for (mut sample, is_held_out) in all.into_iter().zip(is_held_out) {
-            if is_held_out {
-                // Each validation sample counts once, as it is.
-                (sample.weight, sample.without_hash) = (1.0, None);
-                validation.samples.push(sample);
-            } else {
-                self.samples.push(sample);
-            }
+        let all = self.picked.take().unwrap_or_else(|| (0..count as u32).collect());
+        let (mut kept, mut taken) = (Vec::with_capacity(count - held_out), Vec::with_capacity(held_out));
+        for (index, is_held_out) in all.into_iter().zip(is_held_out) {
+            if is_held_out { taken.push(index) } else { kept.push(index) }
         }
-        validation.accounting.used = held_out;
+        let validation = Self {
+            accounting: Accounting { used: held_out, ..Accounting::default() },
+            picked: Some(taken),
+            // Each validation sample counts once, as it is.
+            is_plain: true,
+            ..self.clone()
+        };
+        self.picked = Some(kept);
         Ok((self, validation))
     }
 }
@@ -57,15 +54,11 @@ mod tests {
     fn set(count: u32) -> SampleSet {
         let origin = || Origin { file: "a.json".into(), line: 1 };
         let sample = |number| Sample::new(vec![number, 1], vec![1; 2], origin());
-        SampleSet {
-            samples: (0..count).map(sample).collect(),
-            hash_names: vec!["faq".into()],
-            ..SampleSet::default()
-        }
+        SampleSet::new((0..count).map(sample), vec!["faq".into()])
     }
 
     fn numbers(set: &SampleSet) -> Vec<u32> {
-        set.samples.iter().map(|sample| sample.token_ids[0]).collect()
+        set.iter().map(|sample| sample.token_ids[0]).collect()
     }
 
     #[test]

@@ -1,76 +1,18 @@
-//! Records → samples: token ids with one label each, every record accounted for.
+//! A record → its sample: token ids with one label each.
 
-use std::collections::{BTreeSet, HashMap};
+use serde::Serialize;
 
-use rayon::prelude::*;
-use sha2::{Digest, Sha256};
-
+use super::builder::build;
 use super::chat;
-use super::lengths::length_histogram;
-use super::tokenizer::{Tokenizer, hex};
+use super::sample_set::{NO_LOSS, SampleSet, carry_loss};
+use super::tokenizer::Tokenizer;
 use super::truncation::{self, Cut};
 use crate::config::{HashTemplate, LossOn, OnBadRecord, Overlong};
-use crate::data::{Accounting, Dataset, Origin, Outcome, Record, RecordContent, render};
+use crate::data::{Dataset, Kinds, Origin, Record, RecordContent, render};
 use crate::error::{Error, Result};
 
-/// The label of a token without loss.
-pub const NO_LOSS: i32 = -100;
-
-/// One record as the model learns it.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Sample {
-    /// Token ids.
-    pub token_ids: Vec<u32>,
-    /// What each token should have been; [`NO_LOSS`] where nothing is learned. The first is never used.
-    pub labels: Vec<i32>,
-    /// Index into [`SampleSet::hash_names`].
-    pub hash: usize,
-    /// Whether the hash stands in the text.
-    pub is_conditioned: bool,
-    /// The sample without the hash in its text, where it may be learned so.
-    pub without_hash: Option<Box<Unconditioned>>,
-    /// How often it is seen in an epoch, in the mean.
-    pub weight: f64,
-    /// Where its record begins.
-    pub origin: Origin,
-}
-
-/// A sample without the hash in its text.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Unconditioned {
-    /// Token ids.
-    pub token_ids: Vec<u32>,
-    /// As [`Sample::labels`].
-    pub labels: Vec<i32>,
-}
-
-impl Sample {
-    /// A sample of tokens alone: of hash 0, which is not in its text, and seen once an epoch.
-    pub fn new(token_ids: Vec<u32>, labels: Vec<i32>, origin: Origin) -> Self {
-        Self { token_ids, labels, hash: 0, is_conditioned: false, without_hash: None, weight: 1.0, origin }
-    }
-
-    /// Tokens that carry loss.
-    pub fn labelled_count(&self) -> usize {
-        carry_loss(&self.labels)
-    }
-
-    /// Ids and labels, with the hash in the text or, where there is that, without.
-    pub(super) fn tokens(&self, without_hash: bool) -> (&[u32], &[i32]) {
-        match &self.without_hash {
-            Some(sample) if without_hash => (&sample.token_ids, &sample.labels),
-            _ => (&self.token_ids, &self.labels),
-        }
-    }
-}
-
-/// Number of labels that carry loss.
-pub(super) fn carry_loss(labels: &[i32]) -> usize {
-    labels.iter().skip(1).filter(|&&label| label != NO_LOSS).count()
-}
-
 /// What holds for every sample.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct SampleOptions {
     /// Longest sample in tokens.
     pub max_length: usize,
@@ -100,50 +42,6 @@ impl SampleOptions {
             hash_template: HashTemplate::default(),
             also_without_hash: false,
         }
-    }
-}
-
-/// Samples in the order of their records.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct SampleSet {
-    /// The samples.
-    pub samples: Vec<Sample>,
-    /// The hashes in the order in which they first appear.
-    pub hash_names: Vec<String>,
-    /// What became of every record, those that the loader skipped included.
-    pub accounting: Accounting,
-}
-
-impl SampleSet {
-    /// SHA-256 over the samples in order (each: its number of tokens as u64, the ids as u32, the labels as i32, all
-    /// little-endian), in hexadecimal.
-    pub fn fingerprint(&self) -> String {
-        let mut hasher = Sha256::new();
-        let mut bytes = Vec::new();
-        for sample in &self.samples {
-            bytes.clear();
-            bytes.extend((sample.token_ids.len() as u64).to_le_bytes());
-            bytes.extend(sample.token_ids.iter().flat_map(|id| id.to_le_bytes()));
-            bytes.extend(sample.labels.iter().flat_map(|label| label.to_le_bytes()));
-            hasher.update(&bytes);
-        }
-        hex(&hasher.finalize())
-    }
-
-    /// Tokens of all samples.
-    pub fn token_count(&self) -> usize {
-        self.samples.iter().map(|sample| sample.token_ids.len()).sum()
-    }
-
-    /// Tokens that carry loss in all samples.
-    pub fn labelled_count(&self) -> usize {
-        self.samples.iter().map(Sample::labelled_count).sum()
-    }
-
-    /// The hashes that stand in the text of a sample.
-    pub fn hashes_in_text(&self) -> BTreeSet<&str> {
-        let conditioned = self.samples.iter().filter(|sample| sample.is_conditioned);
-        conditioned.map(|sample| self.hash_names[sample.hash].as_str()).collect()
     }
 }
 
@@ -187,7 +85,7 @@ impl SampleSet {
 ///     also_without_hash: false,
 /// };
 /// let set = tokenise(&dataset, Some(&tokenizer), &options)?;
-/// let sample = &set.samples[0];
+/// let sample = set.get(0);
 /// assert_eq!(sample.token_ids.len(), "[hash: math] User: 2+2?\nAssistant: 4".len() + 1);
 /// assert_eq!(sample.labelled_count(), " 4".len() + 1);
 /// assert_eq!(sample.labels.last(), Some(&(eos_id as i32)));
@@ -198,89 +96,7 @@ pub fn tokenise(
     tokenizer: Option<&Tokenizer>,
     options: &SampleOptions,
 ) -> Result<SampleSet> {
-    let text = text_tokenizer(dataset, tokenizer)?;
-    let fates: Vec<(Fate, Option<Tokens>)> = dataset
-        .records
-        .par_iter()
-        .map(|record| tokenise_record(record, text, options))
-        .collect::<Vec<Result<_>>>()
-        .into_iter()
-        .collect::<Result<_>>()?;
-
-    let mut set = SampleSet { accounting: dataset.accounting.clone(), ..SampleSet::default() };
-    set.accounting.used = 0;
-    let lengths: Vec<usize> = fates.iter().filter_map(|(fate, _)| fate.length()).collect();
-    let mut hashes: HashMap<&str, usize> = HashMap::new();
-    let mut first_overlong = None;
-    let mut incomplete = Vec::new();
-    for (record, (fate, without_hash)) in dataset.records.iter().zip(fates) {
-        let origin = &record.origin;
-        match fate {
-            Fate::Used { tokens, cut_from } => {
-                if let Some(length) = cut_from {
-                    let reason = format!("{length} tokens cut to {}", tokens.token_ids.len());
-                    set.accounting.note(origin, Outcome::Truncated, reason);
-                }
-                let hash = *hashes.entry(&record.hash).or_insert_with(|| {
-                    set.hash_names.push(record.hash.clone());
-                    set.hash_names.len() - 1
-                });
-                let Tokens { token_ids, labels, is_incomplete } = tokens;
-                if is_incomplete {
-                    incomplete.push(origin);
-                }
-                let unconditioned =
-                    |Tokens { token_ids, labels, .. }| Box::new(Unconditioned { token_ids, labels });
-                set.samples.push(Sample {
-                    token_ids,
-                    labels,
-                    hash,
-                    is_conditioned: record.text_hash().is_some(),
-                    without_hash: without_hash.map(unconditioned),
-                    weight: record.weight,
-                    origin: origin.clone(),
-                });
-            }
-            Fate::Overlong { length } => {
-                let reason = format!("{length} tokens, more than max_length = {}", options.max_length);
-                if options.overlong == Overlong::Error {
-                    first_overlong = first_overlong.or(Some(origin));
-                }
-                set.accounting.note(origin, Outcome::Dropped, reason);
-            }
-            Fate::Bad { reason } => {
-                let outcome = match options.on_bad_record {
-                    OnBadRecord::Error => Outcome::Refused,
-                    OnBadRecord::Skip => Outcome::Skipped,
-                };
-                set.accounting.note(origin, outcome, reason);
-            }
-        }
-    }
-    set.accounting.used = set.samples.len();
-    warn_about_incomplete(&incomplete);
-    let refusal = set.accounting.refusal("mend it, or leave bad records out with on_bad_record = \"skip\"");
-    if let Some(refusal) = refusal {
-        return Err(refusal);
-    }
-    let over = lengths.iter().filter(|&&length| length > options.max_length).count();
-    let histogram = || {
-        format!(
-            "{over} of {} samples are longer than max_length = {}; {}",
-            lengths.len(),
-            options.max_length,
-            length_histogram(&lengths)
-        )
-    };
-    let advice = "raise max_length, or set overlong to \"truncate\" or \"drop\"";
-    if let Some(origin) = first_overlong {
-        return Err(Error::data(histogram()).at(origin.to_string()).hint(advice));
-    }
-    if set.samples.is_empty() {
-        let message = if over > 0 { histogram() } else { set.accounting.to_string() };
-        return Err(Error::data(format!("no sample is left: {message}")).hint(advice));
-    }
-    Ok(set)
+    build(dataset, tokenizer, options)
 }
 
 /// Ids and labels of one sample.
@@ -290,6 +106,12 @@ pub(super) struct Tokens {
     pub labels: Vec<i32>,
     /// Whether the chat template left out what some message says.
     pub is_incomplete: bool,
+}
+
+impl Tokens {
+    pub fn parts(&self) -> (&[u32], &[i32]) {
+        (&self.token_ids, &self.labels)
+    }
 }
 
 /// What becomes of one record.
@@ -307,45 +129,32 @@ pub(super) enum Fate {
     },
 }
 
-impl Fate {
-    /// Tokens of the uncut sample.
-    fn length(&self) -> Option<usize> {
-        match self {
-            Fate::Used { tokens, cut_from } => Some(cut_from.unwrap_or(tokens.token_ids.len())),
-            Fate::Overlong { length } => Some(*length),
-            Fate::Bad { .. } => None,
-        }
-    }
-}
-
 /// A tokenizer that can end a completion.
 #[derive(Clone, Copy)]
-struct TextTokenizer<'a> {
+pub(super) struct TextTokenizer<'a> {
     tokenizer: &'a Tokenizer,
     eos_id: u32,
 }
 
-/// The tokenizer for the text of a data set; none where the data set has no text.
-fn text_tokenizer<'a>(
-    dataset: &Dataset,
-    tokenizer: Option<&'a Tokenizer>,
-) -> Result<Option<TextTokenizer<'a>>> {
-    let is_text = |record: &&Record| record.content.is_text();
-    let Some(record) = dataset.records.iter().find(is_text) else { return Ok(None) };
-    let tokenizer = tokenizer.ok_or_else(|| {
-        Error::model("the data hold text, and the model folder has no tokenizer files")
-            .at(record.origin.to_string())
-            .hint("add tokenizer.json to the model folder, or give records with `input_ids`")
-    })?;
-    let eos_id = tokenizer.eos_id().ok_or_else(|| {
-        Error::model("the tokenizer has no EOS token, so the model would never learn to stop")
-            .hint("name `eos_token` in tokenizer_config.json or `eos_token_id` in generation_config.json")
-    })?;
-    Ok(Some(TextTokenizer { tokenizer, eos_id }))
+impl<'a> TextTokenizer<'a> {
+    /// The tokenizer for the text of a data set; none where the data set has no text.
+    pub fn for_kinds(kinds: &Kinds, tokenizer: Option<&'a Tokenizer>) -> Result<Option<Self>> {
+        let Some(origin) = &kinds.first_text else { return Ok(None) };
+        let tokenizer = tokenizer.ok_or_else(|| {
+            Error::model("the data hold text, and the model folder has no tokenizer files")
+                .at(origin.to_string())
+                .hint("add tokenizer.json to the model folder, or give records with `input_ids`")
+        })?;
+        let eos_id = tokenizer.eos_id().ok_or_else(|| {
+            Error::model("the tokenizer has no EOS token, so the model would never learn to stop")
+                .hint("name `eos_token` in tokenizer_config.json or `eos_token_id` in generation_config.json")
+        })?;
+        Ok(Some(Self { tokenizer, eos_id }))
+    }
 }
 
 /// What becomes of a record, and its tokens without the hash where they are wanted and others.
-fn tokenise_record(
+pub(super) fn tokenise_record(
     record: &Record,
     text: Option<TextTokenizer<'_>>,
     options: &SampleOptions,
@@ -475,16 +284,5 @@ fn check_ids(tokens: &Tokens, embedding_rows: usize, origin: &Origin) -> Result<
                 .at(origin.to_string())
                 .hint("were these tokens made with the model's own tokenizer?"))
         }
-    }
-}
-
-/// Warns about conversations of which the chat template writes only a part.
-fn warn_about_incomplete(origins: &[&Origin]) {
-    if let Some(first) = origins.first() {
-        tracing::warn!(
-            "the chat template leaves out messages, or rewrites them, in {} conversations; the first is {}",
-            origins.len(),
-            crate::error::escape_control(&first.to_string())
-        );
     }
 }

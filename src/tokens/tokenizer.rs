@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::template;
@@ -160,6 +161,16 @@ impl Tokenizer {
     /// SHA-256 of `tokenizer.json`, in hexadecimal.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
+    }
+
+    /// What its samples depend on besides the records.
+    pub fn identity(&self) -> Value {
+        let chat = self.chat.as_ref();
+        json!({
+            "tokenizer": self.fingerprint,
+            "eos": self.eos_id,
+            "chat": chat.map(|chat| json!([chat.template.identity(), chat.turn_ends])),
+        })
     }
 
     /// The same tokenizer with a template for conversations, whose turns end with any of `eos_ids` or the tokenizer's

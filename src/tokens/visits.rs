@@ -11,7 +11,7 @@
 
 use std::collections::BTreeMap;
 
-use super::samples::Sample;
+use super::sample_set::SampleSet;
 
 /// Combined with the seed, for the permutations that share out fractions of visits.
 const SHARES: u64 = 0x5348_4152_4553_0000;
@@ -66,13 +66,14 @@ impl Group {
 
 impl Shares {
     /// By the samples' weights; with `balance_by_hash` each hash gets as many visits as the one that has most.
-    pub fn new(samples: &[Sample], balance_by_hash: bool) -> Self {
+    pub fn new(samples: &SampleSet, balance_by_hash: bool) -> Self {
         let mut groups: BTreeMap<u64, Group> = BTreeMap::new();
-        for (index, sample) in samples.iter().enumerate() {
-            let key = if balance_by_hash { sample.hash as u64 } else { sample.weight.to_bits() };
+        for (index, entry) in samples.entries().enumerate() {
+            let weight = samples.weight_of(entry);
+            let key = if balance_by_hash { u64::from(entry.hash) } else { weight.to_bits() };
             let group = groups.entry(key).or_insert(Group { members: vec![], rates: vec![], total: 0.0 });
             group.members.push(index as u32);
-            group.rates.push(sample.weight);
+            group.rates.push(weight);
         }
         let mut groups: Vec<Group> = groups.into_values().collect();
         for group in &mut groups {
@@ -198,16 +199,17 @@ pub(super) fn shuffle<T>(order: &mut [T], seed: u64, epoch: u64) {
 mod tests {
     use super::*;
     use crate::data::Origin;
+    use crate::tokens::Sample;
 
     /// One sample for each weight and hash.
-    fn samples(of: &[(f64, usize)]) -> Vec<Sample> {
+    fn samples(of: &[(f64, usize)]) -> SampleSet {
         let origin = Origin { file: "a.json".into(), line: 1 };
         let sample = |&(weight, hash): &(f64, usize)| Sample {
             weight,
             hash,
             ..Sample::new(vec![5, 6], vec![5, 6], origin.clone())
         };
-        of.iter().map(sample).collect()
+        SampleSet::new(of.iter().map(sample), vec![String::new(); 3])
     }
 
     /// Visits of each sample in one epoch.

@@ -16,7 +16,7 @@ impl<'a> Split<'a> {
     /// # Errors
     /// As [`BatchPlan::new`].
     pub fn new(samples: &'a SampleSet, options: BatchOptions) -> Result<Self> {
-        Ok(Self { samples, plan: BatchPlan::new(&samples.samples, options)? })
+        Ok(Self { samples, plan: BatchPlan::new(samples, options)? })
     }
 
     /// Which samples make which step.
@@ -26,13 +26,13 @@ impl<'a> Split<'a> {
 
     /// The hash of a sample by its id in a batch.
     pub(super) fn hash_of(&self, id: usize) -> &'a str {
-        &self.samples.hash_names[self.samples.samples[self.plan.sample_of(id)].hash]
+        &self.samples.hash_names[self.samples.get(self.plan.sample_of(id)).hash()]
     }
 
     /// The places of the first few of these visits' records.
     pub(super) fn origins(&self, visits: &[Visit]) -> String {
         const NAMED: usize = 8;
-        let origin = |visit: &Visit| self.samples.samples[visit.sample as usize].origin.to_string();
+        let origin = |visit: &Visit| self.samples.get(visit.sample as usize).origin().to_string();
         let mut origins: Vec<String> = visits.iter().take(NAMED).map(origin).collect();
         if visits.len() > NAMED {
             origins.push(format!("and {} more", visits.len() - NAMED));

@@ -221,3 +221,51 @@ fn the_newest_are_kept_and_time_can_be_the_interval() {
     assert_eq!(train("never", &["--save-every", "never"]), [0; 0]);
     assert_eq!(train("minutes", &["--save-every", "10m"]), [0; 0]);
 }
+
+#[test]
+fn fault_53_inspecting_a_checkpoint_finds_the_damage() {
+    let workspace = Workspace::with_data();
+    workspace.train_into("out", &SMALL).succeeded();
+    let checkpoint = "out/checkpoints/step-8";
+    let described = workspace.run(&["inspect", checkpoint, "--json"]).succeeded().json();
+    assert_eq!((&described["kind"], &described["step"]), (&"checkpoint".into(), &8.into()));
+    assert!(described["checksums"].as_str().unwrap().contains("SHA256SUMS"), "{described}");
+    assert!(workspace.run(&["inspect", "out", "--json"]).succeeded().json()["checksums"].is_null());
+    for name in ["optimizer.safetensors", "state.json", "adapter_model.safetensors", "README.md"] {
+        let path = workspace.path(checkpoint).join(name);
+        let whole = std::fs::read(&path).unwrap();
+        let mut flipped = whole.clone();
+        *flipped.last_mut().unwrap() ^= 1;
+        std::fs::write(&path, flipped).unwrap();
+        workspace.run(&["inspect", checkpoint]).refused(8, &[name, "the checkpoint is damaged", "SHA-256"]);
+        std::fs::remove_file(&path).unwrap();
+        workspace.run(&["inspect", checkpoint]).refused(8, &[name, "the checkpoint is damaged"]);
+        std::fs::write(&path, whole).unwrap();
+    }
+    std::fs::remove_file(workspace.path(checkpoint).join("SHA256SUMS")).unwrap();
+    workspace.run(&["inspect", checkpoint]).refused(8, &["SHA256SUMS", "it cannot be read"]);
+}
+
+#[test]
+fn a_best_adapter_that_is_gone_is_told_when_a_run_goes_on() {
+    let (workspace, expected) = killed_run();
+    std::fs::remove_dir_all(workspace.path("out/best")).unwrap();
+    let resume = [&Workspace::usual("out", &SMALL)[..], &["--resume"]].concat();
+    let run = workspace.train(&resume).succeeded();
+    assert!(run.stderr.contains("out/best is missing: the adapter of step 6"), "{}", run.stderr);
+    let found = Bits::of(&workspace, "out", 12);
+    assert!(found.metrics_equal(&expected), "the run is the same");
+    // A later validation that was lower has its adapter there; else the end tells that there is none.
+    let losses: Vec<f64> =
+        workspace.validations("out").iter().map(|line| line["loss"].as_f64().unwrap()).collect();
+    assert_eq!(workspace.path("out/best").exists(), losses[1] < losses[0]);
+    std::fs::remove_dir_all(workspace.path("out/best"))
+        .or_else(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => Ok(()),
+            _ => Err(error),
+        })
+        .unwrap();
+    let told = workspace.train(&resume).succeeded().stderr;
+    assert!(told.contains("whose adapter is no longer there"), "{told}");
+    assert!(!told.contains("--adapter out/best"), "{told}");
+}

@@ -33,7 +33,8 @@ fn a_dry_run_tells_what_the_run_then_does() {
     assert_eq!(told["samples"].as_array().unwrap().len(), 3);
     let memory = &told["memory_bytes"];
     let bytes = |key: &str| memory[key].as_u64().unwrap();
-    let parts: u64 = ["weights", "adapters", "optimizer", "activations", "scratch"].map(bytes).iter().sum();
+    let parts: u64 =
+        ["weights", "adapters", "optimizer", "activations", "scratch", "answers"].map(bytes).iter().sum();
     assert_eq!(bytes("total"), parts);
     let trainable = told["trainable_parameters"].as_u64().unwrap();
     assert_eq!((bytes("adapters"), bytes("optimizer")), (8 * trainable, 8 * trainable));
@@ -138,4 +139,48 @@ fn inspect_describes_models_adapters_and_data() {
 
     workspace.run(&["inspect", "nothing/at/all"]).refused(4, &["nothing/at/all"]);
     workspace.run(&["inspect", "train.jsonl", "-m", "nowhere"]).refused(4, &["nowhere"]);
+}
+
+#[test]
+fn a_dry_run_disturbs_no_run_and_makes_no_folder() {
+    let workspace = Workspace::with_data();
+    workspace.train_into("out", &["--max-steps", "1"]).succeeded();
+    let before = workspace.snapshot("out");
+    // As a run that goes on holds it.
+    let folder = std::fs::File::open(workspace.path("out")).unwrap();
+    folder.try_lock().unwrap();
+    workspace.train_into("out", &["--dry-run"]).succeeded();
+    workspace.train_into("out", &["--overwrite"]).refused(6, &["another process"]);
+    assert!(workspace.snapshot("out") == before);
+    workspace.train_into("new/er", &["--dry-run"]).succeeded();
+    assert!(!workspace.path("new").exists());
+}
+
+#[test]
+fn a_dry_run_counts_the_answers_to_the_test_cases() {
+    let workspace = Workspace::with_data();
+    let model = workspace.text_model("model");
+    let shape = workspace.run(&["inspect", &model, "--json"]).succeeded().json();
+    let number = |key: &str| shape[key].as_u64().unwrap();
+    let told = |more: &[&str]| {
+        let usual = ["-m", &model, "--train-data", "train.jsonl", "--val-data", "none", "-o", "out"];
+        let dry = ["--device", "cpu", "--dry-run", "--json"];
+        workspace.train(&[&usual[..], &dry, more].concat()).succeeded().json()["memory_bytes"].clone()
+    };
+    workspace.write("cases.json", json!([{"instruction": "Now?"}, {"instruction": "The sun?"}]).to_string());
+    let tokens = |prompt: &str| {
+        let arguments = ["generate", "-m", &model, "--max-new-tokens", "1", "--json", "--prompt", prompt];
+        let done = workspace.run(&arguments).succeeded().json();
+        done["cases"][0]["prompt_token_count"].as_u64().unwrap()
+    };
+    let longest = tokens("Now?").max(tokens("The sun?"));
+    let capacity = (longest + 128).min(number("max_positions"));
+    // Keys and values in f32, for every layer.
+    let bytes = 2 * 4 * number("layers") * capacity * number("key_value_heads") * number("head_dim");
+    let (without, with) = (told(&[]), told(&["--test-cases", "cases.json"]));
+    assert_eq!((&without["answers"], &with["answers"]), (&json!(0), &json!(bytes)));
+    let total = |memory: &Value| memory["total"].as_u64().unwrap();
+    assert!(total(&with) >= total(&without) + bytes);
+    // A text of more rows than a batch needs a larger table of rotations at least.
+    assert!(with["activations"].as_u64() > without["activations"].as_u64(), "{with} {without}");
 }

@@ -30,5 +30,6 @@ mod seeing;
 mod snapshots;
 mod speaking;
 mod storage_faults;
+mod token_cache;
 mod variants;
 mod workspace;

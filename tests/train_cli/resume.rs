@@ -59,6 +59,11 @@ impl Bits {
         Self { files: names.into_iter().map(read).collect(), metrics }
     }
 
+    /// Whether the figures are the same.
+    pub fn metrics_equal(&self, other: &Self) -> bool {
+        self.metrics == other.metrics
+    }
+
     #[track_caller]
     pub fn assert_eq(&self, expected: &Self, what: &str) {
         for (number, (found, expected)) in self.metrics.iter().zip(&expected.metrics).enumerate() {

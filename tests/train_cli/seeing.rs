@@ -426,3 +426,37 @@ fn a_run_that_goes_is_listed_as_running() {
     folder.try_lock().unwrap();
     assert_eq!(state(), "running");
 }
+
+#[test]
+fn a_run_that_an_error_ended_tells_so_until_it_goes_on() {
+    let workspace = Workspace::with_data();
+    let runs = |arguments: &[&str]| workspace.run(&[&["runs"], arguments].concat()).succeeded();
+    // A checkpoint after the very step before the one that fails.
+    let ruin = ["--learning-rate", "1e30", "--save-every", "1", "--batch-size", "10", "--shuffle", "false"];
+    workspace.train_into("outputs/bad", &ruin).refused(7, &["step 2"]);
+    let page = std::fs::read_to_string(workspace.path("outputs/bad/report.html")).unwrap();
+    assert!(page.contains("ended by an error") && page.contains("nothing was updated"), "{page}");
+    roxmltree::Document::parse(page.trim_start_matches("<!DOCTYPE html>")).unwrap();
+    let listed = runs(&["list", "--json"]).json();
+    assert_eq!((&listed[0]["state"], &listed[0]["checkpoint"]), (&json!("failed"), &json!(1)));
+    assert_eq!(listed[0]["error"]["exit_code"], 7);
+    let shown = runs(&["show", "outputs/bad"]).stdout;
+    assert!(shown.contains("outputs/bad: failed") && shown.contains("ended by an error: step 2"), "{shown}");
+
+    // A file that cannot be written once: the run goes on, and nothing tells of the error any more.
+    let usual = ["--max-steps", "3", "--save-every", "1"];
+    let fault = Fault { call: Some("write"), name: Some("metrics.jsonl"), at: 2, kind: "EIO" };
+    workspace.train_with(fault, &Workspace::usual("outputs/disk", &usual)).refused(6, &["metrics.jsonl"]);
+    assert_eq!(runs(&["show", "outputs/disk", "--json"]).json()["state"], "failed");
+    workspace.train_into("outputs/disk", &[&usual[..], &["--resume"]].concat()).succeeded();
+    let shown = runs(&["show", "outputs/disk", "--json"]).json();
+    assert_eq!((&shown["state"], &shown["error"]), (&json!("complete"), &Value::Null));
+    let page = std::fs::read_to_string(workspace.path("outputs/disk/report.html")).unwrap();
+    assert!(!page.contains("ended by an error"), "{page}");
+    // So does one that begins anew.
+    workspace.train_into("outputs/bad", &["--max-steps", "1", "--overwrite"]).succeeded();
+    assert_eq!(runs(&["show", "outputs/bad", "--json"]).json()["state"], "complete");
+    // An error before the run begins leaves nothing.
+    workspace.train_into("outputs/none", &["--lora-target-modules", "nothing"]).refused(2, &["nothing"]);
+    assert!(!workspace.path("outputs/none").exists());
+}

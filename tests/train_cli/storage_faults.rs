@@ -189,3 +189,18 @@ fn fault_51_a_kill_before_and_after_the_rename_leaves_the_old_or_the_new() {
         Bits::of(&workspace, kind, 12).assert_eq(&expected, kind);
     }
 }
+
+#[test]
+fn fault_48_the_room_for_tokenizer_files_is_asked_for_too() {
+    let workspace = Workspace::with_data();
+    let model = workspace.text_model("model");
+    // It is copied beside the final adapter, the best one and every checkpoint, each with one in the making.
+    workspace.write("model/vocab.json", vec![b' '; 10 << 20]);
+    let fault = Fault { kind: "no-space", ..Fault::default() };
+    let arguments = ["-m", &model, "--train-data", "train.jsonl", "--val-data", "none", "-o", "out"];
+    let refused = workspace.train_with(fault, &arguments).refused(6, &["the run writes up to"]).stderr;
+    let needed = refused.split("writes up to ").nth(1).unwrap().split(' ').next().unwrap();
+    let needed: f64 = needed.parse().unwrap();
+    // Three checkpoints, three adapters, and what they hold besides.
+    assert!((60.0..61.0).contains(&needed), "{needed}");
+}

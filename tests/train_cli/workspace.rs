@@ -120,6 +120,7 @@ impl Workspace {
             .env("HF_HUB_OFFLINE", "1")
             .env_remove("HF_HUB_CACHE")
             .env_remove("HF_ENDPOINT")
+            .env_remove("FASTLORA_TOKEN_CACHE")
             .env_remove("NO_COLOR");
         command
     }

@@ -79,6 +79,15 @@ pub fn replace_adapter_folder(
     staging.replace_folder(folder)
 }
 
+impl Companions<'_> {
+    /// Bytes of the files that are copied beside every adapter.
+    pub fn copied_bytes(base_folder: &Path, chat_template: Option<&str>) -> u64 {
+        let copied = TOKENIZER_FILES.iter().filter(|name| **name != CHAT_TEMPLATE || chat_template.is_none());
+        let bytes = |name: &&str| fs::metadata(base_folder.join(name)).map_or(0, |metadata| metadata.len());
+        copied.map(bytes).sum::<u64>() + chat_template.map_or(0, str::len) as u64
+    }
+}
+
 fn check_values(tensors: &[NamedTensor]) -> Result<()> {
     for tensor in tensors {
         if let Some((index, value)) = first_non_finite(&tensor.values) {

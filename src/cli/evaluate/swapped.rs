@@ -11,7 +11,7 @@ use crate::data::{Dataset, Origin, Record};
 use crate::error::{Error, Result, escape_control};
 use crate::evaluation::{Evaluation, Figures};
 use crate::model::Transformer;
-use crate::tokens::{BatchOptions, SampleOptions, SampleSet, Tokenizer, tokenise};
+use crate::tokens::{BatchOptions, Sample, SampleOptions, SampleSet, Tokenizer, tokenise};
 use crate::training::{Split, evaluate};
 
 /// The samples of a data set under each hash that is not their own.
@@ -55,13 +55,14 @@ impl Swaps {
             let others = dataset.records.iter().filter(|record| record.hash != **hash);
             let records = others.map(|record| Record { hash: hash.to_string(), ..record.clone() }).collect();
             let swapped = Dataset { records, ..Dataset::default() };
-            let mut set = tokenise(&swapped, tokenizer, options)?;
-            set.hash_names = hashes.iter().map(|hash| hash.to_string()).collect();
-            for sample in &mut set.samples {
-                let own = own[&sample.origin];
-                sample.hash = hashes.iter().position(|hash| *hash == own).unwrap_or(0);
-            }
-            Ok((hash.to_string(), set))
+            let set = tokenise(&swapped, tokenizer, options)?;
+            let under_own_hash = set.iter().map(|sample| {
+                let own = own[&sample.origin()];
+                let hash = hashes.iter().position(|hash| *hash == own).unwrap_or(0);
+                Sample { hash, ..sample.to_sample() }
+            });
+            let names = hashes.iter().map(|hash| hash.to_string()).collect();
+            Ok((hash.to_string(), SampleSet::new(under_own_hash, names)))
         };
         Ok(Self { sets: hashes.iter().map(swap).collect::<Result<_>>()? })
     }

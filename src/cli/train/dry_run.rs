@@ -3,9 +3,7 @@
 use serde_json::json;
 
 use super::super::Cli;
-use super::super::describe::{
-    hash_counts, human_bytes, lengths_json, lengths_text, samples_json, samples_text,
-};
+use super::super::describe::{human_bytes, lengths_json, lengths_text, samples_json, samples_text};
 use super::super::device::{Chosen, on_backend};
 use super::super::memory::{free_bytes, largest_batch, plan, plan_json, plan_text};
 use super::super::output::print_line;
@@ -29,6 +27,8 @@ pub(super) struct DryRun<'a> {
     pub training: &'a Split<'a>,
     pub validation: Option<&'a Split<'a>>,
     pub batches: BatchOptions,
+    /// Tokens of the longest answer with its prompt, where there are test cases.
+    pub answer_tokens: Option<usize>,
 }
 
 impl DryRun<'_> {
@@ -48,15 +48,18 @@ impl DryRun<'_> {
         let epoch = training.plan().epoch(0);
         let (samples_per_epoch, steps_per_epoch) = (epoch.visits().len(), epoch.steps().len());
         let total_steps = training_settings(config, training.plan())?.schedule.total_steps;
-        let lengths: Vec<usize> = set.samples.iter().map(|sample| sample.token_ids.len()).collect();
+        let lengths: Vec<usize> = set.token_counts().collect();
         let validation_limits = self.validation.map(Split::limits).unwrap_or_default();
         let shape = ModelShape::new(base.config(), Some(lora))?;
         let free = free_bytes(chosen);
-        let plan = |limits: Limits| plan(chosen, base, &shape, config, limits.union(validation_limits), free);
+        let plan = |limits: Limits| {
+            let limits = limits.union(validation_limits);
+            plan(chosen, base, &shape, config, limits, self.answer_tokens, free)
+        };
         let memory = plan(training.limits())?;
         let plan_of = |batch_size| plan(Split::new(set, BatchOptions { batch_size, ..*batches })?.limits());
         let largest = match free {
-            Some(free) => largest_batch(free, set.samples.len(), plan_of)?,
+            Some(free) => largest_batch(free, set.len(), plan_of)?,
             None => None,
         };
         let device = on_backend!(chosen, |backend| backend.description());
@@ -64,7 +67,7 @@ impl DryRun<'_> {
 
         if cli.json {
             let hashes: serde_json::Map<_, _> =
-                hash_counts(set).into_iter().map(|(hash, count)| (hash.to_string(), json!(count))).collect();
+                set.hash_counts().into_iter().map(|(hash, count)| (hash.to_string(), json!(count))).collect();
             let result = json!({
                 "config": config,
                 "records": {
@@ -93,7 +96,8 @@ impl DryRun<'_> {
             return print_line(&format!("{result:#}"));
         }
 
-        let hashes: Vec<String> = hash_counts(set)
+        let hashes: Vec<String> = set
+            .hash_counts()
             .iter()
             .map(|(hash, count)| format!("{} {count}", escape_control(hash)))
             .collect();
@@ -107,7 +111,7 @@ impl DryRun<'_> {
             (Some(free), Some(largest)) => format!(
                 "{} are free: the largest batch_size that fits is {largest}{}\n",
                 human_bytes(free),
-                if largest == set.samples.len() { " (all samples)" } else { "" }
+                if largest == set.len() { " (all samples)" } else { "" }
             ),
         };
         let text = format!(
@@ -115,7 +119,7 @@ impl DryRun<'_> {
              an epoch: {samples_per_epoch} samples{rows}, {tokens} tokens, {learned} learned, {steps_per_epoch} steps; \
              the run: {total_steps} steps\n\
              trainable parameters: {trainable} of {all} ({percent:.4} %)\n\
-             memory on {device}:\n{memory}{fit}nothing was written; without --dry-run the run starts",
+             memory on {device}:\n{memory}{fit}the output folder is as it was; without --dry-run the run starts",
             samples = samples_text(set, tokenizer, show)?,
             hashes = hashes.join(", "),
             lengths = lengths_text("tokens", &lengths),

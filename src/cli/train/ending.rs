@@ -1,5 +1,7 @@
 //! What a run says and writes when it ends.
 
+use std::path::PathBuf;
+
 use chrono::Local;
 use serde_json::json;
 use tracing::{info, warn};
@@ -9,11 +11,12 @@ use super::super::output::{for_terminal, print_line, shell_word};
 use super::output::{best_folder, checkpoints_folder};
 use super::progress::human_time;
 use super::time_by_operation::TimeByOperation;
-use crate::checkpoint::adapter::CHAT_TEMPLATE;
+use crate::checkpoint::adapter::{ADAPTER_WEIGHTS, CHAT_TEMPLATE};
+use crate::checkpoint::atomic::replace_file;
 use crate::checkpoint::run::read_json;
 use crate::config::{ReportFormat, TrainingConfig};
-use crate::error::{Error, Result};
-use crate::report::{History, PROVENANCE, loss_curve, write_page};
+use crate::error::{Error, ErrorKind, Result};
+use crate::report::{FAILURE, History, PROVENANCE, loss_curve, write_page};
 use crate::training::TrainingSummary;
 
 /// The run ended on request before its end.
@@ -22,6 +25,20 @@ pub(super) fn stopped(config: &TrainingConfig, steps: u64, total_steps: u64) -> 
     Error::stopped(format!("after step {steps} of {total_steps}, as asked; there is a checkpoint"))
         .at(checkpoints_folder(config).join(format!("step-{steps}")).display().to_string())
         .hint(format!("fastlora train --resume {output} goes on"))
+}
+
+/// Notes in the output folder that an error ended the run, for those who look at its figures later, and writes the page.
+/// What fails here is warned about: the run's error is the one to tell.
+pub(super) fn note_failure(config: &TrainingConfig, error: &Error, device: String) {
+    // A run that was stopped on request has not failed.
+    if error.kind() == ErrorKind::Stopped {
+        return;
+    }
+    let text = format!("{:#}\n", error.to_json());
+    if let Err(error) = replace_file(&config.output_dir.join(FAILURE), text.as_bytes()) {
+        warn!("{error}");
+    }
+    write_report(config, Some(device));
 }
 
 /// Writes `report.html` where it is wanted. A page that fails is no failure of the run, whose adapter is saved.
@@ -51,9 +68,10 @@ pub(super) fn report(
     summary: &TrainingSummary,
     times: Option<&TimeByOperation>,
 ) -> Result<()> {
+    let best_folder = existing_best_folder(config);
     let best = summary
         .best_validation
-        .map(|(step, loss)| json!({ "step": step, "loss": loss, "folder": best_folder(config) }));
+        .map(|(step, loss)| json!({ "step": step, "loss": loss, "folder": best_folder }));
     let tokens_per_second = summary.tokens as f64 / summary.training_seconds.max(1e-9);
     // The figures decorate the end: without them it is the same.
     let history = History::read(&config.output_dir).unwrap_or_default();
@@ -70,7 +88,10 @@ pub(super) fn report(
         summary.last_loss
     );
     if let Some((step, loss)) = summary.best_validation {
-        info!("best validation loss {loss:.4} at step {step}: {}", best_folder(config).display());
+        match &best_folder {
+            Some(folder) => info!("best validation loss {loss:.4} at step {step}: {}", folder.display()),
+            None => info!("best validation loss {loss:.4} at step {step}, whose adapter is no longer there"),
+        }
     }
     info!("adapter: {}", config.output_dir.display());
     for command in next_commands(config, summary, &history) {
@@ -93,13 +114,30 @@ pub(super) fn report(
     Ok(())
 }
 
+/// Where the best adapter is; none where someone took it away.
+fn existing_best_folder(config: &TrainingConfig) -> Option<PathBuf> {
+    Some(best_folder(config)).filter(|folder| folder.join(ADAPTER_WEIGHTS).exists())
+}
+
+/// Warns where the best adapter of a run that goes on is missing.
+pub(super) fn warn_about_missing_best(config: &TrainingConfig, summary: &TrainingSummary) {
+    if let (Some((step, loss)), None) = (summary.best_validation, existing_best_folder(config)) {
+        warn!(
+            "{} is missing: the adapter of step {step} with the lowest validation loss so far, {loss:.4}, is lost; a \
+             later one is kept there if its loss is lower still",
+            best_folder(config).display()
+        );
+    }
+}
+
 /// What a user does next, with the arguments of this run.
 fn next_commands(config: &TrainingConfig, summary: &TrainingSummary, history: &History) -> Vec<String> {
     // The best adapter, where that is not the last one.
     let adapter = match summary.best_validation {
-        Some((step, _)) if step < summary.steps => best_folder(config),
-        _ => config.output_dir.clone(),
+        Some((step, _)) if step < summary.steps => existing_best_folder(config),
+        _ => None,
     };
+    let adapter = adapter.unwrap_or_else(|| config.output_dir.clone());
     let adapter = shell_word(&adapter.display().to_string());
     let chat = if config.output_dir.join(CHAT_TEMPLATE).exists() { " --chat" } else { "" };
     let hash = history.hashes().first().map_or("HASH".to_string(), |hash| shell_word(hash));

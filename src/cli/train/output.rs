@@ -17,7 +17,7 @@ use crate::checkpoint::run::{CHECKPOINTS, Checkpoints};
 use crate::checkpoint::volume::check_writable;
 use crate::config::TrainingConfig;
 use crate::error::{Error, Result, escape_control};
-use crate::report::{METRICS, PAGE, PROVENANCE, RESOLVED_CONFIG, SAMPLES, tensorboard};
+use crate::report::{FAILURE, METRICS, PAGE, PROVENANCE, RESOLVED_CONFIG, SAMPLES, tensorboard};
 use crate::tensor::NamedTensor;
 use crate::training::{TrainingSummary, ValidationReport};
 
@@ -43,6 +43,8 @@ pub(super) enum Earlier {
     Resume,
     /// The new run takes its place.
     Overwrite,
+    /// It is nobody's concern, nor is one that goes on now: nothing will be written.
+    Ignore,
 }
 
 /// The output folder, which no other process writes into while this lives.
@@ -61,7 +63,7 @@ impl OutputFolder {
         let output = Self { folder: folder.to_path_buf(), earlier, lock: OnceLock::new() };
         output.check_contents()?;
         check_writable(folder).map_err(|error| error.hint("name another folder with --output-dir"))?;
-        if folder.is_dir() {
+        if folder.is_dir() && earlier != Earlier::Ignore {
             output.lock()?;
         }
         Ok(output)
@@ -117,7 +119,7 @@ impl OutputFolder {
             self.check_contents()?;
         }
         // The weights first: without them the folder is no adapter, whatever else is still there.
-        for name in [ADAPTER_WEIGHTS, ADAPTER_CONFIG, CHAT_TEMPLATE, PROVENANCE] {
+        for name in [ADAPTER_WEIGHTS, ADAPTER_CONFIG, CHAT_TEMPLATE, PROVENANCE, FAILURE] {
             remove_file(&folder.join(name))?;
         }
         for name in ["adapter", BEST] {
@@ -208,9 +210,10 @@ impl AdapterWriter<'_> {
     /// best adapter with one in the making.
     pub(super) fn largest_output_bytes(&self, parameter_count: u64) -> u64 {
         let adapter_bytes = 4 * parameter_count;
-        let checkpoint_bytes = 3 * adapter_bytes;
+        let copied_bytes = Companions::copied_bytes(self.base.folder(), self.chat_template);
+        let checkpoint_bytes = 3 * adapter_bytes + copied_bytes;
         let checkpoints = self.config.keep_checkpoints as u64 + 1;
-        checkpoint_bytes.saturating_mul(checkpoints).saturating_add(3 * adapter_bytes)
+        checkpoint_bytes.saturating_mul(checkpoints).saturating_add(3 * (adapter_bytes + copied_bytes))
     }
 
     pub(super) fn companions<'a>(&'a self, provenance: &'a Value, model_card: &'a str) -> Companions<'a> {

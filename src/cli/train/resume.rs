@@ -137,10 +137,11 @@ fn finished(config: &TrainingConfig) -> Result<Option<TrainingSummary>> {
 
 /// Keys that a resumed run may change: they say where things are (their contents are compared instead), what computes,
 /// how often the run is saved, and what shows it.
-const FREE_KEYS: [&str; 13] = [
+const FREE_KEYS: [&str; 14] = [
     "model_name",
     "train_data",
     "val_data",
+    "token_cache",
     "output_dir",
     "init_adapter",
     "save_every",

@@ -57,6 +57,12 @@ impl<'a> Questions<'a> {
         };
         Ok(Self { cases, prompts, answerer })
     }
+
+    /// Tokens of the longest prompt with its answer.
+    pub(super) fn capacity(&self, max_positions: usize) -> usize {
+        let longest = self.prompts.iter().map(Vec::len).max().unwrap_or(0);
+        (longest + MAX_NEW_TOKENS).min(max_positions)
+    }
 }
 
 /// Asks them at some steps, and writes `samples.jsonl`.
@@ -111,8 +117,7 @@ impl<'a, B: Backend> Sampler<'a, B> {
 
     /// Takes the memory that an answer needs.
     pub(super) fn prepare(&mut self, model: &mut Transformer<B>) -> Result<()> {
-        let longest = self.questions.prompts.iter().map(Vec::len).max().unwrap_or(0);
-        let capacity = (longest + MAX_NEW_TOKENS).min(model.config().max_positions);
+        let capacity = self.questions.capacity(model.config().max_positions);
         self.cache = Some(model.new_cache(capacity)?);
         Ok(())
     }

@@ -44,6 +44,8 @@ pub struct ChatTemplate {
     place: String,
     /// `bos_token`, `eos_token` and the like.
     special_tokens: Map<String, Value>,
+    /// What `strftime_now` tells; none: now.
+    date: Option<NaiveDate>,
     pub(super) marks_generation: bool,
 }
 
@@ -73,6 +75,7 @@ impl ChatTemplate {
             source: source.to_string(),
             place: place.to_string(),
             special_tokens,
+            date,
             marks_generation,
         })
     }
@@ -80,6 +83,11 @@ impl ChatTemplate {
     /// The template as it was given.
     pub fn source(&self) -> &str {
         &self.source
+    }
+
+    /// What its texts depend on besides the conversation.
+    pub(crate) fn identity(&self) -> Value {
+        json!({ "source": self.source, "special_tokens": self.special_tokens, "date": self.date })
     }
 
     /// Whether it says by itself where the assistant speaks (`{% generation %}`).

@@ -41,6 +41,11 @@ impl<B: Backend> Cache<B> {
     }
 }
 
+/// What reading a text of up to `capacity` tokens needs of the memory of batches.
+pub fn decoding_limits(capacity: usize) -> Limits {
+    Limits { tokens: capacity.min(PREFILL_ROWS), labelled_rows: 0, positions: capacity }
+}
+
 impl<B: Backend> Transformer<B> {
     /// An empty cache for `capacity` tokens.
     pub fn new_cache(&mut self, capacity: usize) -> Result<Cache<B>> {
@@ -53,8 +58,8 @@ impl<B: Backend> Transformer<B> {
             })
         };
         let layers = (0..self.config.layer_count).map(layer).collect::<Result<_>>()?;
-        let rows = capacity.min(PREFILL_ROWS);
-        self.reserve(Purpose::Inference, Limits { tokens: rows, labelled_rows: 0, positions: capacity })?;
+        self.reserve(Purpose::Inference, decoding_limits(capacity))?;
+        self.cache_bytes = self.model_shape.cache_bytes(&*self.backend, capacity);
         Ok(Cache { layers, tokens: Vec::with_capacity(capacity), is_long: false, capacity })
     }
 

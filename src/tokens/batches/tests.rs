@@ -1,7 +1,12 @@
 use super::*;
 use crate::data::Origin;
 use crate::error::ErrorKind;
-use crate::tokens::{NO_LOSS, Unconditioned};
+use crate::tokens::{NO_LOSS, Sample, Unconditioned};
+
+/// A set of up to three hashes.
+fn set(samples: &[Sample]) -> SampleSet {
+    SampleSet::new(samples.iter().cloned(), vec![String::new(); 3])
+}
 
 /// Sample `n` has `lengths[n]` tokens, all equal to `n`, of which the last `labelled[n]` carry loss.
 fn samples(lengths: &[usize], labelled: &[usize]) -> Vec<Sample> {
@@ -28,7 +33,7 @@ fn indices(visits: &[Visit]) -> Vec<u32> {
 
 #[test]
 fn every_sample_is_learned_once_an_epoch() {
-    let samples = samples(&[3; 23], &[1; 23]);
+    let samples = set(&samples(&[3; 23], &[1; 23]));
     for (batch_size, accumulation) in
         [(1, 1), (4, 1), (4, 2), (5, 3), (100, 1), (1, 100), (usize::MAX, usize::MAX)]
     {
@@ -52,7 +57,7 @@ fn every_sample_is_learned_once_an_epoch() {
 
 #[test]
 fn a_step_knows_its_tokens_beforehand() {
-    let samples = samples(&[5, 4, 3, 2, 7], &[2, 1, 3, 1, 4]);
+    let samples = set(&samples(&[5, 4, 3, 2, 7], &[2, 1, 3, 1, 4]));
     let plan = BatchPlan::new(&samples, options(2, 2, false)).unwrap();
     let order = plan.epoch(0);
     let mut batch = Batch::default();
@@ -78,7 +83,7 @@ fn a_step_knows_its_tokens_beforehand() {
 fn the_largest_batch_bounds_every_epoch() {
     let lengths: Vec<usize> = (0..40).map(|number| 2 + number * 7 % 31).collect();
     let labelled: Vec<usize> = lengths.iter().map(|length| length / 3).collect();
-    let samples = samples(&lengths, &labelled);
+    let samples = set(&samples(&lengths, &labelled));
     for shuffle in [false, true] {
         let plan = BatchPlan::new(&samples, options(3, 2, shuffle)).unwrap();
         let mut batch = Batch::default();
@@ -103,7 +108,7 @@ fn the_largest_batch_bounds_every_epoch() {
 
 #[test]
 fn the_order_depends_on_seed_and_epoch_alone() {
-    let samples = samples(&[2; 100], &[1; 100]);
+    let samples = set(&samples(&[2; 100], &[1; 100]));
     let order = |seed, epoch| {
         let options = BatchOptions { seed, ..options(4, 1, true) };
         indices(BatchPlan::new(&samples, options).unwrap().epoch(epoch).visits())
@@ -128,7 +133,7 @@ fn the_order_depends_on_seed_and_epoch_alone() {
 /// Durstenfeld's shuffle with SplitMix64, from the reference implementation (Vigna 2015) in Python.
 #[test]
 fn the_order_is_the_documented_one() {
-    let samples = samples(&[2; 10], &[1; 10]);
+    let samples = set(&samples(&[2; 10], &[1; 10]));
     let plan = BatchPlan::new(&samples, options(1, 1, true)).unwrap();
     assert_eq!(indices(plan.epoch(0).visits()), [0, 3, 5, 7, 9, 8, 2, 1, 4, 6]);
     // From Python's hashlib.
@@ -140,7 +145,7 @@ fn the_order_is_the_documented_one() {
 /// Pearson's χ² over where sample 0 lands in 10 000 epochs: 9 degrees of freedom, 99.99 % below 33.72.
 #[test]
 fn places_are_equally_likely() {
-    let samples = samples(&[2; 10], &[1; 10]);
+    let samples = set(&samples(&[2; 10], &[1; 10]));
     let plan = BatchPlan::new(&samples, options(1, 1, true)).unwrap();
     let mut counts = [0_u32; 10];
     for epoch in 0..10_000 {
@@ -153,7 +158,7 @@ fn places_are_equally_likely() {
 
 #[test]
 fn fault_39_a_batch_without_targets_is_scaled_by_zero() {
-    let samples = samples(&[3, 3], &[0, 1]);
+    let samples = set(&samples(&[3, 3], &[0, 1]));
     let plan = BatchPlan::new(&samples, options(1, 1, false)).unwrap();
     let scales: Vec<f64> = plan.epoch(0).steps().map(|step| step.token_weight()).collect();
     assert_eq!(scales, [0.0, 1.0]);
@@ -163,11 +168,14 @@ fn fault_39_a_batch_without_targets_is_scaled_by_zero() {
 
 #[test]
 fn fault_44_empty_batches_are_refused() {
-    let samples = samples(&[3], &[1]);
+    let samples = set(&samples(&[3], &[1]));
     for options in [options(0, 1, true), options(1, 0, true)] {
         assert_eq!(BatchPlan::new(&samples, options).unwrap_err().kind(), ErrorKind::Config);
     }
-    assert_eq!(BatchPlan::new(&[], options(1, 1, true)).unwrap_err().kind(), ErrorKind::Data);
+    assert_eq!(
+        BatchPlan::new(&SampleSet::default(), options(1, 1, true)).unwrap_err().kind(),
+        ErrorKind::Data
+    );
 }
 
 /// Samples of many lengths, of which some can be without their hash and some weigh more than others.
@@ -189,7 +197,7 @@ fn mixed() -> Vec<Sample> {
 
 #[test]
 fn every_visit_is_learned_once_whatever_groups_them() {
-    let samples = mixed();
+    let samples = set(&mixed());
     let mut batch = Batch::default();
     for number in 0..48 {
         let is_on = |bit: u32| number & (1 << bit) != 0;
@@ -247,7 +255,7 @@ fn every_visit_is_learned_once_whatever_groups_them() {
 
 #[test]
 fn rows_hold_whole_samples_and_copies_have_masks_of_their_own() {
-    let samples = mixed();
+    let samples = set(&mixed());
     let packed = BatchOptions { row_tokens: Some(40), ..options(1, 1, true) };
     let plan = BatchPlan::new(&samples, packed).unwrap();
     let (mut batch, mut ids) = (Batch::default(), Vec::new());
@@ -255,7 +263,7 @@ fn rows_hold_whole_samples_and_copies_have_masks_of_their_own() {
         plan.fill(step.visits(), &mut batch);
         for (place, visit) in step.visits().iter().enumerate() {
             let row = batch.sample_starts[place]..batch.sample_starts[place + 1];
-            assert_eq!(batch.token_ids[row], samples[visit.sample as usize].token_ids);
+            assert_eq!(batch.token_ids[row], *samples.get(visit.sample as usize).token_ids);
             assert_eq!(plan.sample_of(batch.sample_ids[place]), visit.sample as usize);
         }
         ids.extend(batch.sample_ids.iter().copied());
@@ -273,18 +281,18 @@ fn rows_hold_whole_samples_and_copies_have_masks_of_their_own() {
 
 #[test]
 fn fault_44_weights_without_a_whole_epoch_and_epochs_without_number_are_refused() {
-    let mut samples = samples(&[3; 3], &[1; 3]);
-    samples.iter_mut().for_each(|sample| sample.weight = 0.3);
-    let error = BatchPlan::new(&samples, options(1, 1, true)).unwrap_err();
+    let weighing = |weight| {
+        let samples = samples(&[3; 3], &[1; 3]);
+        set(&samples.into_iter().map(|sample| Sample { weight, ..sample }).collect::<Vec<_>>())
+    };
+    let (light, half, heavy, double) = (weighing(0.3), weighing(0.5), weighing(2e9), weighing(2.0));
+    let error = BatchPlan::new(&light, options(1, 1, true)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Config, "{error}");
-    samples.iter_mut().for_each(|sample| sample.weight = 0.5);
-    let plan = BatchPlan::new(&samples, options(1, 1, true)).unwrap();
+    let plan = BatchPlan::new(&half, options(1, 1, true)).unwrap();
     let error = plan.steps_of(u64::MAX).unwrap_err();
     assert!(error.to_string().contains("give max_steps"), "{error}");
-    samples.iter_mut().for_each(|sample| sample.weight = 2e9);
-    let error = BatchPlan::new(&samples[..], options(1, 1, true)).unwrap_err();
+    let error = BatchPlan::new(&heavy, options(1, 1, true)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Data, "{error}");
-    samples.iter_mut().for_each(|sample| sample.weight = 2.0);
-    let plan = BatchPlan::new(&samples, options(1, 1, true)).unwrap();
+    let plan = BatchPlan::new(&double, options(1, 1, true)).unwrap();
     assert_eq!(plan.steps_of(u64::MAX).unwrap(), u64::MAX);
 }
