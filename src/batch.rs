@@ -36,6 +36,11 @@ impl Batch {
         self.token_ids.len()
     }
 
+    /// Tokens of each sample.
+    pub fn sample_lengths(&self) -> impl Iterator<Item = usize> + '_ {
+        self.sample_starts.windows(2).map(|pair| pair[1] - pair[0])
+    }
+
     /// Number of samples, `S`.
     pub fn sample_count(&self) -> usize {
         self.sample_ids.len()

@@ -23,12 +23,17 @@ use tracing_subscriber::registry::LookupSpan;
 /// Target of the spans that become ranges.
 pub const TARGET: &str = "fastlora::ranges";
 
-/// A named range until the end of the block: `let _range = range!("layer", number = 3);`.
+/// A named range until the end of the block: `let _range = range!("layer", number = 3);`, or with the
+/// [`Work`](crate::backend::Work) in it: `range!("adamw"; Work::of_adamw(count, 0))`, which is counted where somebody listens.
 #[macro_export]
 macro_rules! range {
     ($name:literal $(, $field:ident = $value:expr)*) => {
         ::tracing::trace_span!(target: $crate::ranges::TARGET, $name $(, $field = $value)*).entered()
     };
+    ($name:literal; $work:expr) => {{
+        let work = || -> $crate::backend::Work { $work };
+        $crate::range!($name, flops = work().flops, bytes = work().bytes)
+    }};
 }
 
 /// Places in the table of core functions (`NvtxCallbackIdCore`).

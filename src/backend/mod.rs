@@ -15,12 +15,14 @@ mod footprint;
 pub mod noise;
 mod operands;
 mod weight;
+mod work;
 
 pub use features::Features;
 pub use footprint::{AdapterShape, Footprint, GroupShape, OperationShapes};
 pub use noise::EmbeddingNoise;
 pub use operands::{Activation, Attention, Embedding, Head, KvCache, LongTexts, RmsNorm, Rotations};
 pub use weight::{MatrixWeight, VectorWeight, Weight};
+pub use work::{LinearShape, Work, attention_pairs};
 
 use crate::batch::Batch;
 use crate::error::{Error, Result};
@@ -89,6 +91,18 @@ impl<B: Backend + ?Sized> LinearGroup<B> {
     /// `R`, the summed ranks of the adapters.
     pub fn total_rank(&self) -> usize {
         self.adapters().map(|adapter| adapter.slot.rank).sum()
+    }
+
+    /// What it is for [`Work`], on `rows` rows and with a weight of so many bytes.
+    pub fn shape(&self, rows: usize, weight_bytes: usize) -> LinearShape {
+        LinearShape {
+            rows,
+            inputs: self.in_features,
+            outputs: self.out_features(),
+            rank: self.total_rank(),
+            b_elements: self.adapters().map(|adapter| adapter.slot.rank * adapter.out_features).sum(),
+            weight_bytes,
+        }
     }
 
     /// The adapters with the columns of `y` and of `s` that belong to each.

@@ -1,6 +1,6 @@
 //! What the operations are given besides rows: norms, heads and their rotations, the embedding, the output head.
 
-use super::{Backend, MatrixWeight, VectorWeight};
+use super::{Backend, MatrixWeight, VectorWeight, Weight, Work, attention_pairs};
 
 // Derived, these would ask for `B: Copy`.
 macro_rules! copy {
@@ -93,6 +93,22 @@ pub struct Attention<'a, B: Backend + ?Sized> {
     pub rotations: Rotations<'a, B>,
 }
 
+impl<B: Backend + ?Sized> Attention<'_, B> {
+    /// What it takes on samples of these lengths, with activations of `element` bytes.
+    pub(super) fn work(
+        &self,
+        lengths: impl IntoIterator<Item = usize>,
+        rows: usize,
+        element: usize,
+        is_backward: bool,
+    ) -> Work {
+        let query = self.query_heads * self.head_dim;
+        let qkv = query + 2 * self.key_value_heads * self.head_dim;
+        let pairs = attention_pairs(lengths, self.window);
+        Work::of_attention(rows, query, qkv, pairs, element, is_backward)
+    }
+}
+
 /// Keys (rotated) and values of earlier positions of one layer: each `[capacity, K·D]`.
 pub struct KvCache<B: Backend + ?Sized> {
     /// Rotated keys.
@@ -126,6 +142,22 @@ pub struct Head<'a, B: Backend + ?Sized> {
 }
 
 impl<B: Backend + ?Sized> Head<'_, B> {
+    /// What it takes on `rows` rows with activations of `element` bytes, and whether the gradients of its input and of its
+    /// weight are wanted.
+    pub(super) fn work(
+        &self,
+        rows: usize,
+        element: usize,
+        stored_bytes: impl FnOnce(&B::Matrix) -> usize,
+        gradients: [bool; 2],
+    ) -> Work {
+        let weight_bytes = match self.weight {
+            Weight::Frozen(matrix) => stored_bytes(matrix),
+            Weight::Trained { .. } => self.vocabulary * self.width * size_of::<f32>(),
+        };
+        Work::of_head(rows, self.width, self.vocabulary, weight_bytes, element, gradients)
+    }
+
     /// Caps logits on the host.
     pub(super) fn cap(&self, logits: &mut [f32]) {
         if let Some(cap) = self.soft_cap {

@@ -16,14 +16,7 @@ use crate::backend::{Activation, Backend, PassSettings};
 use crate::batch::Batch;
 use crate::error::Result;
 
-/// What one run of an operation takes at least.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Work {
-    /// Multiplications and additions.
-    pub flops: f64,
-    /// Bytes read and written, each input and output once.
-    pub bytes: f64,
-}
+pub use crate::backend::Work;
 
 /// An operation with its inputs on the host.
 pub trait Operation<B: Backend + 'static>: Send + Sync {

@@ -27,15 +27,18 @@ pub use weights::CpuMatrix;
 
 use crate::backend::{
     Activation, AdamWStep, Attention, Backend, Embedding, Head, KvCache, LinearGroup, LinearInput,
-    OptimizerState, PassSettings, Projection, RmsNorm,
+    OptimizerState, PassSettings, Projection, RmsNorm, Work,
 };
 use crate::batch::Batch;
 use crate::error::{Error, Result};
+use crate::range;
 use crate::tensor::WeightTensor;
 use attention::AttentionScratch;
 use linear::LinearScratch;
 use simd::Simd;
 use threads::Threads;
+
+const FLOAT_BYTES: usize = size_of::<f32>();
 
 /// A pool of threads and its scratch memory, which grows to the largest shape seen and is then kept.
 pub struct CpuBackend {
@@ -217,6 +220,8 @@ impl Backend for CpuBackend {
         embedding: Embedding<'_, Self>,
         x: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range =
+            range!("embedding"; Work::of_moving(2 * batch.token_count() * embedding.width, FLOAT_BYTES));
         self.embed(batch, embedding, x)
     }
 
@@ -228,6 +233,7 @@ impl Backend for CpuBackend {
         residual: Option<&Self::Buffer>,
         y: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range!("rms_norm"; Work::of_rms_norm(rows * norm.width, FLOAT_BYTES, false));
         self.norm_forward(norm, rows, x, residual.map(|residual| &residual[..]), y);
         Ok(())
     }
@@ -240,6 +246,7 @@ impl Backend for CpuBackend {
         dy: &Self::Buffer,
         dx: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range!("rms_norm backward"; Work::of_rms_norm(rows * norm.width, FLOAT_BYTES, true));
         self.norm_backward(norm, rows, x, dy, dx);
         Ok(())
     }
@@ -252,6 +259,8 @@ impl Backend for CpuBackend {
         dy: &Self::Buffer,
         gradients: &mut Self::Floats,
     ) -> Result<()> {
+        // The weight's gradient is far smaller than what it is the sum of.
+        let _range = range!("rms_norm weight backward"; Work::of_moving(2 * rows * norm.width, FLOAT_BYTES));
         self.norm_weight_gradient(norm, rows, x, dy, gradients)
     }
 
@@ -264,6 +273,8 @@ impl Backend for CpuBackend {
         s: &mut Self::Buffer,
         y: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range =
+            range!("linear"; Work::of_linear(group.shape(input.rows, group.weight.bytes()), FLOAT_BYTES));
         self.linear_forward(group, adapters, input, residual.map(|residual| &residual[..]), s, y)
     }
 
@@ -277,6 +288,7 @@ impl Backend for CpuBackend {
         gradients: &mut Self::Floats,
         dx: Option<&mut Self::Buffer>,
     ) -> Result<()> {
+        let _range = range!("linear backward"; Work::of_linear_backward(group.shape(input.rows, group.weight.bytes()), FLOAT_BYTES, dx.is_some()));
         self.linear_gradient(group, adapters, input, s, dy, gradients, dx.map(|dx| &mut dx[..]))
     }
 
@@ -288,6 +300,7 @@ impl Backend for CpuBackend {
         log_sum: &mut Self::Floats,
         out: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range!("attention"; attention.work(batch.sample_lengths(), batch.token_count(), FLOAT_BYTES, false));
         self.attention_forward(attention, batch, qkv, log_sum, out)
     }
 
@@ -301,6 +314,7 @@ impl Backend for CpuBackend {
         dout: &Self::Buffer,
         dqkv: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range!("attention backward"; attention.work(batch.sample_lengths(), batch.token_count(), FLOAT_BYTES, true));
         self.attention_gradient(attention, batch, qkv, log_sum, out, dout, dqkv)
     }
 
@@ -313,6 +327,7 @@ impl Backend for CpuBackend {
         cache: &mut KvCache<Self>,
         out: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range!("attention cached");
         self.attention_over_cache(attention, rows, position, qkv, cache, out)
     }
 
@@ -324,6 +339,7 @@ impl Backend for CpuBackend {
         gate_up: &Self::Buffer,
         act: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range!("gated"; Work::of_gated(rows * width, FLOAT_BYTES, false));
         self.gated_forward(activation, rows, width, gate_up, act);
         Ok(())
     }
@@ -336,6 +352,7 @@ impl Backend for CpuBackend {
         dact: &Self::Buffer,
         gate_up: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range!("gated backward"; Work::of_gated(rows * width, FLOAT_BYTES, true));
         self.gated_gradient(activation, rows, width, dact, gate_up);
         Ok(())
     }
@@ -347,6 +364,8 @@ impl Backend for CpuBackend {
         x: &Self::Buffer,
         packed: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range =
+            range!("gather labelled"; Work::of_moving(2 * batch.labelled_count() * width, FLOAT_BYTES));
         self.gather_rows(batch, width, x, packed);
         Ok(())
     }
@@ -358,6 +377,7 @@ impl Backend for CpuBackend {
         packed: &Self::Buffer,
         dx: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range!("scatter labelled"; Work::of_moving((batch.token_count() + 2 * batch.labelled_count()) * width, FLOAT_BYTES));
         self.scatter_rows(batch, width, packed, dx);
         Ok(())
     }
@@ -371,6 +391,15 @@ impl Backend for CpuBackend {
         dx: Option<&mut Self::Buffer>,
         gradients: Option<&mut Self::Floats>,
     ) -> Result<()> {
+        let work = || {
+            head.work(
+                batch.labelled_count(),
+                FLOAT_BYTES,
+                CpuMatrix::bytes,
+                [dx.is_some(), gradients.is_some()],
+            )
+        };
+        let _range = range!("head loss"; work());
         let gradients = gradients.map(|gradients| &mut gradients[..]);
         self.cross_entropy(head, batch, x, losses, dx.map(|dx| &mut dx[..]), gradients)
     }
@@ -382,10 +411,12 @@ impl Backend for CpuBackend {
         row: usize,
         logits: &mut [f32],
     ) -> Result<()> {
+        let _range = range!("head logits");
         self.logits_of_row(head, x, row, logits)
     }
 
     fn adamw(&self, state: OptimizerState<'_, Self>, step: AdamWStep) -> Result<f64> {
+        let _range = range!("adamw"; Work::of_adamw(state.parameters.len(), 0));
         Ok(self.adamw_update(state, step))
     }
 }

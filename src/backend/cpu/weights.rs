@@ -65,6 +65,11 @@ impl CpuMatrix {
         self.rows
     }
 
+    /// As it is stored.
+    pub(super) fn bytes(&self) -> usize {
+        self.parts.iter().map(|part| part.bytes().len()).sum()
+    }
+
     /// For the products.
     pub(super) fn weight(&self) -> Weight<'_> {
         Weight::new(self.columns, self.elements())

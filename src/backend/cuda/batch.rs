@@ -174,6 +174,13 @@ impl<D: Device> CudaBatch<D> {
         self.array(self.places.samples, self.tokens)
     }
 
+    /// Tokens of each sample: whatever ends before a position 0 or the last token.
+    pub(super) fn sample_lengths(&self) -> impl Iterator<Item = usize> + '_ {
+        let positions = &self.host[self.places.positions..][..self.tokens];
+        let is_last = |token: usize| positions.get(token + 1).is_none_or(|&next| next == 0);
+        (0..self.tokens).filter(move |&token| is_last(token)).map(|token| positions[token] as usize + 1)
+    }
+
     /// `[L]` rows that carry loss.
     pub(super) fn labelled_rows(&self) -> Result<Argument> {
         self.array(self.places.labelled_rows, self.labelled)

@@ -127,6 +127,10 @@ pub struct CudaMatrix<D: Device> {
 }
 
 impl<D: Device> CudaMatrix<D> {
+    pub(super) fn bytes(&self) -> usize {
+        self.rows * self.columns * HALF_BYTES
+    }
+
     /// The whole matrix as a kernel's argument.
     ///
     /// # Errors

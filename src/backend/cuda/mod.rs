@@ -31,7 +31,7 @@ pub use recordings::CudaRecordings;
 
 use crate::backend::{
     Activation, AdamWStep, Attention, Backend, Embedding, Features, Head, KvCache, LinearGroup, LinearInput,
-    OptimizerState, PassSettings, Projection, RmsNorm,
+    OptimizerState, PassSettings, Projection, RmsNorm, Work,
 };
 use crate::batch::Batch;
 use crate::device::Device;
@@ -284,7 +284,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         embedding: Embedding<'_, Self>,
         x: &mut Self::Buffer,
     ) -> Result<()> {
-        let _range = range!("embedding");
+        let _range = range!("embedding"; Work::of_moving(2 * batch.tokens * embedding.width, HALF_BYTES));
         self.embed(batch, embedding, x)
     }
 
@@ -296,7 +296,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         residual: Option<&Self::Buffer>,
         y: &mut Self::Buffer,
     ) -> Result<()> {
-        let _range = range!("rms_norm");
+        let _range = range!("rms_norm"; Work::of_rms_norm(rows * norm.width, HALF_BYTES, false));
         self.norm_forward(norm, rows, x, residual, y)
     }
 
@@ -308,7 +308,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         dy: &Self::Buffer,
         dx: &mut Self::Buffer,
     ) -> Result<()> {
-        let _range = range!("rms_norm backward");
+        let _range = range!("rms_norm backward"; Work::of_rms_norm(rows * norm.width, HALF_BYTES, true));
         self.norm_backward(norm, rows, x, dy, dx)
     }
 
@@ -332,7 +332,8 @@ impl<D: Device> Backend for CudaBackend<D> {
         s: &mut Self::Buffer,
         y: &mut Self::Buffer,
     ) -> Result<()> {
-        let _range = range!("linear");
+        let _range =
+            range!("linear"; Work::of_linear(group.shape(input.rows, group.weight.bytes()), HALF_BYTES));
         self.linear_forward(group, adapters, input, residual, s, y)
     }
 
@@ -346,7 +347,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         gradients: &mut Self::Floats,
         dx: Option<&mut Self::Buffer>,
     ) -> Result<()> {
-        let _range = range!("linear backward");
+        let _range = range!("linear backward"; Work::of_linear_backward(group.shape(input.rows, group.weight.bytes()), HALF_BYTES, dx.is_some()));
         self.linear_gradient(group, adapters, input, s, dy, gradients, dx.map(|dx| &*dx))
     }
 
@@ -358,7 +359,8 @@ impl<D: Device> Backend for CudaBackend<D> {
         log_sum: &mut Self::Floats,
         out: &mut Self::Buffer,
     ) -> Result<()> {
-        let _range = range!("attention");
+        let _range =
+            range!("attention"; attention.work(batch.sample_lengths(), batch.tokens, HALF_BYTES, false));
         self.attention_forward(attention, batch, qkv, log_sum, out)
     }
 
@@ -372,7 +374,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         dout: &Self::Buffer,
         dqkv: &mut Self::Buffer,
     ) -> Result<()> {
-        let _range = range!("attention backward");
+        let _range = range!("attention backward"; attention.work(batch.sample_lengths(), batch.tokens, HALF_BYTES, true));
         self.attention_gradient(attention, batch, qkv, log_sum, out, dout, dqkv)
     }
 
@@ -397,7 +399,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         gate_up: &Self::Buffer,
         act: &mut Self::Buffer,
     ) -> Result<()> {
-        let _range = range!("gated");
+        let _range = range!("gated"; Work::of_gated(rows * width, HALF_BYTES, false));
         self.gated_forward(activation, rows, width, gate_up, act)
     }
 
@@ -409,7 +411,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         dact: &Self::Buffer,
         gate_up: &mut Self::Buffer,
     ) -> Result<()> {
-        let _range = range!("gated backward");
+        let _range = range!("gated backward"; Work::of_gated(rows * width, HALF_BYTES, true));
         self.gated_gradient(activation, rows, width, dact, gate_up)
     }
 
@@ -420,7 +422,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         x: &Self::Buffer,
         packed: &mut Self::Buffer,
     ) -> Result<()> {
-        let _range = range!("gather labelled");
+        let _range = range!("gather labelled"; Work::of_moving(2 * batch.labelled * width, HALF_BYTES));
         self.gather_rows(batch, width, x, packed)
     }
 
@@ -431,7 +433,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         packed: &Self::Buffer,
         dx: &mut Self::Buffer,
     ) -> Result<()> {
-        let _range = range!("scatter labelled");
+        let _range = range!("scatter labelled"; Work::of_moving((batch.tokens + 2 * batch.labelled) * width, HALF_BYTES));
         self.scatter_rows(batch, width, packed, dx)
     }
 
@@ -444,7 +446,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         dx: Option<&mut Self::Buffer>,
         _: Option<&mut Self::Floats>,
     ) -> Result<()> {
-        let _range = range!("head loss");
+        let _range = range!("head loss"; head.work(batch.labelled, HALF_BYTES, CudaMatrix::bytes, [dx.is_some(), false]));
         self.cross_entropy(head, batch, x, losses, dx.map(|dx| &*dx))
     }
 
@@ -460,7 +462,7 @@ impl<D: Device> Backend for CudaBackend<D> {
     }
 
     fn adamw(&self, state: OptimizerState<'_, Self>, step: AdamWStep) -> Result<f64> {
-        let _range = range!("adamw");
+        let _range = range!("adamw"; Work::of_adamw(state.parameters.elements(), HALF_BYTES));
         self.adamw_update(state, step)
     }
 }

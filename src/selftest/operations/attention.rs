@@ -7,7 +7,9 @@ use super::super::reference;
 use super::{
     Operation, Prepared, Work, expect, poisoned, poisoned_floats, read, read_floats, ready, resident, upload,
 };
-use crate::backend::{Attention, Backend, KvCache, PassSettings, RmsNorm, Rotations, Weight};
+use crate::backend::{
+    Attention, Backend, KvCache, PassSettings, RmsNorm, Rotations, Weight, attention_pairs,
+};
 use crate::batch::Batch;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -103,12 +105,6 @@ impl Inputs {
     }
 
     /// Pairs of a query and a key that it sees, for one head.
-    fn pairs(&self) -> f64 {
-        let seen =
-            |position: usize| self.reference.window.map_or(position + 1, |window| window.min(position + 1));
-        self.lengths.iter().flat_map(|&length| (0..length).map(seen)).sum::<usize>() as f64
-    }
-
     fn shape(&self) -> String {
         let reference::Attention { query_heads, key_value_heads, head_dim, window, .. } = &self.reference;
         let lengths: Vec<String> = self.lengths.iter().map(usize::to_string).collect();
@@ -273,14 +269,10 @@ impl<B: Backend + 'static> Operation<B> for Packed {
     }
 
     fn work(&self) -> Work {
-        let width = self.inputs.out_width() as f64;
-        let forward = 4.0 * width * self.inputs.pairs();
-        let rows = self.inputs.rows() as f64 * self.inputs.precision.compute.bytes() as f64;
-        let qkv = self.inputs.reference.width() as f64;
-        match self.is_backward {
-            false => Work { flops: forward, bytes: rows * (qkv + width) },
-            true => Work { flops: 2.5 * forward, bytes: rows * 2.0 * (qkv + width) },
-        }
+        let Inputs { reference, lengths, precision, .. } = &self.inputs;
+        let pairs = attention_pairs(lengths.iter().copied(), reference.window);
+        let (rows, width, element) = (self.inputs.rows(), self.inputs.out_width(), precision.compute.bytes());
+        Work::of_attention(rows, width, reference.width(), pairs, element, self.is_backward)
     }
 
     fn prepare<'a>(&'a self, backend: &B) -> Result<Box<dyn Prepared<B> + 'a>> {

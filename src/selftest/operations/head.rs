@@ -133,15 +133,10 @@ impl<B: Backend + 'static> Operation<B> for HeadLoss {
     }
 
     fn work(&self) -> Work {
-        let (rows, width) = (self.batch.labelled_count() as f64, self.width as f64);
-        let vocabulary = self.vocabulary as f64;
-        let products = if self.with_gradient { 2.0 } else { 1.0 };
-        let element = self.precision.compute.bytes() as f64;
-        let weight = vocabulary * width * stored_half(self.precision).bytes() as f64;
-        Work {
-            flops: products * 2.0 * rows * width * vocabulary,
-            bytes: products * (weight + element * rows * width),
-        }
+        let (rows, width, element) =
+            (self.batch.labelled_count(), self.width, self.precision.compute.bytes());
+        let weight_bytes = self.vocabulary * width * stored_half(self.precision).bytes();
+        Work::of_head(rows, width, self.vocabulary, weight_bytes, element, [self.with_gradient, false])
     }
 
     fn prepare<'a>(&'a self, backend: &B) -> Result<Box<dyn Prepared<B> + 'a>> {

@@ -9,8 +9,8 @@ use super::{
     Operation, Prepared, Work, expect, poisoned, read, read_floats, ready, resident, upload, wide_row,
 };
 use crate::backend::{
-    Backend, Dropout, LinearGroup, LinearInput, LoraSlot, PassSettings, PlacedAdapter, Projection,
-    placed_adapters,
+    Backend, Dropout, LinearGroup, LinearInput, LinearShape, LoraSlot, PassSettings, PlacedAdapter,
+    Projection, placed_adapters,
 };
 use crate::batch::Batch;
 use crate::dtype::DType;
@@ -271,20 +271,19 @@ impl<B: Backend + 'static> Operation<B> for Linear {
     }
 
     fn work(&self) -> Work {
-        let (rows, inputs, outs) = (self.rows() as f64, self.case.in_features as f64, self.outs() as f64);
-        let ranks = self.ranks() as f64;
-        let up: f64 =
-            self.adapters.iter().map(|adapter| (adapter.slot.rank * adapter.out_features) as f64).sum();
-        let down = ranks * inputs;
-        let element = self.precision.compute.bytes() as f64;
-        let weight = inputs * outs * stored_half(self.precision).bytes() as f64;
-        // Backward: the same for dx and ds, then dA and dB; x and s are read besides, the gradients are f32.
-        let times = if self.is_backward { 2.0 } else { 1.0 };
-        Work {
-            flops: 2.0 * rows * (inputs * outs + times * (down + up)),
-            bytes: weight
-                + element * rows * (times * inputs + outs + ranks)
-                + if self.is_backward { 8.0 * (down + up) } else { 0.0 },
+        let (inputs, outputs) = (self.case.in_features, self.outs());
+        let shape = LinearShape {
+            rows: self.rows(),
+            inputs,
+            outputs,
+            rank: self.ranks(),
+            b_elements: self.adapters.iter().map(|adapter| adapter.slot.rank * adapter.out_features).sum(),
+            weight_bytes: inputs * outputs * stored_half(self.precision).bytes(),
+        };
+        let element = self.precision.compute.bytes();
+        match self.is_backward {
+            false => Work::of_linear(shape, element),
+            true => Work::of_linear_backward(shape, element, true),
         }
     }
 

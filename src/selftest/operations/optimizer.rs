@@ -80,10 +80,8 @@ impl<B: Backend + 'static> Operation<B> for AdamW {
     }
 
     fn work(&self) -> Work {
-        let count = self.parameters.len() as f64;
-        // Parameters and moments to and fro, the gradients twice; the copies in a half type.
-        let copies = if self.precision.compute == DType::F32 { 0.0 } else { 2.0 };
-        Work { flops: 18.0 * count, bytes: (6.0 + 2.0) * 4.0 * count + copies * count }
+        let copy = if self.precision.compute == DType::F32 { 0 } else { self.precision.compute.bytes() };
+        Work::of_adamw(self.parameters.len(), copy)
     }
 
     fn prepare<'a>(&'a self, backend: &B) -> Result<Box<dyn Prepared<B> + 'a>> {

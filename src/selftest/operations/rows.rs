@@ -87,10 +87,8 @@ impl<B: Backend + 'static> Operation<B> for Norm {
     }
 
     fn work(&self) -> Work {
-        let elements = (self.rows * self.width) as f64;
-        // Forward: x, y. Backward: x, dy, dx to and fro.
-        let (passes, flops) = if self.pass == Pass::Forward { (2.0, 4.0) } else { (4.0, 9.0) };
-        Work { flops: flops * elements, bytes: passes * elements * self.precision.compute.bytes() as f64 }
+        let element = self.precision.compute.bytes();
+        Work::of_rms_norm(self.rows * self.width, element, self.pass == Pass::Backward)
     }
 
     fn prepare<'a>(&'a self, backend: &B) -> Result<Box<dyn Prepared<B> + 'a>> {
@@ -188,9 +186,8 @@ impl<B: Backend + 'static> Operation<B> for Gated {
     }
 
     fn work(&self) -> Work {
-        let elements = (self.rows * self.width) as f64;
-        let (passes, flops) = if self.pass == Pass::Forward { (3.0, 6.0) } else { (5.0, 12.0) };
-        Work { flops: flops * elements, bytes: passes * elements * self.precision.compute.bytes() as f64 }
+        let element = self.precision.compute.bytes();
+        Work::of_gated(self.rows * self.width, element, self.pass == Pass::Backward)
     }
 
     fn prepare<'a>(&'a self, backend: &B) -> Result<Box<dyn Prepared<B> + 'a>> {
@@ -299,7 +296,7 @@ impl<B: Backend + 'static> Operation<B> for Moves {
             Move::Gather => 2 * labelled,
             Move::Scatter => tokens + 2 * labelled, // zeros first
         };
-        Work { flops: 0.0, bytes: (rows * self.width * self.precision.compute.bytes()) as f64 }
+        Work::of_moving(rows * self.width, self.precision.compute.bytes())
     }
 
     fn prepare<'a>(&'a self, backend: &B) -> Result<Box<dyn Prepared<B> + 'a>> {

@@ -1,0 +1,117 @@
+//! What an operation takes at least, from its shape: the measure that its time is held to.
+
+/// The least that one run of an operation takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Work {
+    /// Multiplications and additions.
+    pub flops: f64,
+    /// Bytes read and written, each input and output once.
+    pub bytes: f64,
+}
+
+/// A group of linears with adapters on some rows.
+#[derive(Clone, Copy, Debug)]
+pub struct LinearShape {
+    /// `T`.
+    pub rows: usize,
+    /// `I`.
+    pub inputs: usize,
+    /// `O`.
+    pub outputs: usize,
+    /// `R`, summed over the adapters.
+    pub rank: usize,
+    /// Elements of all `B`s.
+    pub b_elements: usize,
+    /// Bytes of the frozen weight as it is stored.
+    pub weight_bytes: usize,
+}
+
+impl Work {
+    /// `y = x · Wᵀ + s · Bᵀ`, `s = x · Aᵀ`, with activations of `element` bytes.
+    pub fn of_linear(shape: LinearShape, element: usize) -> Self {
+        let LinearShape { rows, inputs, outputs, rank, b_elements, weight_bytes } = shape;
+        let adapters = rank * inputs + b_elements;
+        Self {
+            flops: 2.0 * rows as f64 * (inputs * outputs + adapters) as f64,
+            bytes: (weight_bytes + element * rows * (inputs + outputs + rank)) as f64,
+        }
+    }
+
+    /// The gradients of `A` and `B`, f32, and, where it is wanted, `dx`.
+    pub fn of_linear_backward(shape: LinearShape, element: usize, with_dx: bool) -> Self {
+        let LinearShape { rows, inputs, outputs, rank, b_elements, weight_bytes } = shape;
+        let a_elements = rank * inputs;
+        let dx = if with_dx { inputs * outputs + a_elements } else { 0 };
+        // x and dy are read, s as well; dx is written; gradients are added to.
+        let activations = if with_dx { 2 * inputs } else { inputs } + outputs + rank;
+        let weight_bytes = if with_dx { weight_bytes } else { 0 };
+        Self {
+            flops: 2.0 * rows as f64 * (dx + a_elements + 2 * b_elements) as f64,
+            bytes: (weight_bytes + element * rows * activations + 8 * (a_elements + b_elements)) as f64,
+        }
+    }
+
+    /// Causal attention of queries of `query_width` over `pairs` of a query and a key that it sees, on rows of
+    /// `qkv_width`.
+    pub fn of_attention(
+        rows: usize,
+        query_width: usize,
+        qkv_width: usize,
+        pairs: usize,
+        element: usize,
+        is_backward: bool,
+    ) -> Self {
+        let forward = 4.0 * query_width as f64 * pairs as f64;
+        let bytes = (element * rows * (qkv_width + query_width)) as f64;
+        match is_backward {
+            false => Self { flops: forward, bytes },
+            // The scores again, and four products more.
+            true => Self { flops: 2.5 * forward, bytes: 2.0 * bytes },
+        }
+    }
+
+    /// RMSNorm over `elements`. Backward: `x`, `dy`, and `dx` to and fro.
+    pub fn of_rms_norm(elements: usize, element: usize, is_backward: bool) -> Self {
+        let (passes, flops) = if is_backward { (4, 9) } else { (2, 4) };
+        Self { flops: (flops * elements) as f64, bytes: (passes * elements * element) as f64 }
+    }
+
+    /// A gated activation with `elements` results.
+    pub fn of_gated(elements: usize, element: usize, is_backward: bool) -> Self {
+        let (passes, flops) = if is_backward { (5, 12) } else { (3, 6) };
+        Self { flops: (flops * elements) as f64, bytes: (passes * elements * element) as f64 }
+    }
+
+    /// Rows that are read or written, `elements` in all.
+    pub fn of_moving(elements: usize, element: usize) -> Self {
+        Self { flops: 0.0, bytes: (elements * element) as f64 }
+    }
+
+    /// The output head on labelled rows of `width`, with the gradients of its input and of its weight where they are wanted.
+    pub fn of_head(
+        rows: usize,
+        width: usize,
+        vocabulary: usize,
+        weight_bytes: usize,
+        element: usize,
+        gradients: [bool; 2],
+    ) -> Self {
+        let products = 1.0 + gradients.map(|wanted| f64::from(u8::from(wanted))).iter().sum::<f64>();
+        Self {
+            flops: products * 2.0 * (rows * width) as f64 * vocabulary as f64,
+            bytes: products * (weight_bytes + element * rows * width) as f64,
+        }
+    }
+
+    /// AdamW and clipping over `count` parameters, with copies in a type of `copy` bytes (0: none).
+    pub fn of_adamw(count: usize, copy: usize) -> Self {
+        // Parameters and moments to and fro, the gradients twice.
+        Self { flops: 18.0 * count as f64, bytes: ((6 + 2) * 4 * count + copy * count) as f64 }
+    }
+}
+
+/// Queries and the keys that each sees, over samples of these lengths.
+pub fn attention_pairs(lengths: impl IntoIterator<Item = usize>, window: Option<usize>) -> usize {
+    let seen = |position: usize| window.map_or(position + 1, |window| window.min(position + 1));
+    lengths.into_iter().flat_map(|length| (0..length).map(seen)).sum()
+}
