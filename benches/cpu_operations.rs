@@ -132,7 +132,7 @@ fn rows(criterion: &mut Criterion) {
 
     let data = floats(HIDDEN * 1536);
     let tensor = WeightTensor::from_f32("w", vec![HIDDEN, 1536], &data);
-    let lora = LoraSlot { rank: 16, scale: 1.0, a_offset: 0, b_offset: 16 * 1536 };
+    let lora = LoraSlot { rank: 16, scale: 1.0, a_offset: 0, b_offset: 16 * 1536, magnitude_offset: None };
     let matrix = backend.matrix(&[tensor]).unwrap();
     let projections = vec![Projection { out_features: HIDDEN, lora: Some(lora) }];
     let linear = LinearGroup::new(&backend, 1, matrix, None, 1536, projections).unwrap();

@@ -128,6 +128,14 @@ fn check_merged(name: &'static str) {
 }
 
 #[test]
+fn dora_is_as_in_float64() {
+    check("dora");
+    check("dora_whole");
+    check_merged("dora");
+    check_merged("dora_whole");
+}
+
+#[test]
 fn modules_trained_whole_are_as_in_float64() {
     check("whole");
     check("whole_below");

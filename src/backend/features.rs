@@ -5,6 +5,8 @@ use crate::error::{Error, Result};
 /// What of a model is trained besides the `A`s and `B`s of its adapters.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Features {
+    /// Magnitudes of adapters (DoRA).
+    pub magnitudes: bool,
     /// Weights of norms.
     pub trained_norms: bool,
     /// The weight of the output head.
@@ -18,6 +20,7 @@ impl Features {
     /// A device error for the first that is wanted.
     pub(super) fn refuse_all(self, backend: &str) -> Result<()> {
         let wanted = [
+            (self.magnitudes, "the magnitudes of DoRA", "use_dora"),
             (self.trained_norms, "trained norms", "modules_to_save"),
             (self.trained_head, "a trained head", "modules_to_save"),
         ];

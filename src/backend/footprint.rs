@@ -22,6 +22,8 @@ pub struct GroupShape {
     pub out_features: usize,
     /// Its adapters, in order.
     pub adapters: Vec<AdapterShape>,
+    /// Whether these have magnitudes.
+    pub has_magnitudes: bool,
 }
 
 impl GroupShape {

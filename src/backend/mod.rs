@@ -39,6 +39,9 @@ pub struct LoraSlot {
     pub a_offset: usize,
     /// First element of `B` in the flat buffer.
     pub b_offset: usize,
+    /// First element of the magnitudes `m [O]` in the flat buffer, where it has any (DoRA, Liu et al. 2024): the projection is
+    /// then `x·W'ᵀ` with `W' = m/‖W + scale·B·A‖ · (W + scale·B·A)`, row by row.
+    pub magnitude_offset: Option<usize>,
 }
 
 /// One projection of a [`LinearGroup`].
@@ -310,6 +313,11 @@ pub trait Backend: Footprint + Send + Sync {
     }
     /// What the adapters of a [`LinearGroup`] need besides their parameters.
     fn prepare_group(&self, in_features: usize, projections: &[Projection]) -> Result<Self::Group>;
+    /// Computes what a group keeps that depends on its adapters: before it is used, and whenever they have changed.
+    fn renew_group(&self, group: &LinearGroup<Self>, adapters: &Self::Floats) -> Result<()> {
+        let _ = (group, adapters);
+        Ok(())
+    }
 
     /// A frozen matrix: the rows of `parts` (each `[rows, columns]`, equal columns) in turn.
     fn matrix(&self, parts: &[WeightTensor]) -> Result<Self::Matrix>;
@@ -381,6 +389,9 @@ pub trait Backend: Footprint + Send + Sync {
 
     /// `s = dropout(x)·Aᵀ [T, R]` and `y = residual + bias + x·Wᵀ + scale·s·Bᵀ [T, O]`. The rows of `s` stand
     /// [`low_rank_stride`](Self::low_rank_stride) apart.
+    ///
+    /// Of a group with magnitudes `s` holds `v = x̃·(W + scale·B·A)ᵀ [T, O]` behind its rows, where `x̃ = dropout(x)`, and
+    /// `y = residual + bias + x·Wᵀ − x̃·Wᵀ + g∘v` with `g = m/‖W + scale·B·A‖`; where a projection has no magnitude `g` is 1.
     fn linear(
         &self,
         group: &LinearGroup<Self>,
@@ -392,6 +403,9 @@ pub trait Backend: Footprint + Send + Sync {
     ) -> Result<()>;
     /// Given `dy [T, O]` and the forward's `x` and `s`: adds the gradients of every `A` and `B` to `gradients`
     /// (same offsets as `adapters`), and writes `dx = dy·W + dropout'(scale·dy·B·A) [T, I]` where it is wanted.
+    ///
+    /// Of a group with magnitudes it adds `dm = Σ_t dy·v/‖W + scale·B·A‖` too; the norm is a constant, so that the adapters see
+    /// `g∘dy` in place of `dy`, and `dx = dy·W + dropout'((g∘dy − dy)·W + scale·(g∘dy)·B·A)`.
     #[allow(clippy::too_many_arguments)]
     fn linear_backward(
         &self,

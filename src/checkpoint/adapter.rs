@@ -20,8 +20,8 @@ pub const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
 /// The hyper-parameters' file in an adapter folder.
 pub const ADAPTER_CONFIG: &str = "adapter_config.json";
 
-/// A LoRA adapter: its hyper-parameters, and `lora_A [r, in]` and `lora_B [out, r]` of every target by full name; with
-/// `modules_to_save` the weights of those too.
+/// A LoRA adapter: its hyper-parameters, and `lora_A [r, in]` and `lora_B [out, r]` of every target by full name; with DoRA
+/// `lora_magnitude_vector [out]` as well, with `modules_to_save` the weights of those.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Adapter {
     /// `adapter_config.json`.
@@ -69,8 +69,10 @@ impl Adapter {
 
     /// The module that a tensor belongs to: `model.layers.0.self_attn.q_proj`.
     pub fn module_of(name: &str) -> Option<&str> {
-        let module = name.strip_prefix("base_model.model.")?;
-        module.strip_suffix(".lora_A.weight").or_else(|| module.strip_suffix(".lora_B.weight"))
+        let name = name.strip_prefix("base_model.model.")?;
+        [".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"]
+            .into_iter()
+            .find_map(|end| name.strip_suffix(end))
     }
 
     /// Whether a tensor is the weight of one of the modules that `modules_to_save` means.
@@ -80,7 +82,7 @@ impl Adapter {
         Self::module_of(name).is_none() && module.is_some_and(is_meant)
     }
 
-    /// Every tensor is half of a LoRA pair of the configured rank or a module's whole weight, and finite.
+    /// Every tensor is half of a LoRA pair of the configured rank, magnitudes or a module's whole weight, and finite.
     fn check(&self) -> Result<()> {
         if self.tensors.is_empty() {
             return Err(Error::model("the adapter holds no tensors").hint("save the adapter again"));
@@ -90,7 +92,8 @@ impl Adapter {
             if let Some((index, value)) = first_non_finite(&tensor.values) {
                 return Err(Error::model(format!("element {index} is {value}")).at(&*tensor.name));
             }
-            if self.is_whole_module(&tensor.name) {
+            let is_magnitude = self.config.use_dora && tensor.name.ends_with(".lora_magnitude_vector");
+            if is_magnitude || self.is_whole_module(&tensor.name) {
                 continue;
             }
             let [rows, columns] = tensor.shape[..] else {
@@ -107,7 +110,7 @@ impl Adapter {
                     "not a tensor of a plain LoRA adapter (lora_A.weight or lora_B.weight)",
                 )
                 .at(&*tensor.name)
-                .hint("DoRA and embedding adapters are not supported, whole modules where modules_to_save names them"));
+                .hint("DoRA's magnitudes go with use_dora, whole modules with modules_to_save; embedding adapters are not supported"));
             };
             let module = Self::module_of(&tensor.name).unwrap_or_default();
             let rank = ranks.value(module)?.unwrap_or(self.config.rank);

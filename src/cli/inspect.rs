@@ -148,6 +148,7 @@ fn describe_adapter(folder: &Path) -> Result<Value> {
         // Of modules that no pattern matches.
         "scale": LoraConfig::from(config).without_patterns().scales()?.of("")?.scale,
         "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora.then_some(true),
         "rank_pattern": (!config.rank_pattern.is_empty()).then_some(&config.rank_pattern),
         "alpha_pattern": (!config.alpha_pattern.is_empty()).then_some(&config.alpha_pattern),
         "layers_to_transform": (!config.layers_to_transform.is_empty()).then_some(&config.layers_to_transform),

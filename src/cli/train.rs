@@ -429,6 +429,7 @@ fn resolve_config(args: &TrainArgs) -> Result<Resolved> {
         adopt(&mut options.lora_alpha, config.alpha, "lora_alpha")?;
         adopt(&mut options.lora_target_modules, config.target_modules.clone(), "lora_target_modules")?;
         adopt(&mut options.use_rslora, config.use_rslora, "use_rslora")?;
+        adopt(&mut options.use_dora, config.use_dora, "use_dora")?;
         adopt(&mut options.rank_pattern, config.rank_pattern.clone(), "rank_pattern")?;
         adopt(&mut options.alpha_pattern, config.alpha_pattern.clone(), "alpha_pattern")?;
         adopt(&mut options.layers_to_transform, config.layers_to_transform.clone(), "layers_to_transform")?;
@@ -466,6 +467,7 @@ fn adapter_config(config: &TrainingConfig, base: &ResolvedModel) -> AdapterConfi
         dropout: config.lora_dropout,
         target_modules: config.lora_target_modules.clone(),
         use_rslora: config.use_rslora,
+        use_dora: config.use_dora,
         rank_pattern: config.rank_pattern.clone(),
         alpha_pattern: config.alpha_pattern.clone(),
         layers_to_transform: config.layers_to_transform.clone(),

@@ -210,7 +210,7 @@ fn peft(folder: &Path) -> Result<Check> {
         true => Check::new(
             "PEFT",
             Verdict::Yes,
-            "a plain LoRA adapter; every key of its configuration is known to 0.21",
+            "an adapter of its LoRA; every key of its configuration is known to 0.21",
         ),
         false => Check::new(
             "PEFT",
@@ -244,8 +244,8 @@ fn has_one_scale(adapter: &Adapter) -> Result<bool> {
 }
 
 fn vllm(adapter: &Adapter, has_one_scale: bool) -> Check {
-    if !adapter.config.modules_to_save.is_empty() {
-        let detail = "it takes no whole modules (modules_to_save): fastlora merge makes a model of them";
+    if let Some((key, what)) = adapter.config.beyond_lora() {
+        let detail = format!("it takes no {what}, {key}: fastlora merge makes a model of it");
         return Check::new("vLLM", Verdict::No, detail);
     }
     let rank = ranks(adapter).last().copied().unwrap_or(adapter.config.rank);
@@ -264,9 +264,8 @@ fn vllm(adapter: &Adapter, has_one_scale: bool) -> Check {
 }
 
 fn llama_cpp(adapter: &Adapter, has_one_scale: bool) -> Check {
-    if !adapter.config.modules_to_save.is_empty() {
-        let detail =
-            "its adapters hold no whole modules (modules_to_save): fastlora merge makes a model of them";
+    if let Some((key, what)) = adapter.config.beyond_lora() {
+        let detail = format!("its adapters hold no {what}, {key}: fastlora merge makes a model of it");
         return Check::new("llama.cpp", Verdict::No, detail);
     }
     let mut detail = "as GGUF: fastlora export --gguf".to_string();

@@ -130,6 +130,9 @@ pub struct Options {
     /// Scale by α/√r.
     #[arg(long, value_name = "BOOL")]
     pub use_rslora: Option<bool>,
+    /// Gives every target magnitudes, one an output (DoRA).
+    #[arg(long, value_name = "BOOL")]
+    pub use_dora: Option<bool>,
     /// Ranks of modules that differ from `lora_r`: patterns of their names with r.
     #[arg(long, value_name = "PATTERN=R,…")]
     pub rank_pattern: Option<PatternMap<usize>>,
@@ -288,7 +291,7 @@ impl Options {
             hash_template hash_dropout chat_template chat_date max_length batch_size gradient_accumulation_steps packing bucket_by_length
             balance_by_hash num_epochs max_steps shuffle
             seed loss_on on_bad_record overlong lora_r lora_alpha lora_dropout neftune_noise_alpha
-            lora_target_modules use_rslora rank_pattern alpha_pattern layers_to_transform modules_to_save
+            lora_target_modules use_rslora use_dora rank_pattern alpha_pattern layers_to_transform modules_to_save
             learning_rate loraplus_lr_ratio lr_scheduler warmup_steps
             weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm val_every
             early_stopping_patience on_nan save_every keep_checkpoints report test_cases sample_every device dtype threads activation_memory

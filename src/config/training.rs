@@ -83,6 +83,8 @@ pub struct TrainingConfig {
     pub lora_target_modules: TargetModules,
     /// Scale by α/√r.
     pub use_rslora: bool,
+    /// Whether every target has magnitudes (DoRA, Liu et al. 2024).
+    pub use_dora: bool,
     /// Ranks of modules that differ from `lora_r`.
     pub rank_pattern: PatternMap<usize>,
     /// Scales of modules that differ from `lora_alpha`.
@@ -182,6 +184,7 @@ impl TrainingConfig {
             neftune_noise_alpha: options.neftune_noise_alpha.unwrap_or(0.0),
             lora_target_modules: options.lora_target_modules.unwrap_or_else(default_targets),
             use_rslora: options.use_rslora.unwrap_or(false),
+            use_dora: options.use_dora.unwrap_or(false),
             rank_pattern: options.rank_pattern.unwrap_or_default(),
             alpha_pattern: options.alpha_pattern.unwrap_or_default(),
             layers_to_transform: in_order(options.layers_to_transform.unwrap_or_default()),

@@ -39,12 +39,12 @@ const MODULES: [(&str, &str); 9] = [
 /// ratio.
 ///
 /// # Errors
-/// An adapter of another base (fault 61) or with whole modules, or a file that cannot be written; what was there stays.
+/// An adapter of another base (fault 61) or beyond plain LoRA, or a file that cannot be written; what was there stays.
 pub fn write_gguf(adapter: &Adapter, base: &ModelConfig, path: &Path) -> Result<()> {
-    if !adapter.config.modules_to_save.is_empty() {
-        return Err(Error::model("llama.cpp's adapters hold no whole modules")
-            .at("modules_to_save")
-            .hint("merge it into its base instead (fastlora merge), or train without modules_to_save"));
+    if let Some((key, what)) = adapter.config.beyond_lora() {
+        return Err(Error::model(format!("llama.cpp's adapters hold no {what}"))
+            .at(key)
+            .hint("merge it into its base instead: fastlora merge"));
     }
     adapter.check_base(base)?;
     let scales = LoraConfig::from(&adapter.config).scales()?;

@@ -1,4 +1,4 @@
-//! Base + adapter → a Hugging Face folder that needs no adapter: `W + scale·B·A`, and the weights of modules that were
+//! Base + adapter → a Hugging Face folder that needs no adapter: `W + scale·B·A`, with DoRA its rows at their magnitudes, and the weights of modules that were
 //! trained whole.
 
 use std::borrow::Cow;
@@ -63,7 +63,8 @@ pub fn merge(
             let module = name.strip_suffix(".weight").unwrap_or(&name);
             let scale = scales.of(module)?.scale;
             let pair = find(module, "lora_A.weight").zip(find(module, "lora_B.weight"));
-            let sum = pair.map(|(a, b)| Update::Sum { a, b, scale });
+            let magnitudes = find(module, "lora_magnitude_vector");
+            let sum = pair.map(|(a, b)| Update::Sum { a, b, scale, magnitudes });
             let update = sum.or_else(|| find(module, "weight").map(Update::Whole));
             Ok(Merged { weight: base.tensor(&name)?, name, update, failure: &failure })
         })
@@ -134,6 +135,8 @@ enum Update<'a> {
         /// `[out, r]`.
         b: &'a NamedTensor,
         scale: f32,
+        /// `[out]`: what the norms of the sum's rows then become.
+        magnitudes: Option<&'a NamedTensor>,
     },
     /// Takes its place.
     Whole(&'a NamedTensor),
@@ -192,13 +195,18 @@ impl Update<'_> {
         let mut bytes = vec![0; weight.bytes().len()];
         let rows = sum.par_chunks_mut(columns).zip(bytes.par_chunks_mut(columns * dtype.bytes())).enumerate();
         rows.try_for_each(|(row, (sum, bytes))| {
-            if let Self::Sum { a, b, scale } = self {
+            if let Self::Sum { a, b, scale, magnitudes } = self {
                 let rank = a.shape[0];
                 for (b, a) in b.values[row * rank..][..rank].iter().zip(a.values.chunks_exact(columns)) {
                     let factor = scale * b;
                     for (sum, a) in sum.iter_mut().zip(a) {
                         *sum += factor * a;
                     }
+                }
+                let norm = sum.iter().map(|&value| f64::from(value) * f64::from(value)).sum::<f64>().sqrt();
+                if let Some(magnitudes) = magnitudes.filter(|_| norm > 0.0) {
+                    let gain = f64::from(magnitudes.values[row]) / norm;
+                    sum.iter_mut().for_each(|value| *value = (gain * f64::from(*value)) as f32);
                 }
             }
             if let Some(column) = sum.iter().position(|value| !fits(*value, dtype)) {

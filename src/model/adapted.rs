@@ -15,6 +15,7 @@ impl From<&AdapterConfig> for LoraConfig {
             rank: config.rank,
             alpha: config.alpha,
             use_rslora: config.use_rslora,
+            use_dora: config.use_dora,
             target_modules: config.target_modules.clone(),
             rank_pattern: config.rank_pattern.clone(),
             alpha_pattern: config.alpha_pattern.clone(),

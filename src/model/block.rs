@@ -16,7 +16,7 @@ use super::layout::AdapterLayout;
 use super::lora::AdaptedLinear;
 use super::weights::NormWeight;
 use super::whole::BlockNorm;
-use super::workspace::Allocator;
+use super::workspace::{Allocator, Kept};
 use crate::backend::{
     Activation, Attention, Backend, KvCache, LinearGroup, LinearInput, Projection, RmsNorm, Rotations,
     VectorWeight, Weight,
@@ -133,10 +133,10 @@ impl<B: Backend> Saved<B> {
     pub(super) fn new(
         memory: &mut Allocator<'_, B>,
         shape: &BlockShape,
-        ranks: [usize; GROUP_COUNT],
+        kept: [Kept; GROUP_COUNT],
         tokens: usize,
     ) -> Result<Self> {
-        let [qkv, output, gate_up, down] = ranks.map(|rank| memory.low_rank_buffer(tokens, rank));
+        let [qkv, output, gate_up, down] = kept.map(|kept| memory.low_rank_buffer(tokens, kept));
         let mut branch = || memory.buffer(tokens * shape.hidden_size);
         let branches = if shape.post_norms { Some([branch()?, branch()?]) } else { None };
         Ok(Self {
@@ -283,6 +283,12 @@ impl<B: Backend> Block<B> {
             window: config.windows[layer],
             shape: BlockShape::new(config),
         })
+    }
+
+    /// Tells the groups that the adapters have changed.
+    pub(super) fn renew(&self, backend: &B, adapters: &B::Floats) -> Result<()> {
+        let groups = [&self.qkv, &self.output, &self.gate_up, &self.down];
+        groups.into_iter().try_for_each(|group| backend.renew_group(group, adapters))
     }
 
     /// Summed ranks of each group's adapters.

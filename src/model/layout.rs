@@ -19,6 +19,8 @@ pub enum TensorKind {
     A,
     /// `B [out, rank]` of an adapter, which starts at zero.
     B,
+    /// The magnitudes `m [out]` of an adapter (DoRA), which start as the norms of the base's rows.
+    Magnitude,
     /// The weight of a module that is trained whole, which starts as the base's.
     Whole,
 }
@@ -38,6 +40,8 @@ pub struct AdapterTensor {
 
 /// In front of every name in an adapter's file.
 const PREFIX: &str = "base_model.model.";
+/// At the end of the names of magnitudes.
+const MAGNITUDE: &str = "lora_magnitude_vector";
 
 impl AdapterTensor {
     /// The elements' place in the flat buffer.
@@ -60,7 +64,7 @@ pub struct AdapterLayout {
 
 impl AdapterLayout {
     /// Appends the adapters of linears that share their input: every A, then every B, as
-    /// [`LinearGroup`](crate::backend::LinearGroup) wants them.
+    /// [`LinearGroup`](crate::backend::LinearGroup) wants them; then their magnitudes, if any.
     pub fn push_group(&mut self, linears: &[AdaptedLinear]) -> Vec<Option<LoraSlot>> {
         let targets = linears.iter().filter_map(|(linear, lora)| lora.map(|lora| (linear, lora)));
         let a_offsets: Vec<usize> = targets
@@ -70,15 +74,23 @@ impl AdapterLayout {
             })
             .collect();
         let b_offsets: Vec<usize> = targets
+            .clone()
             .map(|(linear, lora)| {
                 self.push(&linear.name, "lora_B.weight", &[linear.out_features, lora.rank], TensorKind::B)
             })
             .collect();
-        let mut places = a_offsets.into_iter().zip(b_offsets);
+        let magnitude_offsets: Vec<Option<usize>> = targets
+            .map(|(linear, lora)| {
+                let shape = &[linear.out_features];
+                let push = || self.push(&linear.name, MAGNITUDE, shape, TensorKind::Magnitude);
+                lora.has_magnitude.then(push)
+            })
+            .collect();
+        let mut places = a_offsets.into_iter().zip(b_offsets).zip(magnitude_offsets);
         let slot = |(_, lora): &AdaptedLinear| {
-            let ModuleLora { rank, scale } = (*lora)?;
-            let (a_offset, b_offset) = places.next()?;
-            Some(LoraSlot { rank, scale, a_offset, b_offset })
+            let ModuleLora { rank, scale, .. } = (*lora)?;
+            let ((a_offset, b_offset), magnitude_offset) = places.next()?;
+            Some(LoraSlot { rank, scale, a_offset, b_offset, magnitude_offset })
         };
         linears.iter().map(slot).collect()
     }
@@ -125,9 +137,27 @@ impl AdapterLayout {
     /// A base of another shape.
     pub fn start(&self, base: &BaseModel, seed: u64) -> Result<Vec<f32>> {
         let mut parameters = self.adapters_start(seed);
-        for tensor in self.tensors.iter().filter(|tensor| tensor.kind == TensorKind::Whole) {
-            let weight = base.tensor(tensor.name.strip_prefix(PREFIX).unwrap_or(&tensor.name))?;
-            parameters[tensor.range()].copy_from_slice(&weight.to_f32());
+        let of_base = |tensor: &AdapterTensor| {
+            let name = tensor.name.strip_prefix(PREFIX).unwrap_or(&tensor.name);
+            match name.strip_suffix(MAGNITUDE) {
+                Some(module) => base.tensor(&format!("{module}weight")),
+                None => base.tensor(name),
+            }
+        };
+        for tensor in &self.tensors {
+            let into = &mut parameters[tensor.range()];
+            match tensor.kind {
+                TensorKind::A | TensorKind::B => {}
+                TensorKind::Whole => into.copy_from_slice(&of_base(tensor)?.to_f32()),
+                TensorKind::Magnitude => {
+                    let weight = of_base(tensor)?;
+                    let width = weight.shape()[1];
+                    let norm =
+                        |row: &[f32]| row.iter().map(|&w| f64::from(w) * f64::from(w)).sum::<f64>().sqrt();
+                    let norms = weight.to_f32();
+                    into.iter_mut().zip(norms.chunks(width)).for_each(|(into, row)| *into = norm(row) as f32);
+                }
+            }
         }
         Ok(parameters)
     }
@@ -201,13 +231,29 @@ mod tests {
             out_features,
             bias: false,
         };
-        let lora = |rank| Some(ModuleLora { rank, scale: 4.0 });
+        let lora = |rank| Some(ModuleLora { rank, scale: 4.0, has_magnitude: false });
         let linears = [(linear("q", 5), lora(2)), (linear("k", 4), None), (linear("v", 4), lora(1))];
         let slots = layout.push_group(&linears);
-        let slot = |rank, a_offset, b_offset| Some(LoraSlot { rank, scale: 4.0, a_offset, b_offset });
+        let slot = |rank, a_offset, b_offset| {
+            Some(LoraSlot { rank, scale: 4.0, a_offset, b_offset, magnitude_offset: None })
+        };
         assert_eq!(slots, [slot(2, 0, 9), None, slot(1, 6, 19)]);
         assert_eq!(layout.parameter_count(), 23);
         assert_eq!(layout.runs(), [9, 23]);
+        let mut with_magnitudes = AdapterLayout::default();
+        let linears = linears
+            .map(|(linear, lora)| (linear, lora.map(|lora| ModuleLora { has_magnitude: true, ..lora })));
+        let offsets = with_magnitudes.push_group(&linears);
+        let offsets: Vec<Option<usize>> =
+            offsets.iter().map(|slot| slot.and_then(|slot| slot.magnitude_offset)).collect();
+        assert_eq!(offsets, [Some(23), None, Some(28)]);
+        assert_eq!(with_magnitudes.runs(), [9, 32]);
+        assert_eq!(with_magnitudes.tensors()[5].name, "base_model.model.v.lora_magnitude_vector");
+        assert_eq!(
+            with_magnitudes.adapters_start(1)[..23],
+            layout.adapters_start(1),
+            "A does not depend on them"
+        );
         let whole = |name: &str, shape: &[usize]| WholeModule {
             name: name.into(),
             shape: shape.to_vec(),

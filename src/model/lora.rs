@@ -16,6 +16,8 @@ pub struct LoraConfig {
     pub alpha: f64,
     /// Scale by α/√r instead (Kalajdzievski 2023).
     pub use_rslora: bool,
+    /// Whether every target has magnitudes (DoRA, Liu et al. 2024).
+    pub use_dora: bool,
     /// Which linears.
     pub target_modules: TargetModules,
     /// r of modules that differ.
@@ -35,6 +37,8 @@ pub struct ModuleLora {
     pub rank: usize,
     /// The factor on `x·Aᵀ·Bᵀ`: α/r, with rsLoRA α/√r.
     pub scale: f32,
+    /// Whether it has magnitudes (DoRA).
+    pub has_magnitude: bool,
 }
 
 /// A linear, and its adapter if it is a target.
@@ -45,6 +49,7 @@ pub struct ModuleScales {
     rank: usize,
     alpha: f64,
     use_rslora: bool,
+    use_dora: bool,
     ranks: CompiledPatterns<usize>,
     alphas: CompiledPatterns<f64>,
 }
@@ -57,7 +62,8 @@ impl ModuleScales {
     pub fn of(&self, module: &str) -> Result<ModuleLora> {
         let (rank, alpha) = self.rank_and_alpha(module)?;
         let width = rank as f64;
-        Ok(ModuleLora { rank, scale: (alpha / if self.use_rslora { width.sqrt() } else { width }) as f32 })
+        let scale = (alpha / if self.use_rslora { width.sqrt() } else { width }) as f32;
+        Ok(ModuleLora { rank, scale, has_magnitude: self.use_dora })
     }
 
     /// The α with which a module's scale is α/r, with rsLoRA too.
@@ -82,6 +88,7 @@ impl LoraConfig {
             rank,
             alpha,
             use_rslora: false,
+            use_dora: false,
             target_modules,
             rank_pattern: PatternMap::default(),
             alpha_pattern: PatternMap::default(),
@@ -104,6 +111,7 @@ impl LoraConfig {
             rank: self.rank,
             alpha: self.alpha,
             use_rslora: self.use_rslora,
+            use_dora: self.use_dora,
             ranks: self.rank_pattern.compile().map_err(|error| error.at("rank_pattern"))?,
             alphas: self.alpha_pattern.compile().map_err(|error| error.at("alpha_pattern"))?,
         })
@@ -188,6 +196,7 @@ impl LoraConfig {
         let whole = self.whole_modules(model)?;
         let is_head = |module: &WholeModule| module.place == WholePlace::Head;
         Ok(Features {
+            magnitudes: self.use_dora,
             trained_head: whole.iter().any(is_head),
             trained_norms: whole.iter().any(|module| !is_head(module)),
         })
@@ -254,7 +263,7 @@ mod tests {
         config.rank_pattern = "q_proj=4".parse().unwrap();
         config.alpha_pattern = r"layers\.1\..*=2".parse().unwrap();
         let of = |config: &LoraConfig, module: &str| config.scales().unwrap().of(module).unwrap();
-        let module = |rank, scale| ModuleLora { rank, scale };
+        let module = |rank, scale| ModuleLora { rank, scale, has_magnitude: false };
         assert_eq!(of(&config, "model.layers.0.self_attn.q_proj"), module(4, 2.0));
         assert_eq!(of(&config, "model.layers.1.self_attn.q_proj"), module(4, 0.5));
         assert_eq!(of(&config, "model.layers.0.mlp.up_proj"), module(16, 0.5));

@@ -9,7 +9,7 @@ use super::config::{GROUP_COUNT, ModelConfig};
 use super::layout::AdapterLayout;
 use super::lora::{LoraConfig, adapted_linears, layer_groups};
 use super::whole::WholePlace;
-use super::workspace::{Allocator, Limits, Purpose, Workspace};
+use super::workspace::{Allocator, Kept, Limits, Purpose, Workspace};
 use crate::backend::{AdapterShape, Backend, GroupShape, OperationShapes};
 use crate::config::ActivationMemory;
 use crate::dtype::DType;
@@ -97,8 +97,8 @@ pub struct Needs {
 #[derive(Clone, Debug)]
 pub struct ModelShape {
     pub(super) block: BlockShape,
-    /// Summed ranks of every block's groups.
-    pub(super) ranks: Vec<[usize; GROUP_COUNT]>,
+    /// What every block's groups leave for the backward.
+    pub(super) kept: Vec<[Kept; GROUP_COUNT]>,
     /// The lowest block that trains anything; the number of blocks where none does.
     pub(super) lowest_trained: usize,
     groups: Vec<GroupShape>,
@@ -117,7 +117,7 @@ impl ModelShape {
     pub fn new(config: &ModelConfig, lora: Option<&LoraConfig>) -> Result<Self> {
         let linears = adapted_linears(config, lora)?;
         let mut layout = AdapterLayout::default();
-        let (mut ranks, mut groups) = (Vec::new(), Vec::new());
+        let (mut kept, mut groups) = (Vec::new(), Vec::new());
         for layer in layer_groups(config, &linears) {
             let of_layer: [GroupShape; GROUP_COUNT] = layer.map(|group| GroupShape {
                 in_features: group[0].0.in_features,
@@ -129,13 +129,14 @@ impl ModelShape {
                         Some(AdapterShape { out_features: linear.out_features, rank })
                     })
                     .collect(),
+                has_magnitudes: group.iter().any(|(_, lora)| lora.is_some_and(|lora| lora.has_magnitude)),
             });
             layer.iter().for_each(|group| drop(layout.push_group(group)));
-            ranks.push(of_layer.each_ref().map(GroupShape::rank));
+            kept.push(of_layer.each_ref().map(Kept::of));
             groups.extend(of_layer);
         }
-        let is_adapted = |ranks: &[usize; GROUP_COUNT]| ranks.iter().any(|&rank| rank > 0);
-        let mut lowest_trained = ranks.iter().position(is_adapted).unwrap_or(config.layer_count);
+        let is_adapted = |kept: &[Kept; GROUP_COUNT]| kept.iter().any(|kept| kept.rank > 0);
+        let mut lowest_trained = kept.iter().position(is_adapted).unwrap_or(config.layer_count);
         let mut whole_count = 0;
         for module in lora.map_or(Ok(Vec::new()), |lora| lora.whole_modules(config))? {
             layout.push_whole(&module);
@@ -146,7 +147,7 @@ impl ModelShape {
         }
         Ok(Self {
             block: BlockShape::new(config),
-            ranks,
+            kept,
             lowest_trained,
             groups,
             vocabulary: config.vocabulary,
@@ -204,7 +205,7 @@ impl ModelShape {
 
     /// Bytes of the keys and values of a text of `capacity` tokens.
     pub fn cache_bytes<B: Backend>(&self, backend: &B, capacity: usize) -> u64 {
-        2 * self.ranks.len() as u64 * backend.buffer_bytes(capacity * self.block.key_value_width())
+        2 * self.kept.len() as u64 * backend.buffer_bytes(capacity * self.block.key_value_width())
     }
 }
 

@@ -38,6 +38,8 @@ pub struct Transformer<B: Backend> {
     head: HeadWeight<B>,
     layout: AdapterLayout,
     parameters: B::Floats,
+    /// Whether groups have been told of them.
+    is_renewed: bool,
     gradients: B::Floats,
     rope: B::Floats,
     rope_positions: usize,
@@ -146,6 +148,7 @@ impl<B: Backend> Transformer<B> {
             blocks,
             layout,
             parameters: backend.floats(&zeros)?,
+            is_renewed: false,
             gradients: backend.floats(&zeros)?,
             rope: backend.floats(&[])?,
             rope_positions: 0,
@@ -197,6 +200,7 @@ impl<B: Backend> Transformer<B> {
             let (found, expected) = (parameters.len(), self.layout.parameter_count());
             return Err(Error::model(format!("{found} adapter parameters, the model expects {expected}")));
         }
+        self.is_renewed = false;
         self.backend.write_floats(&mut self.parameters, parameters)
     }
 
@@ -223,6 +227,7 @@ impl<B: Backend> Transformer<B> {
 
     /// Backend, parameters and gradients, for an optimizer.
     pub fn trainable(&mut self) -> (&B, &mut B::Floats, &B::Floats) {
+        self.is_renewed = false;
         (&self.backend, &mut self.parameters, &self.gradients)
     }
 
@@ -296,6 +301,10 @@ impl<B: Backend> Transformer<B> {
             positions: sample_lengths.max().unwrap_or(0),
         };
         self.reserve(purpose, limits)?;
+        if !self.is_renewed {
+            self.blocks.iter().try_for_each(|block| block.renew(&self.backend, &self.parameters))?;
+            self.is_renewed = true;
+        }
         self.backend.load_batch(&mut self.batch, batch, settings)
     }
 

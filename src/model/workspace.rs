@@ -3,7 +3,7 @@
 use super::block::{BackwardBuffers, ForwardBuffers, GradientScratch, Inputs, Saved};
 use super::config::GROUP_COUNT;
 use super::memory::{ModelShape, Recompute};
-use crate::backend::{Backend, Footprint};
+use crate::backend::{Backend, Footprint, GroupShape};
 use crate::batch::BatchRows;
 use crate::error::Result;
 
@@ -45,6 +45,27 @@ pub enum Purpose {
     Training,
 }
 
+/// What a group's forward leaves for its backward, in elements a token.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Kept {
+    /// `s [T, R]`.
+    pub rank: usize,
+    /// `v [T, O]` of groups with magnitudes.
+    pub outputs: usize,
+}
+
+impl Kept {
+    /// Of a group of this shape.
+    pub fn of(group: &GroupShape) -> Self {
+        Self { rank: group.rank(), outputs: if group.has_magnitudes { group.out_features } else { 0 } }
+    }
+
+    /// What serves both.
+    fn union(self, other: Self) -> Self {
+        Self { rank: self.rank.max(other.rank), outputs: self.outputs.max(other.outputs) }
+    }
+}
+
 /// Where buffers come from: the backend, or nowhere where only their size is asked for.
 pub(super) struct Allocator<'a, B: Backend> {
     backend: &'a B,
@@ -74,9 +95,9 @@ impl<'a, B: Backend> Allocator<'a, B> {
         self.backend.buffer(if self.only_counts { 0 } else { elements })
     }
 
-    /// A group's `s` for `tokens` rows.
-    pub fn low_rank_buffer(&mut self, tokens: usize, rank: usize) -> Result<B::Buffer> {
-        self.buffer(tokens * self.backend.low_rank_stride(rank))
+    /// A group's `s`, and `v` if it has one, for `tokens` rows.
+    pub fn low_rank_buffer(&mut self, tokens: usize, kept: Kept) -> Result<B::Buffer> {
+        self.buffer(tokens * (self.backend.low_rank_stride(kept.rank) + kept.outputs))
     }
 
     /// f32 zeros.
@@ -133,9 +154,9 @@ impl<B: Backend> Workspace<B> {
         limits: Limits,
     ) -> Result<Self> {
         let Limits { tokens, labelled_rows, .. } = limits;
-        let ModelShape { block: shape, ranks, lowest_trained, .. } = model;
+        let ModelShape { block: shape, kept, lowest_trained, .. } = model;
         let hidden = shape.hidden_size;
-        let layer_count = ranks.len();
+        let layer_count = kept.len();
         let first_kept = match purpose {
             Purpose::Training => *lowest_trained,
             Purpose::Inference => layer_count,
@@ -147,14 +168,12 @@ impl<B: Backend> Workspace<B> {
         let inputs_count = if recompute == Recompute::Nothing { kept_count } else { 1 };
         // One that blocks share must fit the widest adapters.
         let sharing = if saved_count == 1 { layer_count } else { (first_kept + 1).min(layer_count) };
-        let mut shared_ranks = [0; GROUP_COUNT];
-        for of_block in &ranks[..sharing] {
-            for (shared, rank) in shared_ranks.iter_mut().zip(of_block) {
-                *shared = *rank.max(shared);
-            }
+        let mut shared = [Kept::default(); GROUP_COUNT];
+        for of_block in &kept[..sharing] {
+            shared.iter_mut().zip(of_block).for_each(|(shared, kept)| *shared = shared.union(*kept));
         }
-        let mut saved = vec![Saved::new(memory, shape, shared_ranks, tokens)?];
-        for of_block in ranks.iter().skip(first_kept + 1).take(saved_count - 1) {
+        let mut saved = vec![Saved::new(memory, shape, shared, tokens)?];
+        for of_block in kept.iter().skip(first_kept + 1).take(saved_count - 1) {
             saved.push(Saved::new(memory, shape, *of_block, tokens)?);
         }
         let inputs = (0..inputs_count).map(|_| Inputs::new(memory, shape, tokens)).collect::<Result<_>>()?;

@@ -94,6 +94,7 @@ fn linear_group<B: Backend>(backend: &B, whole: &Batch, cuts: &[Batch]) {
         residual: false,
         dropout: 0.2,
         dtype: DType::F16,
+        magnitudes: false,
     };
     let setup = linear::Setup::new(backend, case, Precision::F32);
     let (width, outs, ranks) = (case.in_features, setup.group.out_features(), setup.group.total_rank());

@@ -1,7 +1,7 @@
 //! Linear groups: adapters on any projections, bias, residual, dropout, stored types.
 
 use fastlora::backend::{
-    Backend, Dropout, LinearGroup, LinearInput, LoraSlot, PassSettings, PlacedAdapter, Projection,
+    Backend, Dropout, Features, LinearGroup, LinearInput, LoraSlot, PassSettings, PlacedAdapter, Projection,
 };
 use fastlora::batch::Batch;
 use fastlora::dtype::DType;
@@ -24,6 +24,8 @@ pub struct Case {
     pub residual: bool,
     pub dropout: f32,
     pub dtype: DType,
+    /// Whether the adapters have magnitudes (DoRA).
+    pub magnitudes: bool,
 }
 
 pub const CASES: &[Case] = &[
@@ -35,6 +37,7 @@ pub const CASES: &[Case] = &[
         residual: false,
         dropout: 0.0,
         dtype: DType::F32,
+        magnitudes: false,
     },
     Case {
         lengths: &[4, 1, 14],
@@ -44,6 +47,7 @@ pub const CASES: &[Case] = &[
         residual: false,
         dropout: 0.3,
         dtype: DType::F16,
+        magnitudes: false,
     },
     Case {
         lengths: &[9, 3],
@@ -53,6 +57,7 @@ pub const CASES: &[Case] = &[
         residual: false,
         dropout: 0.5,
         dtype: DType::Bf16,
+        magnitudes: false,
     },
     Case {
         lengths: &[13],
@@ -62,6 +67,7 @@ pub const CASES: &[Case] = &[
         residual: true,
         dropout: 0.0,
         dtype: DType::F32,
+        magnitudes: false,
     },
     Case {
         lengths: &[3, 8],
@@ -71,6 +77,38 @@ pub const CASES: &[Case] = &[
         residual: true,
         dropout: 0.1,
         dtype: DType::F16,
+        magnitudes: false,
+    },
+    Case {
+        lengths: &[5],
+        in_features: 20,
+        projections: &[(10, 2), (6, 0), (70, 3)],
+        bias: true,
+        residual: false,
+        dropout: 0.0,
+        dtype: DType::F32,
+        magnitudes: true,
+    },
+    // Few rows, which stream the weight, and more.
+    Case {
+        lengths: &[3],
+        in_features: 33,
+        projections: &[(18, 5)],
+        bias: true,
+        residual: true,
+        dropout: 0.4,
+        dtype: DType::F16,
+        magnitudes: true,
+    },
+    Case {
+        lengths: &[4, 1, 14],
+        in_features: 40,
+        projections: &[(24, 4), (8, 0), (8, 2)],
+        bias: false,
+        residual: true,
+        dropout: 0.3,
+        dtype: DType::Bf16,
+        magnitudes: true,
     },
 ];
 
@@ -86,6 +124,8 @@ pub struct Setup<B: Backend> {
     pub adapters: Vec<f32>,
     weight: Vec<f64>,
     bias: Vec<f64>,
+    /// `‖W + scale·B·A‖` of each row.
+    norms: Vec<f64>,
 }
 
 impl<B: Backend> Setup<B> {
@@ -113,9 +153,19 @@ impl<B: Backend> Setup<B> {
         let mut a_offset = precision.width(3);
         let mut b_offset = a_offset + ranks * width + 2;
         let mut projections = Vec::new();
+        let ranked = widened.clone().filter(|&(_, rank)| rank > 0);
+        let mut magnitude_offset = b_offset + ranked.map(|(out, rank)| out * rank).sum::<usize>() + 3;
         for (out_features, rank) in widened {
             let scale = 0.5 + rank as f32;
-            let lora = (rank > 0).then_some(LoraSlot { rank, scale, a_offset, b_offset });
+            let slot = LoraSlot {
+                rank,
+                scale,
+                a_offset,
+                b_offset,
+                magnitude_offset: case.magnitudes.then_some(magnitude_offset),
+            };
+            let lora = (rank > 0).then_some(slot);
+            magnitude_offset += if rank > 0 && case.magnitudes { out_features } else { 0 };
             projections.push(Projection { out_features, lora });
             a_offset += rank * width;
             b_offset += rank * out_features;
@@ -126,15 +176,50 @@ impl<B: Backend> Setup<B> {
         let group = LinearGroup::new(backend, INPUT_INDEX, matrix, bias_vector, width, projections).unwrap();
         let dropout =
             (case.dropout > 0.0).then_some(Dropout { probability: case.dropout, seed: SEED, epoch: 2 });
-        Self {
-            case,
-            precision,
-            group,
-            dropout,
-            adapters: values(b_offset + 4, 41),
-            weight,
-            bias: widen(&bias),
+        let adapters = values(magnitude_offset + 4, 41);
+        let places: Vec<PlacedAdapter> = group.adapters().collect();
+        let mut sums = weight.clone();
+        for PlacedAdapter { slot, out_column, out_features, .. } in places {
+            for row in 0..out_features {
+                for r in 0..slot.rank {
+                    let factor =
+                        f64::from(slot.scale) * f64::from(adapters[slot.b_offset + row * slot.rank + r]);
+                    let a = &adapters[slot.a_offset + r * width..][..width];
+                    let sums = &mut sums[(out_column + row) * width..][..width];
+                    sums.iter_mut().zip(a).for_each(|(sum, &a)| *sum += factor * f64::from(a));
+                }
+            }
         }
+        let norms = sums.chunks(width).map(|row| dot(row, row).sqrt()).collect();
+        Self { case, precision, group, dropout, adapters, weight, bias: widen(&bias), norms }
+    }
+
+    /// `(v, y)` of a row with magnitudes, given what the adapters see of it and their `s`.
+    fn with_magnitudes(&self, x: &[f64], seen: &[f64], s: &[f64], adapters: &[f64]) -> (Vec<f64>, Vec<f64>) {
+        let places: Vec<PlacedAdapter> = self.group.adapters().collect();
+        let width = self.case.in_features;
+        let frozen = reference::Linear {
+            weight: &self.weight,
+            in_features: width,
+            bias: None,
+            adapters: &[],
+            parameters: adapters,
+        };
+        let v = reference::Linear { adapters: &places, ..frozen }.y_row(seen, s);
+        let bias = self.case.bias.then_some(&self.bias[..]);
+        let mut y = reference::Linear { bias, ..frozen }.y_row(x, &[]);
+        let of_seen = frozen.y_row(seen, &[]);
+        let mut gains = vec![1.0; v.len()];
+        for PlacedAdapter { slot, out_column, out_features, .. } in &places {
+            for row in 0..*out_features {
+                let magnitude = adapters[slot.magnitude_offset.unwrap() + row];
+                gains[out_column + row] = magnitude / self.norms[out_column + row];
+            }
+        }
+        for (place, y) in y.iter_mut().enumerate() {
+            *y += gains[place] * v[place] - of_seen[place];
+        }
+        (v, y)
     }
 
     /// Factors of the mask, `[T, I]`.
@@ -143,8 +228,8 @@ impl<B: Backend> Setup<B> {
         (0..batch.token_count()).flat_map(factors).collect()
     }
 
-    /// `(s, y)`.
-    fn forward(&self, mask: &[f64], x: &[f64], adapters: &[f64], residual: &[f64]) -> (Vec<f64>, Vec<f64>) {
+    /// `(s, v, y)`; no `v` without magnitudes.
+    fn forward(&self, mask: &[f64], x: &[f64], adapters: &[f64], residual: &[f64]) -> [Vec<f64>; 3] {
         let width = self.case.in_features;
         let places: Vec<PlacedAdapter> = self.group.adapters().collect();
         let linear = reference::Linear {
@@ -154,22 +239,29 @@ impl<B: Backend> Setup<B> {
             adapters: &places,
             parameters: adapters,
         };
-        let (mut all_s, mut all_y) = (Vec::new(), Vec::new());
+        let (mut all_s, mut all_v, mut all_y) = (Vec::new(), Vec::new(), Vec::new());
         for (x, mask) in x.chunks(width).zip(mask.chunks(width)) {
             let dropped: Vec<f64> = x.iter().zip(mask).map(|(x, mask)| x * mask).collect();
             let s = linear.s_row(&dropped);
-            all_y.extend(linear.y_row(x, &s));
+            if self.case.magnitudes {
+                let (v, y) = self.with_magnitudes(x, &dropped, &s, adapters);
+                all_v.extend(v);
+                all_y.extend(y);
+            } else {
+                all_y.extend(linear.y_row(x, &s));
+            }
             all_s.extend(s);
         }
         if self.case.residual {
             all_y.iter_mut().zip(residual).for_each(|(y, residual)| *y += residual);
         }
-        (all_s, all_y)
+        [all_s, all_v, all_y]
     }
 }
 
 pub fn run<B: Backend>(backend: &B, record: &mut Record) {
-    for &case in CASES {
+    let has_magnitudes = backend.check_features(Features { magnitudes: true, ..Features::default() }).is_ok();
+    for &case in CASES.iter().filter(|case| has_magnitudes || !case.magnitudes) {
         let setup = Setup::new(backend, case, record.precision);
         check(backend, record, setup);
     }
@@ -189,7 +281,8 @@ fn check<B: Backend>(backend: &B, record: &mut Record, setup: Setup<B>) {
     let (x_buffer, dy_buffer) = (buffer(backend, &x), buffer(backend, &dy));
     let input = || LinearInput { x: &x_buffer, rows, batch: &batch };
     let stride = backend.low_rank_stride(ranks);
-    let untouched = vec![7.5; rows * stride.max(1)];
+    let untouched = vec![7.5; rows * (stride.max(1) + if case.magnitudes { outs } else { 0 })];
+    backend.renew_group(&setup.group, &adapters).unwrap();
     let mut s = buffer(backend, &untouched);
     let mut y = backend.buffer(rows * outs).unwrap();
     let residual_buffer = case.residual.then(|| buffer(backend, &residual));
@@ -197,11 +290,13 @@ fn check<B: Backend>(backend: &B, record: &mut Record, setup: Setup<B>) {
 
     let mask = setup.mask(&host_batch);
     let (wide_x, wide_adapters, wide_residual) = (widen(&x), widen(&setup.adapters), widen(&residual));
-    let (expected_s, expected_y) = setup.forward(&mask, &wide_x, &wide_adapters, &wide_residual);
+    let [expected_s, expected_v, expected_y] = setup.forward(&mask, &wide_x, &wide_adapters, &wide_residual);
     if ranks == 0 {
         assert_eq!(read(backend, &s, rows), untouched, "{case:?}: s without adapters");
     } else {
-        let padded = read(backend, &s, rows * stride);
+        let padded = read(backend, &s, rows * stride + expected_v.len());
+        let (padded, v) = padded.split_at(rows * stride);
+        record.check(&format!("{case:?} v"), v, &expected_v, width + ranks);
         let found: Vec<f32> = padded.chunks(stride).flat_map(|row| &row[..ranks]).copied().collect();
         record.check(&format!("{case:?} s"), &found, &expected_s, width);
     }
@@ -214,7 +309,7 @@ fn check<B: Backend>(backend: &B, record: &mut Record, setup: Setup<B>) {
         .linear_backward(&setup.group, &adapters, input(), &s, &dy_buffer, &mut gradients, Some(&mut dx))
         .unwrap();
     let dy = widen(&dy);
-    let loss = |x: &[f64], adapters: &[f64]| dot(&setup.forward(&mask, x, adapters, &wide_residual).1, &dy);
+    let loss = |x: &[f64], adapters: &[f64]| dot(&setup.forward(&mask, x, adapters, &wide_residual)[2], &dy);
     let expected_dx = finite_differences(&wide_x, |x| loss(x, &wide_adapters));
     record.check(&format!("{case:?} dx"), &read(backend, &dx, rows * width), &expected_dx, outs + ranks);
     let mut expected = finite_differences(&wide_adapters, |adapters| loss(&wide_x, adapters));
@@ -226,6 +321,7 @@ fn check<B: Backend>(backend: &B, record: &mut Record, setup: Setup<B>) {
         let owned = setup.group.adapters().any(|adapter| {
             inside(adapter.slot.a_offset, adapter.slot.rank * width)
                 || inside(adapter.slot.b_offset, adapter.slot.rank * adapter.out_features)
+                || adapter.slot.magnitude_offset.is_some_and(|offset| inside(offset, adapter.out_features))
         });
         assert!(owned || found == before, "{case:?}: gradient {place} belongs to no adapter");
     }

@@ -51,6 +51,19 @@ RUNS = {
         "tiny_gemma2",
         dict(target_modules=["q_proj", "down_proj"], layers_to_transform=[1], modules_to_save=["layernorm", "model.norm"]),
     ),
+    "dora": ("tiny_qwen3", dict(target_modules=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"], use_dora=True)),
+    # Biases, other scales, and weights that are trained whole.
+    "dora_whole": (
+        "tiny_qwen2",
+        dict(
+            target_modules=["q_proj", "k_proj", "v_proj", "gate_proj", "down_proj"],
+            use_dora=True,
+            use_rslora=True,
+            rank_pattern={"v_proj": 9},
+            alpha_pattern={"gate_proj": 3},
+            modules_to_save=["norm"],
+        ),
+    ),
 }
 
 

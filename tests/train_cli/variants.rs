@@ -116,6 +116,46 @@ fn modules_are_trained_whole_saved_told_and_read() {
 }
 
 #[test]
+fn adapters_with_magnitudes_are_trained_saved_told_and_read() {
+    let workspace = Workspace::with_data();
+    let more = ["--use-dora", "true", "--lora-r", "4", "--set", "lora_target_modules=all-linear"];
+    let run = train(&workspace, "out", &more).succeeded();
+    // A and B, then a magnitude an output.
+    let outputs = 64 + 32 + 32 + 64 + 128 + 128 + 64;
+    let trainable = 2 * (4 * (128 + 96 + 96 + 128 + 192 + 192 + 192) + outputs);
+    assert!(run.stderr.contains(&format!("trainable parameters: {trainable} of ")), "{}", run.stderr);
+    assert_eq!(config_of(&workspace, "out")["use_dora"], true);
+    let adapter = workspace.adapter("out");
+    let (shape, magnitudes) =
+        adapter.get("base_model.model.model.layers.1.mlp.down_proj.lora_magnitude_vector");
+    assert_eq!(shape, [64]);
+    let base = crate::support::Tensors::open(fixture("tiny_llama3rope").join("model.safetensors"));
+    let (_, weight) = base.get("model.layers.1.mlp.down_proj.weight");
+    for (magnitude, row) in magnitudes.iter().zip(weight.chunks(128)) {
+        let norm = row.iter().map(|value| value * value).sum::<f64>().sqrt();
+        // Three steps at a rate of 0.01, from the norm of the row.
+        assert!((magnitude - norm).abs() < 0.04 && (magnitude - norm).abs() > 0.0, "{magnitude} {norm}");
+    }
+    let card = std::fs::read_to_string(workspace.path("out/README.md")).unwrap();
+    assert!(card.contains("with magnitudes (DoRA)"), "{card}");
+    let told = workspace.run(&["inspect", "out", "--json"]).succeeded().json();
+    assert_eq!((&told["use_dora"], &told["parameters"]), (&json!(true), &json!(trainable)));
+    every_verb_reads(&workspace, 14);
+    let other = ["--init-adapter", "out", "--use-dora", "false"];
+    train(&workspace, "third", &other).refused(2, &["use_dora", "the adapter brings its own"]);
+    if cfg!(feature = "emulator") {
+        let on_device = ["--use-dora", "true", "--device", "emulator"];
+        workspace.train_into("fourth", &on_device).refused(5, &["use_dora", "DoRA", "--device cpu"]);
+        assert!(!workspace.path("fourth").exists(), "nothing was written");
+    }
+}
+
+#[test]
+fn a_run_with_magnitudes_goes_on_with_its_bits() {
+    goes_on_with_its_bits(&Workspace::with_data(), &["--use-dora", "true", "--modules-to-save", "norm"]);
+}
+
+#[test]
 fn a_run_with_modules_trained_whole_goes_on_with_its_bits() {
     goes_on_with_its_bits(
         &Workspace::with_data(),

@@ -251,7 +251,8 @@ mod tests {
         let rank: usize = PROJECTIONS.iter().map(|projection| projection.1).sum();
         let (mut a_offset, mut b_offset) = (5, 5 + rank * INPUTS);
         let projection = |(number, &(out_features, rank)): (usize, &(usize, usize))| {
-            let slot = LoraSlot { rank, scale: 0.5 + number as f32, a_offset, b_offset };
+            let slot =
+                LoraSlot { rank, scale: 0.5 + number as f32, a_offset, b_offset, magnitude_offset: None };
             a_offset += rank * INPUTS;
             b_offset += rank * out_features;
             Projection { out_features, lora: (rank > 0).then_some(slot) }

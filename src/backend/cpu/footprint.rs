@@ -23,8 +23,13 @@ impl Footprint for CpuBackend {
         elements * stored.bytes() as u64
     }
 
-    fn adapter_bytes(&self, parameter_count: usize, _: &[GroupShape]) -> u64 {
-        2 * bytes_of(parameter_count)
+    /// Parameters and gradients; with magnitudes the norms, their f64 parts and the products that they are made of.
+    fn adapter_bytes(&self, parameter_count: usize, groups: &[GroupShape]) -> u64 {
+        let norms = |group: &GroupShape| {
+            let (outputs, rank) = (group.out_features, group.rank());
+            if group.has_magnitudes { bytes_of(3 * outputs + rank * (outputs + rank)) } else { 0 }
+        };
+        2 * bytes_of(parameter_count) + groups.iter().map(norms).sum::<u64>()
     }
 
     /// The buffers of the linear groups and the logits of one chunk; the packed panels of products, a few hundred kilobytes a
@@ -35,7 +40,8 @@ impl Footprint for CpuBackend {
             let width = if shapes.has_dropout { 2 * group.in_features } else { group.in_features };
             let rank = group.rank();
             let transposed = rank * group.in_features;
-            if rank > 0 && shapes.is_training { tokens * (width + rank) + transposed } else { 0 }
+            let gained = if group.has_magnitudes { tokens * group.out_features } else { 0 };
+            if rank > 0 && shapes.is_training { tokens * (width + rank) + transposed + gained } else { 0 }
         };
         let linears = shapes.groups.iter().map(of_group).max().unwrap_or(0);
         bytes_of(linears + super::head::chunk_rows(vocabulary, labelled_rows) * vocabulary)

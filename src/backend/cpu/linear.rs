@@ -27,12 +27,16 @@ pub(super) struct LinearScratch {
     ds: AlignedFloats,
     /// `Aᵀ [I, R]`.
     transposed: AlignedFloats,
-    /// `dropout'(ds·A) [T, I]`.
+    /// `dropout'(ds·A) [T, I]`; with magnitudes, in the forward, `x − dropout(x)`.
     low_rank_dx: AlignedFloats,
+    /// `g∘dy [T, O]`.
+    gained: AlignedFloats,
+    /// `g [O]`.
+    gains: Vec<f32>,
 }
 
 /// `A [R, I]` of all adapters of a group in the flat buffer.
-fn a_range(group: &LinearGroup<CpuBackend>) -> Result<Range<usize>> {
+pub(super) fn a_range(group: &LinearGroup<CpuBackend>) -> Result<Range<usize>> {
     let (mut start, mut end) = (None, 0);
     for adapter in group.adapters() {
         let offset = adapter.slot.a_offset;
@@ -51,6 +55,30 @@ fn dense(values: &[f32], stride: usize) -> Rows<'_> {
     Rows { values, stride }
 }
 
+/// The low-rank terms of a group's forward.
+fn low_rank_blocks<'a>(
+    group: &LinearGroup<CpuBackend>,
+    adapters: &'a [f32],
+) -> Result<([LowRankBlock<'a>; MAX_PARTS], usize)> {
+    if group.projections.len() > MAX_PARTS {
+        return Err(Error::internal(format!("a group of {} projections", group.projections.len())));
+    }
+    let mut blocks: [LowRankBlock<'_>; MAX_PARTS] =
+        array::from_fn(|_| LowRankBlock { factor: &[], scale: 0.0, columns: 0..0, ranks: 0..0 });
+    let mut count = 0;
+    for adapter in group.adapters() {
+        let slot = adapter.slot;
+        blocks[count] = LowRankBlock {
+            factor: &adapters[slot.b_offset..][..adapter.out_features * slot.rank],
+            scale: slot.scale,
+            columns: adapter.out_column..adapter.out_column + adapter.out_features,
+            ranks: adapter.rank_column..adapter.rank_column + slot.rank,
+        };
+        count += 1;
+    }
+    Ok((blocks, count))
+}
+
 impl CpuBackend {
     pub(super) fn linear_forward(
         &self,
@@ -62,15 +90,16 @@ impl CpuBackend {
         y: &mut [f32],
     ) -> Result<()> {
         let (width, out_width, rank) = (group.in_features, group.out_features(), group.total_rank());
-        if group.projections.len() > MAX_PARTS {
-            return Err(Error::internal(format!("a group of {} projections", group.projections.len())));
-        }
+        let (blocks, count) = low_rank_blocks(group, adapters)?;
         let a = a_range(group)?;
         let rows = input.rows;
         let mut scratch = self.linear_scratch();
-        let LinearScratch { dropped, transposed, .. } = &mut *scratch;
+        let LinearScratch { dropped, transposed, low_rank_dx: rest, gains, .. } = &mut *scratch;
+        let mut seen = &input.x[..];
+        let (s, v) = s.split_at_mut(if rank > 0 { rows * rank } else { 0 });
         if let Some(products) = self.adapter_products(group, rows) {
             let x = self.adapter_input(group, &input, dropped);
+            seen = x;
             let a = &adapters[a];
             if rows <= MAX_DECODE_ROWS {
                 let product = Linear::new(rows, dense(x, width), Weight::f32(width, a));
@@ -79,34 +108,45 @@ impl CpuBackend {
                 products.down(x, a, transposed, s);
             }
         }
-        let mut blocks: [LowRankBlock<'_>; MAX_PARTS] =
-            array::from_fn(|_| LowRankBlock { factor: &[], scale: 0.0, columns: 0..0, ranks: 0..0 });
-        let mut count = 0;
-        for adapter in group.adapters() {
-            let slot = adapter.slot;
-            blocks[count] = LowRankBlock {
-                factor: &adapters[slot.b_offset..][..adapter.out_features * slot.rank],
-                scale: slot.scale,
-                columns: adapter.out_column..adapter.out_column + adapter.out_features,
-                ranks: adapter.rank_column..adapter.rank_column + slot.rank,
-            };
-            count += 1;
-        }
         let low_rank = (rank > 0).then(|| LowRank { s: dense(s, rank), blocks: &blocks[..count] });
-        let product = Linear {
-            bias: group.bias.as_ref().map(|bias| &bias[..out_width]),
-            start: residual.map_or(Start::Zero, |residual| Start::Residual(dense(residual, out_width))),
-            low_rank,
-            ..Linear::new(rows, dense(input.x, width), group.weight.weight())
-        };
-        let y = RowsMut { values: y, stride: out_width };
-        // Few rows stream the weight, more are blocked.
-        if rows <= MAX_DECODE_ROWS {
+        let bias = group.bias.as_ref().map(|bias| &bias[..out_width]);
+        let start = residual.map_or(Start::Zero, |residual| Start::Residual(dense(residual, out_width)));
+        let frozen = Linear::new(rows, dense(input.x, width), group.weight.weight());
+        if !group.prepared.has_magnitudes() {
+            self.multiply(
+                Linear { bias, start, low_rank, ..frozen },
+                RowsMut { values: y, stride: out_width },
+            );
+            return Ok(());
+        }
+        self.gains(group, adapters, gains)?;
+        let v = &mut v[..rows * out_width];
+        let of_seen = Linear::new(rows, dense(seen, width), group.weight.weight());
+        self.multiply(Linear { low_rank, ..of_seen }, RowsMut { values: &mut *v, stride: out_width });
+        let y = &mut y[..rows * out_width];
+        if input.batch.settings.dropout.is_none() {
+            self.add_gained(start, bias, gains, v, y);
+            return Ok(());
+        }
+        let rest = rest.at_least(rows * width);
+        self.threads.for_row_blocks(rest, width, |first, rest| {
+            let part = first * width..first * width + rest.len();
+            let pairs = input.x[part.clone()].iter().zip(&seen[part]);
+            rest.iter_mut().zip(pairs).for_each(|(rest, (x, seen))| *rest = x - seen);
+        });
+        let frozen = Linear::new(rows, dense(rest, width), group.weight.weight());
+        self.multiply(Linear { bias, start, ..frozen }, RowsMut { values: &mut *y, stride: out_width });
+        self.add_gained(Start::Output, None, gains, v, y);
+        Ok(())
+    }
+
+    /// Few rows stream the weight, more are blocked.
+    fn multiply(&self, product: Linear<'_>, y: RowsMut<'_>) {
+        if product.rows <= MAX_DECODE_ROWS {
             decode(self.threads.team(), product, y);
         } else {
             self.threads.pool().install(|| linear(product, y));
         }
-        Ok(())
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -124,10 +164,18 @@ impl CpuBackend {
         let a = a_range(group)?;
         let rows = input.rows;
         let mut scratch = self.linear_scratch();
-        let LinearScratch { dropped, ds, low_rank_dx, .. } = &mut *scratch;
+        let LinearScratch { dropped, ds, low_rank_dx, gained, gains, .. } = &mut *scratch;
         let ds = ds.at_least(rows * rank);
         let pool = self.threads.pool();
+        let has_magnitudes = group.prepared.has_magnitudes();
+        let gained = gained.at_least(if has_magnitudes { rows * out_width } else { 0 });
+        if has_magnitudes {
+            self.magnitude_gradients(group, rows, dy, &s[rows * rank..], gradients);
+            self.gains(group, adapters, gains)?;
+            self.add_gained(Start::Zero, None, gains, dy, gained);
+        }
         if let Some(products) = self.adapter_products(group, rows) {
+            let dy = if has_magnitudes { &*gained } else { dy };
             products.down_gradient(dy, adapters, ds);
             products.b_gradients(dy, s, gradients);
             let x = self.adapter_input(group, &input, dropped);
@@ -135,25 +183,35 @@ impl CpuBackend {
         }
         let Some(dx) = dx else { return Ok(()) };
         let dx = RowsMut { values: dx, stride: width };
-        let frozen = LinearBackward::new(rows, dense(dy, out_width), group.weight.weight());
+        let weight = || group.weight.weight();
+        let frozen = LinearBackward::new(rows, dense(dy, out_width), weight());
         let a = &adapters[a];
+        let block = LowRankBlock { factor: a, scale: 1.0, columns: 0..width, ranks: 0..rank };
+        let blocks = [block];
+        let low_rank = (rank > 0).then_some(LowRank { s: dense(ds, rank), blocks: &blocks });
         match input.batch.settings.dropout {
             Some(dropout) if rank > 0 => {
                 let through = low_rank_dx.at_least(rows * width);
-                let product = LinearBackward::new(rows, dense(ds, rank), Weight::f32(width, a));
-                pool.install(|| {
-                    linear_backward(product, RowsMut { values: &mut *through, stride: width });
-                });
+                if has_magnitudes {
+                    gained.iter_mut().zip(dy).for_each(|(gained, dy)| *gained -= dy);
+                    let seen = LinearBackward::new(rows, dense(gained, out_width), weight());
+                    let through = RowsMut { values: &mut *through, stride: width };
+                    pool.install(|| linear_backward(LinearBackward { low_rank, ..seen }, through));
+                } else {
+                    let product = LinearBackward::new(rows, dense(ds, rank), Weight::f32(width, a));
+                    pool.install(|| {
+                        linear_backward(product, RowsMut { values: &mut *through, stride: width });
+                    });
+                }
                 self.drop_features(dropout, group, &input, None, through);
                 let start = Start::Residual(dense(through, width));
                 pool.install(|| linear_backward(LinearBackward { start, ..frozen }, dx));
             }
-            _ => {
-                let block = LowRankBlock { factor: a, scale: 1.0, columns: 0..width, ranks: 0..rank };
-                let low_rank = LowRank { s: dense(ds, rank), blocks: &[block] };
-                let low_rank = (rank > 0).then_some(low_rank);
-                pool.install(|| linear_backward(LinearBackward { low_rank, ..frozen }, dx));
+            _ if has_magnitudes => {
+                let gained = LinearBackward::new(rows, dense(gained, out_width), weight());
+                pool.install(|| linear_backward(LinearBackward { low_rank, ..gained }, dx));
             }
+            _ => pool.install(|| linear_backward(LinearBackward { low_rank, ..frozen }, dx)),
         }
         Ok(())
     }

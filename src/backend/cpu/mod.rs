@@ -9,6 +9,7 @@ mod attention;
 mod footprint;
 mod head;
 mod linear;
+mod magnitude;
 pub mod matmul;
 mod memory;
 mod norm;
@@ -22,6 +23,7 @@ mod weights;
 
 use std::sync::{Mutex, MutexGuard};
 
+pub use magnitude::CpuGroup;
 pub use memory::AlignedFloats;
 pub use weights::CpuMatrix;
 
@@ -122,7 +124,7 @@ impl Backend for CpuBackend {
     type Buffer = AlignedFloats;
     type Floats = AlignedFloats;
     type Batch = CpuBatch;
-    type Group = ();
+    type Group = CpuGroup;
     type Runs = Vec<usize>;
     type Landing = Vec<f32>;
     type Recordings = ();
@@ -138,8 +140,12 @@ impl Backend for CpuBackend {
         self.threads.pool().install(work)
     }
 
-    fn prepare_group(&self, _: usize, _: &[Projection]) -> Result<()> {
-        Ok(())
+    fn prepare_group(&self, _: usize, projections: &[Projection]) -> Result<CpuGroup> {
+        Ok(CpuGroup::new(projections))
+    }
+
+    fn renew_group(&self, group: &LinearGroup<Self>, adapters: &Self::Floats) -> Result<()> {
+        self.renew_norms(group, adapters)
     }
 
     fn matrix(&self, parts: &[WeightTensor]) -> Result<Self::Matrix> {

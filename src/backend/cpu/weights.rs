@@ -80,7 +80,7 @@ impl CpuMatrix {
     }
 
     /// Row `row` as f32.
-    fn read_row(&self, mut row: usize, into: &mut [f32]) {
+    pub(super) fn read_row(&self, mut row: usize, into: &mut [f32]) {
         for elements in self.elements() {
             let rows = elements.len() / self.columns;
             if row < rows {

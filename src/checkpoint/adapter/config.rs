@@ -20,6 +20,8 @@ pub struct AdapterConfig {
     pub target_modules: TargetModules,
     /// `use_rslora`: scale by α/√r instead of α/r.
     pub use_rslora: bool,
+    /// `use_dora`: every target has magnitudes (Liu et al. 2024).
+    pub use_dora: bool,
     /// `rank_pattern`: ranks of modules that differ from `r`.
     pub rank_pattern: PatternMap<usize>,
     /// `alpha_pattern`: scales of modules that differ from `lora_alpha`.
@@ -109,11 +111,13 @@ impl AdapterConfig {
             refused("target_modules", &target_modules, "a list of names or a regular expression")
         })?;
         target_modules.validate().map_err(|error| error.with_kind(ErrorKind::Model).at("target_modules"))?;
-        let use_rslora = match take("use_rslora") {
-            Value::Null => false,
-            Value::Bool(flag) => flag,
-            other => return Err(refused("use_rslora", &other, "true or false")),
+        let mut take_flag = |key: &str| match take(key) {
+            Value::Null => Ok(false),
+            Value::Bool(flag) => Ok(flag),
+            other => Err(refused(key, &other, "true or false")),
         };
+        let use_rslora = take_flag("use_rslora")?;
+        let use_dora = take_flag("use_dora")?;
         let rank_pattern = patterns("rank_pattern", take("rank_pattern"), "ranks from 1 to 65536", is_rank)?;
         let alpha_pattern =
             patterns("alpha_pattern", take("alpha_pattern"), "finite numbers", |alpha: f64| {
@@ -141,12 +145,12 @@ impl AdapterConfig {
         for key in WITHOUT_EFFECT {
             keys.shift_remove(*key);
         }
-        // Everything else changes what the adapter computes (use_dora, trainable_token_indices …) or is
+        // Everything else changes what the adapter computes (trainable_token_indices, lora_bias …) or is
         // unknown.
         for (key, value) in &keys {
             if !is_off(value) {
                 return Err(Error::model(format!("`{key}`: {} is not supported", shortened(value)))
-                    .hint("only plain LoRA adapters are read; retrain without it, or remove the key if nothing depends on it"));
+                    .hint("LoRA and DoRA adapters are read; retrain without it, or remove the key if nothing depends on it"));
             }
         }
         Ok(Self {
@@ -155,6 +159,7 @@ impl AdapterConfig {
             dropout,
             target_modules,
             use_rslora,
+            use_dora,
             rank_pattern,
             alpha_pattern,
             layers_to_transform,
@@ -162,6 +167,12 @@ impl AdapterConfig {
             base_model,
             revision,
         })
+    }
+
+    /// What makes it more than a plain LoRA adapter, if anything: the key and, in words, what it brings.
+    pub fn beyond_lora(&self) -> Option<(&'static str, &'static str)> {
+        let whole = (!self.modules_to_save.is_empty()).then_some(("modules_to_save", "whole modules"));
+        whole.or_else(|| self.use_dora.then_some(("use_dora", "magnitudes (DoRA)")))
     }
 
     /// The object that PEFT (0.11 and later) loads without a warning.
@@ -189,7 +200,7 @@ impl AdapterConfig {
             "revision": self.revision,
             "target_modules": self.target_modules,
             "task_type": "CAUSAL_LM",
-            "use_dora": false,
+            "use_dora": self.use_dora,
             "use_rslora": self.use_rslora,
         })
     }
@@ -293,6 +304,7 @@ mod tests {
             dropout: 0.1,
             target_modules: TargetModules::Names(vec!["q_proj".into(), "v_proj".into()]),
             use_rslora: false,
+            use_dora: false,
             rank_pattern: PatternMap::default(),
             alpha_pattern: PatternMap::default(),
             layers_to_transform: vec![],
@@ -333,6 +345,7 @@ mod tests {
                 dropout: 0.05,
                 target_modules,
                 use_rslora: true,
+                use_dora: alpha == 0.5,
                 rank_pattern: "v_proj=2,.*[01].*=4".parse().unwrap(),
                 alpha_pattern: "v_proj=2,.*[01].*=0.5".parse().unwrap(),
                 layers_to_transform: if alpha == 0.5 { vec![] } else { vec![1, 2] },
@@ -350,7 +363,7 @@ mod tests {
             ("peft_type", json!("IA3")),
             ("task_type", json!("SEQ_CLS")),
             ("bias", json!("all")),
-            ("use_dora", json!(true)),
+            ("use_dora", json!("true")),
             ("modules_to_save", json!("lm_head")),
             ("modules_to_save", json!([1])),
             ("rank_pattern", json!({"q_proj": 0})),

@@ -15,6 +15,7 @@ pub(super) fn config() -> AdapterConfig {
         dropout: 0.05,
         target_modules: TargetModules::Names(vec!["q_proj".into()]),
         use_rslora: false,
+        use_dora: false,
         rank_pattern: Default::default(),
         alpha_pattern: Default::default(),
         layers_to_transform: vec![],

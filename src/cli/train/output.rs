@@ -248,7 +248,7 @@ impl AdapterWriter<'_> {
     fn variants(&self) -> String {
         let AdapterConfig { rank_pattern, alpha_pattern, layers_to_transform, modules_to_save, .. } =
             &self.adapter;
-        let mut text = String::new();
+        let mut text = String::from(if self.adapter.use_dora { ", with magnitudes (DoRA)" } else { "" });
         for (name, map) in [("ranks", json!(rank_pattern)), ("α", json!(alpha_pattern))] {
             if map.as_object().is_some_and(|map| !map.is_empty()) {
                 text += &format!(", {name} `{map}`");

@@ -70,7 +70,13 @@ impl Linear {
         let mut projections = Vec::new();
         for &(out_features, rank) in case.projections.iter().filter(|&&(out_features, _)| out_features > 0) {
             // A power of two: then its product with B rounds nothing.
-            let lora = (rank > 0).then_some(LoraSlot { rank, scale: 2.0, a_offset, b_offset });
+            let lora = (rank > 0).then_some(LoraSlot {
+                rank,
+                scale: 2.0,
+                a_offset,
+                b_offset,
+                magnitude_offset: None,
+            });
             projections.push(Projection { out_features, lora });
             a_offset += rank * inputs;
             b_offset += rank * out_features;

@@ -7,6 +7,7 @@ use crate::backend::dropout::keep;
 use crate::batch::Batch;
 
 /// Weights and adapters of a group, in any type that becomes float64.
+#[derive(Clone, Copy)]
 pub struct Linear<'a, W, P> {
     /// `[O, I]`.
     pub weight: &'a [W],
