@@ -114,9 +114,10 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         }
     }
 
-    let training_data = TextData::read(&config, &config.train_data)?;
+    let training_data = TextData::read(&config, &config.train_data, "name another file with --train-data")?;
+    let advice = "name another file with --val-data, or `--val-data none` for no validation";
     let validation_data =
-        config.val_data.as_ref().map(|sources| TextData::read(&config, sources)).transpose()?;
+        config.val_data.as_ref().map(|sources| TextData::read(&config, sources, advice)).transpose()?;
 
     let cases = config.test_cases.as_ref().map(|path| read_cases(path, None)).transpose()?;
 

@@ -231,13 +231,24 @@ impl Options {
     pub fn from_file(path: &Path) -> Result<Self> {
         let place = path.display().to_string();
         let text = std::fs::read_to_string(path).map_err(|source| {
-            let error = Error::config("cannot read the configuration").at(&place);
-            error.caused_by(source).hint("name an existing file: fastlora train CONFIG")
+            let hint = match source.kind() {
+                std::io::ErrorKind::IsADirectory => {
+                    "a folder is no configuration: -m FOLDER names a model, --resume FOLDER a run to go on with"
+                }
+                _ => "name an existing file: fastlora train CONFIG",
+            };
+            Error::config("cannot read the configuration").at(&place).caused_by(source).hint(hint)
         })?;
         let at = |error: &serde_json::Error| format!("{place}:{}:{}", error.line(), error.column());
         let text = blank_comments(text.trim_start_matches('\u{feff}'));
-        let map: Map<String, Value> = serde_json::from_str(&text)
-            .map_err(|error| Error::config(format!("no JSON object: {error}")).at(at(&error)))?;
+        let map: Map<String, Value> = serde_json::from_str(&text).map_err(|error| {
+            let refusal = Error::config(format!("no JSON object: {error}")).at(at(&error));
+            let is_lines = path.extension().is_some_and(|ending| ending == "jsonl" || ending == "ndjson");
+            match is_lines || text.trim_start().starts_with('[') {
+                true => refusal.hint(format!("this looks like data: fastlora train --train-data {place}")),
+                false => refusal,
+            }
+        })?;
         Self::check_keys(&map, &place)?;
         serde_json::from_str(&text).map_err(|error| Error::config(error.to_string()).at(at(&error)))
     }

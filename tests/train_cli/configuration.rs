@@ -186,3 +186,22 @@ fn a_terminal_gets_a_bar_and_no_color_takes_its_colours() {
     assert!(plain.contains("10/10"), "{plain:?}");
     assert!(!has_colour(&plain), "{plain:?}");
 }
+
+#[test]
+fn likely_mistakes_are_told_with_what_to_do() {
+    let workspace = Workspace::with_data();
+    workspace.text_model("model");
+    workspace.write("list.json", r#"[{"instruction": "a", "output": "b"}]"#);
+    for data in ["train.jsonl", "list.json"] {
+        let advice = format!("this looks like data: fastlora train --train-data {data}");
+        workspace.train(&[data]).refused(2, &[data, &advice]);
+    }
+    workspace.train(&["model"]).refused(2, &["a folder is no configuration: -m FOLDER names a model"]);
+    workspace.train(&["missing.json"]).refused(2, &["missing.json", "name an existing file"]);
+    // Files that nobody named are the defaults.
+    let model = ["-m", "model"];
+    let parts = ["data/train_data.json", "name another file with --train-data"];
+    workspace.train(&model).refused(3, &parts);
+    let parts = ["data/val_data.json", "`--val-data none` for no validation"];
+    workspace.train(&[&model[..], &["--train-data", "train.jsonl"]].concat()).refused(3, &parts);
+}

@@ -15,15 +15,18 @@ pub(super) struct TextData<'a> {
 }
 
 impl<'a> TextData<'a> {
-    /// Reads the files of `sources` as the configuration says.
-    pub(super) fn read(config: &TrainingConfig, sources: &'a [DataSource]) -> Result<Self> {
+    /// Reads the files of `sources` as the configuration says; `advice` is for files that cannot be read.
+    pub(super) fn read(config: &TrainingConfig, sources: &'a [DataSource], advice: &str) -> Result<Self> {
         let options = LoadOptions {
             instruction_key: config.instruction_key.clone(),
             output_key: config.output_key.clone(),
             hash_key: config.hash_key.clone(),
             on_bad_record: config.on_bad_record,
         };
-        let survey = read(sources, &options, |_, _| Ok(()))?;
+        let survey = read(sources, &options, |_, _| Ok(())).map_err(|error| match error.hint_text() {
+            None => error.hint(advice),
+            Some(_) => error,
+        })?;
         survey.log();
         Ok(Self { sources, options, survey })
     }
@@ -103,7 +106,7 @@ mod tests {
         std::fs::write(&path, "{\"input_ids\": [5, 6]}\n").unwrap();
         let config = TrainingConfig::resolve(&Options::default()).unwrap();
         let sources = [DataSource::new(&path)];
-        let data = TextData::read(&config, &sources).unwrap();
+        let data = TextData::read(&config, &sources, "").unwrap();
         let options = SampleOptions::counting(512);
         let tokenise = || {
             let mut builder = SampleBuilder::new(data.kinds(), None, &options)?.of_sources(&sources);

@@ -140,7 +140,9 @@ fn next_commands(config: &TrainingConfig, summary: &TrainingSummary, history: &H
     let adapter = adapter.unwrap_or_else(|| config.output_dir.clone());
     let adapter = shell_word(&adapter.display().to_string());
     let chat = if config.output_dir.join(CHAT_TEMPLATE).exists() { " --chat" } else { "" };
-    let hash = history.hashes().first().map_or("HASH".to_string(), |hash| shell_word(hash));
+    let provenance = read_json(&config.output_dir.join(PROVENANCE)).unwrap_or_default();
+    let learned = provenance["hashes"][0].as_str();
+    let hash = history.hashes().first().copied().or(learned).map_or("HASH".to_string(), shell_word);
     let mut commands =
         vec![format!("fastlora generate{chat} --adapter {adapter} --hash {hash} --prompt TEXT")];
     if let Some(sources) = &config.val_data {
