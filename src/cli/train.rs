@@ -10,6 +10,7 @@ mod progress;
 mod recorder;
 mod resume;
 mod sampler;
+mod settings;
 mod signals;
 mod time_by_operation;
 mod token_cache;
@@ -34,6 +35,7 @@ use self::progress::Progress;
 use self::recorder::Recorder;
 use self::resume::{Resume, Start};
 use self::sampler::{Questions, Sampler, Times};
+use self::settings::training_settings;
 use self::signals::Interrupts;
 use super::Cli;
 use super::cases::read_cases;
@@ -49,13 +51,10 @@ use crate::config::{DEFAULT_CONFIG_PATH, Options, ReportFormat, TrainingConfig};
 use crate::data::{ChatTemplate, TemplateChoice};
 use crate::error::{Error, Result, escape_control};
 use crate::model::{LoraConfig, Transformer};
-use crate::optim::{AdamWSettings, Schedule};
 use crate::report::tensorboard::EventFile;
 use crate::report::{METRICS, PAGE, RESOLVED_CONFIG};
 use crate::selftest::Measurable;
-use crate::tokens::{
-    BatchOptions, BatchPlan, SampleOptions, SampleSet, Tokenizer, warn_about_ends, warn_about_overlap,
-};
+use crate::tokens::{BatchOptions, SampleOptions, SampleSet, Tokenizer, warn_about_ends, warn_about_overlap};
 use crate::training::{MetricsFile, Split, TrainingSettings, train};
 
 /// Arguments of `fastlora train`.
@@ -476,33 +475,6 @@ fn adapter_config(config: &TrainingConfig, base: &ResolvedModel) -> AdapterConfi
         base_model: Some(base.name.clone()),
         revision: base.revision.clone(),
     }
-}
-
-fn training_settings(config: &TrainingConfig, plan: &BatchPlan<'_>) -> Result<TrainingSettings> {
-    let total_steps = config.max_steps.map_or_else(|| plan.steps_of(config.num_epochs), Ok)?;
-    Ok(TrainingSettings {
-        optimizer: AdamWSettings {
-            beta1: config.adam_beta1,
-            beta2: config.adam_beta2,
-            epsilon: config.adam_epsilon,
-            weight_decay: config.weight_decay,
-            max_grad_norm: config.max_grad_norm,
-        },
-        b_rate_ratio: config.loraplus_lr_ratio,
-        schedule: Schedule {
-            scheduler: config.lr_scheduler,
-            peak_learning_rate: config.learning_rate,
-            warmup_steps: config.warmup_steps,
-            total_steps,
-        },
-        dropout_probability: config.lora_dropout as f32,
-        embedding_noise_alpha: config.neftune_noise_alpha as f32,
-        seed: config.seed,
-        activation_memory: config.activation_memory,
-        val_every: config.val_every,
-        early_stopping_patience: config.early_stopping_patience,
-        on_nan: config.on_nan,
-    })
 }
 
 fn print_parameter_counts(trainable: u64, frozen: u64) {

@@ -7,7 +7,7 @@ use super::super::describe::{human_bytes, lengths_json, lengths_text, samples_js
 use super::super::device::{Chosen, on_backend};
 use super::super::memory::{free_bytes, largest_batch, plan, plan_json, plan_text};
 use super::super::output::print_line;
-use super::training_settings;
+use super::settings::training_settings;
 use crate::backend::Backend;
 use crate::checkpoint::base::BaseModel;
 use crate::config::TrainingConfig;
