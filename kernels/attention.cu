@@ -9,6 +9,7 @@
 //
 // A block owns 64 queries of one head, a warp 16 of them. While a tile of keys and values is used the next is copied.
 #include "common/attention_tile.h"
+#include "common/running_softmax.h"
 
 template <int D>
 constexpr int key_stages = D <= 128 ? 2 : 1;
@@ -41,7 +42,8 @@ DEVICE void attention_forward(const T* __restrict__ q, const T* __restrict__ k, 
 
     const int lane = threadIdx.x % 32, warp_first = threadIdx.x / 32 * 16;
     // Of the warp's 16 queries a lane holds rows lane/4 and lane/4 + 8.
-    float sums[1][D / 8][4], maximum[2] = {-1e30f, -1e30f}, total[2] = {0.f, 0.f};
+    float sums[1][D / 8][4];
+    RunningSoftmax softmax;
     clear(sums);
     for (int block = 0; block < blocks; block++) {
         if (stages == 2) {
@@ -59,53 +61,26 @@ DEVICE void attention_forward(const T* __restrict__ q, const T* __restrict__ k, 
         clear(weights);
         multiply_transposed<T, D, keys>(weights, q_tile, warp_first, k_tiles + stage);
 
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int query = tile.first + warp_first + lane / 4 + half * 8;
-            float greatest = maximum[half];
-#pragma unroll
-            for (int j = 0; j < keys / 8; j++)
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    const int key = first_key + block * keys + j * 8 + lane % 4 * 2 + e;
-                    float& z = weights[0][j][2 * half + e];
-                    z = is_visible(query, key, window) ? score.value(z) * log2_of_e : -INFINITY;
-                    greatest = fmaxf(greatest, z);
-                }
-            // The row's other keys are in the three neighbouring lanes.
-            greatest = fmaxf(greatest, __shfl_xor_sync(0xffffffffu, greatest, 1));
-            greatest = fmaxf(greatest, __shfl_xor_sync(0xffffffffu, greatest, 2));
-            const float rescale = exp2_fast(maximum[half] - greatest);
-            maximum[half] = greatest;
-            total[half] *= rescale;
-#pragma unroll
-            for (int j = 0; j < keys / 8; j++)
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    float& p = weights[0][j][2 * half + e];
-                    p = exp2_fast(p - greatest);
-                    total[half] += p;
-                }
-#pragma unroll
-            for (int j = 0; j < D / 8; j++) {
-                sums[0][j][2 * half] *= rescale;
-                sums[0][j][2 * half + 1] *= rescale;
-            }
-        }
+        softmax.step<keys, D>([&](int j, int i) -> float& { return weights[0][j][i]; },
+                                       [&](int j, int i) -> float& { return sums[0][j][i]; },
+                                       [&](int half, int key, float product) {
+                                           const int query = tile.first + warp_first + lane / 4 + half * 8;
+                                           const bool seen = is_visible(query, first_key + block * keys + key, window);
+                                           return seen ? score.value(product) * log2_of_e : -INFINITY;
+                                       });
         multiply<T, D, keys, D>(sums, weights, v_tiles + stage, 0);
         __syncthreads();  // the next load overwrites what other warps may still read
     }
     cp_async_wait<0>();
 
+    softmax.finish();
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        total[half] += __shfl_xor_sync(0xffffffffu, total[half], 1);
-        total[half] += __shfl_xor_sync(0xffffffffu, total[half], 2);
         const int row = warp_first + lane / 4 + half * 8;
         if (row >= tile.rows()) continue;
         const long long at = static_cast<long long>(tile.first + row) * query_heads + head;
-        if (lane % 4 == 0) log_sum[at] = maximum[half] * ln_of_2 + logf(total[half]);
-        const float inverse = 1.f / total[half];
+        if (lane % 4 == 0) log_sum[at] = softmax.log_sum(half);
+        const float inverse = 1.f / softmax.total[half];
 #pragma unroll
         for (int j = 0; j < D / 8; j++)
             store2(out + at * D + j * 8 + lane % 4 * 2, sums[0][j][2 * half] * inverse, sums[0][j][2 * half + 1] * inverse);

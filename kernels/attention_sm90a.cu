@@ -6,6 +6,7 @@
 // the other. Queries, keys and values come as tensor maps over whole matrices [T, heads · D], boxes of 128 rows; rows of the next
 // sample that a box holds are never visible, and rows of queries beyond the sample are not written.
 #include "common/attention_tile.h"
+#include "common/running_softmax.h"
 #include "ptx/barrier.h"
 #include "ptx/wgmma.h"
 
@@ -82,7 +83,8 @@ DEVICE void attention_forward_sm90a(const TensorMap& q, const TensorMap& k, cons
         if (lane == 0) mbarrier_arrive(empty);
     };
 
-    float sums[D / 2], weights[hopper_rows / 2], maximum[2] = {-1e30f, -1e30f}, total[2] = {0.f, 0.f};
+    float sums[D / 2], weights[hopper_rows / 2];
+    RunningSoftmax softmax;
 #pragma unroll
     for (int i = 0; i < D / 2; i++) sums[i] = 0.f;
     mbarrier_wait(&shared.queries_full, 0);
@@ -100,39 +102,13 @@ DEVICE void attention_forward_sm90a(const TensorMap& q, const TensorMap& k, cons
         wgmma_wait<0>(weights);
         release(&shared.keys_empty[stage]);
 
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int query = tile.first + own_row + half * 8;
-            float greatest = maximum[half];
-#pragma unroll
-            for (int j = 0; j < hopper_rows / 8; j++)
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    const int key = first_key + block * hopper_rows + j * 8 + lane % 4 * 2 + e;
-                    float& z = weights[j * 4 + 2 * half + e];
-                    z = is_visible(query, key, window) ? score.value(z) * log2_of_e : -INFINITY;
-                    greatest = fmaxf(greatest, z);
-                }
-            // The row's other keys are in the three neighbouring lanes.
-            greatest = fmaxf(greatest, __shfl_xor_sync(0xffffffffu, greatest, 1));
-            greatest = fmaxf(greatest, __shfl_xor_sync(0xffffffffu, greatest, 2));
-            const float rescale = exp2_fast(maximum[half] - greatest);
-            maximum[half] = greatest;
-            total[half] *= rescale;
-#pragma unroll
-            for (int j = 0; j < hopper_rows / 8; j++)
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    float& p = weights[j * 4 + 2 * half + e];
-                    p = exp2_fast(p - greatest);
-                    total[half] += p;
-                }
-#pragma unroll
-            for (int j = 0; j < D / 8; j++) {
-                sums[j * 4 + 2 * half] *= rescale;
-                sums[j * 4 + 2 * half + 1] *= rescale;
-            }
-        }
+        softmax.step<hopper_rows, D>([&](int j, int i) -> float& { return weights[j * 4 + i]; },
+                                              [&](int j, int i) -> float& { return sums[j * 4 + i]; },
+                                              [&](int half, int key, float product) {
+                                                  const int query = tile.first + own_row + half * 8;
+                                                  const bool seen = is_visible(query, first_key + block * hopper_rows + key, window);
+                                                  return seen ? score.value(product) * log2_of_e : -INFINITY;
+                                              });
 
         // The accumulators' layout is that of A's fragments.
         uint32_t rounded[hopper_rows / 16][4];
@@ -152,15 +128,14 @@ DEVICE void attention_forward_sm90a(const TensorMap& q, const TensorMap& k, cons
         release(&shared.values_empty[stage]);
     }
 
+    softmax.finish();
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        total[half] += __shfl_xor_sync(0xffffffffu, total[half], 1);
-        total[half] += __shfl_xor_sync(0xffffffffu, total[half], 2);
         const int row = tile.first + own_row + half * 8;
         if (row >= end_row) continue;
         const long long at = static_cast<long long>(row) * query_heads + head;
-        if (lane % 4 == 0) log_sum[at] = maximum[half] * ln_of_2 + logf(total[half]);
-        const float inverse = 1.f / total[half];
+        if (lane % 4 == 0) log_sum[at] = softmax.log_sum(half);
+        const float inverse = 1.f / softmax.total[half];
 #pragma unroll
         for (int j = 0; j < D / 8; j++)
             store2(out + at * D + j * 8 + lane % 4 * 2, sums[j * 4 + 2 * half] * inverse, sums[j * 4 + 2 * half + 1] * inverse);

@@ -2,13 +2,15 @@
 //!
 //! The build script makes two libraries of the same kernels: fast, and with the race checker compiled in.
 
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
+mod library;
+
+use std::ffi::{CStr, CString, c_int, c_void};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use libloading::Library;
+use library::{Functions, KernelHandle};
 
 use super::boxes::{Boxes, Values};
 use super::{Argument, Device, Launch, Limits, Memory, check_range, not_while_recording};
@@ -81,59 +83,6 @@ pub struct Recording(Vec<Work>);
 struct Limited {
     total: u64,
     used: AtomicU64,
-}
-
-type KernelHandle = *const c_void;
-
-/// The interface of `kernels/emulator/interface.cpp`.
-struct Functions {
-    allocate: unsafe extern "C" fn(usize) -> *mut c_void,
-    release: unsafe extern "C" fn(*mut c_void) -> bool,
-    upload: unsafe extern "C" fn(*mut c_void, *const c_void, usize) -> bool,
-    download: unsafe extern "C" fn(*mut c_void, *const c_void, usize) -> bool,
-    fill: unsafe extern "C" fn(*mut c_void, c_int, usize) -> bool,
-    copy: unsafe extern "C" fn(*mut c_void, *const c_void, usize) -> bool,
-    kernel: unsafe extern "C" fn(*const c_char) -> KernelHandle,
-    kernel_signature: unsafe extern "C" fn(KernelHandle) -> *const c_char,
-    kernel_name: unsafe extern "C" fn(usize) -> *const c_char,
-    encode_boxes: unsafe extern "C" fn(*mut u64, u64, u64, u64, u64, u32) -> bool,
-    #[allow(clippy::type_complexity)]
-    launch: unsafe extern "C" fn(
-        KernelHandle,
-        *const u32,
-        *const u32,
-        u32,
-        u64,
-        *mut *mut c_void,
-        *mut c_char,
-        usize,
-    ) -> bool,
-    // Dropped last: the pointers above lead into it.
-    _library: Library,
-}
-
-impl Functions {
-    fn load(path: &str) -> Result<Self, libloading::Error> {
-        // SAFETY: our own library; its initialisers only link the kernels into a list. The signatures are those of
-        // interface.cpp, which is compiled by the same build.
-        unsafe {
-            let library = Library::new(path)?;
-            Ok(Self {
-                allocate: *library.get(b"emulator_allocate")?,
-                release: *library.get(b"emulator_release")?,
-                upload: *library.get(b"emulator_upload")?,
-                download: *library.get(b"emulator_download")?,
-                fill: *library.get(b"emulator_fill")?,
-                copy: *library.get(b"emulator_copy")?,
-                kernel: *library.get(b"emulator_kernel")?,
-                kernel_signature: *library.get(b"emulator_kernel_signature")?,
-                kernel_name: *library.get(b"emulator_kernel_name")?,
-                encode_boxes: *library.get(b"emulator_encode_boxes")?,
-                launch: *library.get(b"emulator_launch")?,
-                _library: library,
-            })
-        }
-    }
 }
 
 impl Emulator {

@@ -71,9 +71,12 @@ fn the_same_run_has_the_same_bits_in_the_checker() {
             .train_into(output, &["--device", device, "--max-steps", "2", "--lora-dropout", "0.1"])
             .succeeded();
     };
-    short("fast", "emulator");
-    short("checked", "emulator:checked");
-    assert_eq!(workspace.adapter_bytes("fast"), workspace.adapter_bytes("checked"));
+    for (fast, checked) in [("emulator", "emulator:checked"), ("emulator:hopper", "emulator:hopper:checked")]
+    {
+        short(fast, fast);
+        short(checked, checked);
+        assert_eq!(workspace.adapter_bytes(fast), workspace.adapter_bytes(checked));
+    }
 }
 
 fn verb(workspace: &Workspace, arguments: &[&str]) -> Value {
