@@ -21,6 +21,7 @@ pub mod backend;
 pub mod checkpoint;
 pub mod model;
 pub mod optim;
+pub mod pissa;
 
 pub mod cli;
 pub mod evaluation;

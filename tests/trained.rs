@@ -7,11 +7,13 @@ use std::sync::Arc;
 
 use fastlora::backend::PassSettings;
 use fastlora::backend::cpu::CpuBackend;
-use fastlora::checkpoint::adapter::{Adapter, read_adapter};
+use fastlora::checkpoint::adapter::{Adapter, AdapterConfig, read_adapter};
 use fastlora::checkpoint::base::BaseModel;
-use fastlora::config::TargetModules;
+use fastlora::config::{InitLoraWeights, TargetModules};
 use fastlora::export::merge;
-use fastlora::model::{LoraConfig, Transformer};
+use fastlora::model::{Factors, LoraConfig, Transformer};
+use fastlora::pissa;
+use fastlora::tensor::NamedTensor;
 use serde_json::Value;
 use support::golden::{Trained, batch_of, train_on};
 use support::{Tensors, fixture, largest_difference};
@@ -43,6 +45,25 @@ impl Golden {
         train_on(model, &batch_of(self.base.folder()), learning_rate, ratio)
     }
 
+    /// PEFT's configuration of the PiSSA run.
+    fn pissa(&self) -> LoraConfig {
+        let names = ["q_proj", "v_proj", "o_proj", "down_proj"].map(str::to_string);
+        LoraConfig {
+            rank_pattern: "v_proj=3".parse().unwrap(),
+            alpha_pattern: "o_proj=6".parse().unwrap(),
+            ..LoraConfig::new(4, 8.0, TargetModules::Names(names.to_vec()))
+        }
+    }
+
+    /// The factors that PEFT found.
+    fn factors(&self) -> Factors {
+        let file = Tensors::open(self.folder.join("factors.safetensors"));
+        Factors::new(file.names().into_iter().map(|name| {
+            let (shape, values) = file.get(&name);
+            NamedTensor { name, shape, values: values.into_iter().map(|value| value as f32).collect() }
+        }))
+    }
+
     fn check_numbers(&self, what: &str, found: &[f64], expected: &Value, tolerance: f64) {
         let expected = expected.as_array().unwrap();
         assert_eq!(found.len(), expected.len(), "{what}");
@@ -58,7 +79,15 @@ impl Golden {
 fn check(name: &'static str) {
     let golden = Golden::new(name);
     let rate = golden.values["lr"].as_f64().unwrap();
-    let trained = golden.train(rate, 1.0);
+    check_trained(&golden, &golden.train(rate, 1.0), rate);
+    let plus = &golden.values["loraplus"];
+    let number = |key: &str| plus[key].as_f64().unwrap();
+    let trained = golden.train(number("lr"), number("loraplus_lr_ratio"));
+    golden.check_numbers("LoRA+ loss", &trained.losses, &plus["losses_f64"], 1e-5);
+}
+
+fn check_trained(golden: &Golden, trained: &Trained<CpuBackend>, rate: f64) {
+    let name = golden.name;
     let in_f64 = &golden.values["f64"];
     golden.check_numbers("loss", &trained.losses[..10], &in_f64["losses"], 1e-5);
     golden.check_numbers(
@@ -96,11 +125,6 @@ fn check(name: &'static str) {
         let (difference, place) = largest_difference(&wide(&last.values), &finals.get(&tensor.name).1);
         assert!(difference <= bound, "{name}: {} [{place}] is off by {difference:e}", tensor.name);
     }
-
-    let plus = &golden.values["loraplus"];
-    let number = |key: &str| plus[key].as_f64().unwrap();
-    let trained = golden.train(number("lr"), number("loraplus_lr_ratio"));
-    golden.check_numbers("LoRA+ loss", &trained.losses, &plus["losses_f64"], 1e-5);
 }
 
 /// As in `oracles.rs`: four times the float32 drift of transformers on these models.
@@ -127,6 +151,68 @@ fn check_merged(name: &'static str) {
     let (difference, place) = largest_difference(&with, &alone);
     assert!(difference <= LOGIT_TOLERANCE, "{name}, logit {place}: off by {difference:e}");
     assert!(largest_difference(&without, &alone).0 > 1e-2, "{name}: the adapter does something");
+}
+
+#[test]
+fn pissa_is_as_in_float64() {
+    let golden = Golden::new("pissa");
+    let rate = golden.values["lr"].as_f64().unwrap();
+    let cpu = || Arc::new(CpuBackend::new(None).unwrap());
+    let batch = batch_of(golden.base.folder());
+    let (lora, peers) = (golden.pissa(), golden.factors());
+    let mut model = Transformer::load_residual(cpu(), &golden.base, &lora, peers.clone()).unwrap();
+    model.start(&golden.base, 0).unwrap();
+    check_trained(&golden, &train_on(model, &batch, rate, 1.0), rate);
+
+    // The factors of our own are the same but for signs, which AdamW does not tell apart: B₀·A₀ is as PEFT's within the
+    // rounding of f32 singular vectors (whose gaps are some hundredths of the largest value), and so is the run.
+    let own = pissa::factors(&golden.base, &lora, InitLoraWeights::Pissa, 42).unwrap();
+    let product = |factors: &Factors, module: &str| -> Vec<f64> {
+        let get =
+            |letter: char| factors.get(&format!("base_model.model.{module}.lora_{letter}.weight")).unwrap();
+        let (a, b) = (get('A'), get('B'));
+        let (rank, width) = (a.shape[0], a.shape[1]);
+        let mut product = vec![0.0; b.shape[0] * width];
+        for (row, b) in product.chunks_mut(width).zip(b.values.chunks(rank)) {
+            for (b, a) in b.iter().zip(a.values.chunks(width)) {
+                row.iter_mut().zip(a).for_each(|(sum, &a)| *sum += f64::from(*b) * f64::from(a));
+            }
+        }
+        product
+    };
+    for module in ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"] {
+        let (found, expected) = (product(&own, module), product(&peers, module));
+        let (difference, place) = largest_difference(&found, &expected);
+        assert!(difference <= 1e-4, "{module} [{place}]: {} against {}", found[place], expected[place]);
+    }
+    let mut model = Transformer::load_residual(cpu(), &golden.base, &lora, own).unwrap();
+    model.start(&golden.base, 0).unwrap();
+    let trained = train_on(model, &batch, rate, 1.0);
+    golden.check_numbers("loss", &trained.losses[..10], &golden.values["f64"]["losses"], 1e-4);
+
+    // What is saved is a plain adapter for the base as it is, with the same losses.
+    let saved = trained.model.adapters().unwrap();
+    let config = AdapterConfig::from_json(&golden_config().to_string()).unwrap();
+    let doubled = pissa::saved_config(&config);
+    let expected = &golden.values["saved_config"];
+    assert_eq!(
+        (serde_json::json!(doubled.rank), doubled.alpha),
+        (expected["r"].clone(), expected["lora_alpha"].as_f64().unwrap())
+    );
+    assert_eq!(serde_json::json!(doubled.rank_pattern), expected["rank_pattern"]);
+    assert_eq!(doubled.to_json()["alpha_pattern"], expected["alpha_pattern"]);
+    let adapter = Adapter { config: doubled, tensors: saved };
+    let mut plain = Transformer::load_with_adapter(cpu(), &golden.base, &adapter).unwrap();
+    let scale = 1.0 / batch.labelled_count() as f64;
+    let loss = plain.evaluate(&batch).unwrap().loss_sum() * scale;
+    assert!((loss / trained.losses[10] - 1.0).abs() <= 1e-5, "{loss} {}", trained.losses[10]);
+}
+
+fn golden_config() -> Value {
+    serde_json::json!({
+        "peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"],
+        "rank_pattern": {"v_proj": 3}, "alpha_pattern": {"o_proj": 6},
+    })
 }
 
 #[test]

@@ -50,7 +50,8 @@ use crate::checkpoint::volume::check_space;
 use crate::config::{DEFAULT_CONFIG_PATH, Options, ReportFormat, TrainingConfig};
 use crate::data::{ChatTemplate, TemplateChoice};
 use crate::error::{Error, Result, escape_control};
-use crate::model::{LoraConfig, Transformer};
+use crate::model::{Factors, LoraConfig, Transformer};
+use crate::pissa::{self, saved_config};
 use crate::report::tensorboard::EventFile;
 use crate::report::{METRICS, PAGE, RESOLVED_CONFIG};
 use crate::selftest::Measurable;
@@ -126,7 +127,8 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     if let (Some(adapter), Some(folder)) = (&init_adapter, &config.init_adapter) {
         adapter.check_base(base.config()).map_err(|error| error.at(folder.display().to_string()))?;
     }
-    let lora = LoraConfig::from(&adapter_config);
+    let is_pissa = config.init_lora_weights.is_pissa();
+    let lora = LoraConfig { has_residuals: is_pissa, ..LoraConfig::from(&adapter_config) };
     let at_targets = |error: Error| match error.location() {
         None => error.at("lora_target_modules"),
         Some(_) => error,
@@ -223,7 +225,7 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         let plan = DryRun {
             config: &config,
             base: &base,
-            lora,
+            lora: &lora,
             tokenizer: tokenizer.as_ref(),
             samples: &training_samples,
             training: &training,
@@ -242,7 +244,7 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     info!("training samples have SHA-256 {data_fingerprint}, their order in epoch 1 {order_fingerprint}");
     let writer = AdapterWriter {
         config: &config,
-        adapter: adapter_config,
+        adapter: if is_pissa { saved_config(&adapter_config) } else { adapter_config },
         base: &base,
         base_fingerprints: OnceLock::new(),
         data_fingerprints: json!({
@@ -260,7 +262,9 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     }
     let parameter_count =
         expected_tensors.iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
-    check_space(&config.output_dir, writer.largest_output_bytes(parameter_count))?;
+    // Saved at twice the rank.
+    let saved_count = if is_pissa { 2 * parameter_count } else { parameter_count };
+    check_space(&config.output_dir, writer.largest_output_bytes(saved_count))?;
 
     let run = Run {
         cli,
@@ -271,6 +275,7 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         output,
         writer,
         init_adapter: init_adapter.as_ref(),
+        lora: &lora,
         training_samples: &training_samples,
         training,
         validation,
@@ -290,6 +295,7 @@ struct Run<'a> {
     output: OutputFolder,
     writer: AdapterWriter<'a>,
     init_adapter: Option<&'a Adapter>,
+    lora: &'a LoraConfig,
     training_samples: &'a SampleSet,
     training: Split<'a>,
     validation: Option<Split<'a>>,
@@ -299,7 +305,7 @@ struct Run<'a> {
 impl Run<'_> {
     /// Loads the model, trains it and writes the adapter.
     fn on<B: Measurable>(self, backend: Arc<B>) -> Result<()> {
-        let Run { start, writer, training_samples, training, .. } = &self;
+        let Run { start, writer, lora, training_samples, training, .. } = &self;
         let AdapterWriter { config, base, .. } = writer;
         if let Start::Resumed(resumed) = start {
             resumed.compare_device(&backend.description());
@@ -307,8 +313,16 @@ impl Run<'_> {
         let mut model = match self.init_adapter {
             Some(adapter) => Transformer::load_with_adapter(Arc::clone(&backend), base, adapter)?,
             None => {
-                let lora = LoraConfig::from(&writer.adapter);
-                let mut model = Transformer::load(Arc::clone(&backend), base, Some(&lora))?;
+                let factors = match start.state() {
+                    _ if !lora.has_residuals => None,
+                    Some(state) => Some(Factors::split(&state.adapter)?.1),
+                    None => Some(pissa::factors(base, lora, config.init_lora_weights, config.seed)?),
+                };
+                let backend = Arc::clone(&backend);
+                let mut model = match factors {
+                    Some(factors) => Transformer::load_residual(backend, base, lora, factors)?,
+                    None => Transformer::load(backend, base, Some(lora))?,
+                };
                 model.start(base, config.seed)?;
                 model
             }

@@ -5,6 +5,7 @@ mod comments;
 mod data_source;
 mod device_name;
 mod hash_template;
+mod init_lora_weights;
 mod options;
 mod pattern_map;
 mod save_every;
@@ -20,6 +21,7 @@ pub use choices::{
 pub use data_source::DataSource;
 pub use device_name::DeviceName;
 pub use hash_template::HashTemplate;
+pub use init_lora_weights::InitLoraWeights;
 pub use options::Options;
 pub use pattern_map::{CompiledPatterns, PatternMap};
 pub use save_every::SaveEvery;

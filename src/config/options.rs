@@ -10,8 +10,8 @@ use serde_json::{Map, Value};
 
 use super::comments::blank_comments;
 use super::{
-    ActivationMemory, DataSource, HashTemplate, LossOn, LrScheduler, OnBadRecord, OnNan, Overlong,
-    PatternMap, ReportFormat, SaveEvery, TargetModules, TokenCache,
+    ActivationMemory, DataSource, HashTemplate, InitLoraWeights, LossOn, LrScheduler, OnBadRecord, OnNan,
+    Overlong, PatternMap, ReportFormat, SaveEvery, TargetModules, TokenCache,
 };
 use crate::error::{Error, Result};
 
@@ -133,6 +133,10 @@ pub struct Options {
     /// Gives every target magnitudes, one an output (DoRA).
     #[arg(long, value_name = "BOOL")]
     pub use_dora: Option<bool>,
+    /// How A and B begin: `true` (A random, B zero), `pissa` or `pissa_niter_N` (from the weight's largest singular values).
+    #[arg(long, value_name = "INIT")]
+    #[schemars(schema_with = "super::schema::init_lora_weights")]
+    pub init_lora_weights: Option<InitLoraWeights>,
     /// Ranks of modules that differ from `lora_r`: patterns of their names with r.
     #[arg(long, value_name = "PATTERN=R,…")]
     pub rank_pattern: Option<PatternMap<usize>>,
@@ -302,7 +306,7 @@ impl Options {
             hash_template hash_dropout chat_template chat_date max_length batch_size gradient_accumulation_steps packing bucket_by_length
             balance_by_hash num_epochs max_steps shuffle
             seed loss_on on_bad_record overlong lora_r lora_alpha lora_dropout neftune_noise_alpha
-            lora_target_modules use_rslora use_dora rank_pattern alpha_pattern layers_to_transform modules_to_save
+            lora_target_modules use_rslora use_dora init_lora_weights rank_pattern alpha_pattern layers_to_transform modules_to_save
             learning_rate loraplus_lr_ratio lr_scheduler warmup_steps
             weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm val_every
             early_stopping_patience on_nan save_every keep_checkpoints report test_cases sample_every device dtype threads activation_memory

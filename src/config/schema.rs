@@ -55,6 +55,15 @@ pub(super) fn save_every(_: &mut SchemaGenerator) -> Schema {
     ] })
 }
 
+/// PEFT's start, or PiSSA's.
+pub(super) fn init_lora_weights(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({ "anyOf": [
+        { "const": true },
+        { "type": "string", "pattern": "^(true|pissa|pissa_niter_[0-9]+)$" },
+        { "type": "null" }
+    ] })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

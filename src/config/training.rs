@@ -6,8 +6,8 @@ use chrono::NaiveDate;
 use serde::Serialize;
 
 use super::{
-    ActivationMemory, DataSource, HashTemplate, LossOn, LrScheduler, OnBadRecord, OnNan, Options, Overlong,
-    PatternMap, ReportFormat, SaveEvery, TargetModules, TokenCache, check_compute_choices,
+    ActivationMemory, DataSource, HashTemplate, InitLoraWeights, LossOn, LrScheduler, OnBadRecord, OnNan,
+    Options, Overlong, PatternMap, ReportFormat, SaveEvery, TargetModules, TokenCache, check_compute_choices,
 };
 use crate::error::{Error, Result};
 
@@ -85,6 +85,8 @@ pub struct TrainingConfig {
     pub use_rslora: bool,
     /// Whether every target has magnitudes (DoRA, Liu et al. 2024).
     pub use_dora: bool,
+    /// How A and B begin.
+    pub init_lora_weights: InitLoraWeights,
     /// Ranks of modules that differ from `lora_r`.
     pub rank_pattern: PatternMap<usize>,
     /// Scales of modules that differ from `lora_alpha`.
@@ -185,6 +187,7 @@ impl TrainingConfig {
             lora_target_modules: options.lora_target_modules.unwrap_or_else(default_targets),
             use_rslora: options.use_rslora.unwrap_or(false),
             use_dora: options.use_dora.unwrap_or(false),
+            init_lora_weights: options.init_lora_weights.unwrap_or_default(),
             rank_pattern: options.rank_pattern.unwrap_or_default(),
             alpha_pattern: options.alpha_pattern.unwrap_or_default(),
             layers_to_transform: in_order(options.layers_to_transform.unwrap_or_default()),
@@ -362,6 +365,20 @@ impl TrainingConfig {
         self.lora_target_modules.validate().map_err(|error| error.at("lora_target_modules"))?;
         self.rank_pattern.compile().map_err(|error| error.at("rank_pattern"))?;
         self.alpha_pattern.compile().map_err(|error| error.at("alpha_pattern"))?;
+        if self.init_lora_weights.is_pissa() {
+            let conflict = if self.use_dora {
+                Some(("DoRA's magnitudes are lost where PiSSA is saved as a plain adapter", "use_dora"))
+            } else if self.init_adapter.is_some() {
+                Some(("the run begins with the adapter of init_adapter", "init_adapter"))
+            } else {
+                None
+            };
+            if let Some((reason, other)) = conflict {
+                return Err(Error::config(reason)
+                    .at("init_lora_weights")
+                    .hint(format!("remove one of the two: {other} or this")));
+            }
+        }
         let out_of_range = |key: &str, pattern: &str, value: String, range: &str| {
             Error::config(format!("`{pattern}`: {value} is out of range"))
                 .at(key)

@@ -21,6 +21,7 @@ impl From<&AdapterConfig> for LoraConfig {
             alpha_pattern: config.alpha_pattern.clone(),
             layers_to_transform: config.layers_to_transform.clone(),
             modules_to_save: config.modules_to_save.clone(),
+            has_residuals: false,
         }
     }
 }

@@ -11,6 +11,8 @@
 //! the inputs of the norms behind. The other norms' outputs and the activation are cheap: they are kept where there is room,
 //! else computed again.
 
+use std::collections::HashMap;
+
 use super::config::{GROUP_COUNT, ModelConfig};
 use super::layout::AdapterLayout;
 use super::lora::AdaptedLinear;
@@ -23,6 +25,7 @@ use crate::backend::{
 };
 use crate::checkpoint::base::BaseModel;
 use crate::error::Result;
+use crate::tensor::WeightTensor;
 
 /// Places of the four linear groups within a block, in the order of the forward.
 const QKV: usize = 0;
@@ -236,20 +239,26 @@ pub(super) struct BackwardBuffers<'a, B: Backend> {
 
 impl<B: Backend> Block<B> {
     /// Loads layer `layer` of `base`, and gives the targets among its linears a place in `layout`. `linears` are the
-    /// layer's by what they read, each with its adapter.
+    /// layer's by what they read, each with its adapter; what `residuals` has
+    /// takes the place of the base's weight.
     pub(super) fn load(
         backend: &B,
         base: &BaseModel,
         layer: usize,
         linears: [&[AdaptedLinear]; GROUP_COUNT],
         layout: &mut AdapterLayout,
+        residuals: &HashMap<String, WeightTensor>,
     ) -> Result<Self> {
         let config = base.config();
         let prefix = format!("model.layers.{layer}");
         let vector = |name: &str| backend.vector(&[base.tensor(&format!("{prefix}.{name}.weight"))?]);
         let mut group = |place: usize, linears: &[AdaptedLinear]| -> Result<LinearGroup<B>> {
             let parts = |suffix: &str| -> Result<Vec<_>> {
-                linears.iter().map(|(linear, _)| base.tensor(&format!("{}.{suffix}", linear.name))).collect()
+                let part = |(linear, _): &AdaptedLinear| {
+                    let name = format!("{}.{suffix}", linear.name);
+                    residuals.get(&name).map_or_else(|| base.tensor(&name), |residual| Ok(residual.clone()))
+                };
+                linears.iter().map(part).collect()
             };
             let first = &linears[0].0;
             let slots = layout.push_group(linears);

@@ -28,6 +28,8 @@ pub struct LoraConfig {
     pub layers_to_transform: Vec<usize>,
     /// Ends of the names of modules that are trained whole.
     pub modules_to_save: Vec<String>,
+    /// Whether the targets' weights are in f32 what [`Factors`](super::Factors) leave of them (PiSSA).
+    pub has_residuals: bool,
 }
 
 /// Inner width and scale of one linear's adapter.
@@ -94,6 +96,7 @@ impl LoraConfig {
             alpha_pattern: PatternMap::default(),
             layers_to_transform: Vec::new(),
             modules_to_save: Vec::new(),
+            has_residuals: false,
         }
     }
 

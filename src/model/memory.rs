@@ -7,7 +7,7 @@ use indicatif::HumanBytes;
 use super::block::BlockShape;
 use super::config::{GROUP_COUNT, ModelConfig};
 use super::layout::AdapterLayout;
-use super::lora::{LoraConfig, adapted_linears, layer_groups};
+use super::lora::{AdaptedLinear, LoraConfig, adapted_linears, layer_groups};
 use super::whole::WholePlace;
 use super::workspace::{Allocator, Kept, Limits, Purpose, Workspace};
 use crate::backend::{AdapterShape, Backend, GroupShape, OperationShapes};
@@ -104,7 +104,8 @@ pub struct ModelShape {
     groups: Vec<GroupShape>,
     vocabulary: usize,
     parameter_count: usize,
-    frozen_count: u64,
+    /// Frozen elements as they are stored, and those that are f32 whatever was stored.
+    frozen_count: [u64; 2],
     /// Elements of the table of rotations for each position.
     rotations_per_position: usize,
 }
@@ -135,6 +136,10 @@ impl ModelShape {
             kept.push(of_layer.each_ref().map(Kept::of));
             groups.extend(of_layer);
         }
+        let is_residual =
+            |adapted: &&AdaptedLinear| adapted.1.is_some() && lora.is_some_and(|lora| lora.has_residuals);
+        let elements = |(linear, _): &AdaptedLinear| (linear.in_features * linear.out_features) as u64;
+        let residual_count: u64 = linears.iter().filter(is_residual).map(elements).sum();
         let is_adapted = |kept: &[Kept; GROUP_COUNT]| kept.iter().any(|kept| kept.rank > 0);
         let mut lowest_trained = kept.iter().position(is_adapted).unwrap_or(config.layer_count);
         let mut whole_count = 0;
@@ -152,7 +157,7 @@ impl ModelShape {
             groups,
             vocabulary: config.vocabulary,
             parameter_count: layout.parameter_count(),
-            frozen_count: config.parameter_count() - whole_count,
+            frozen_count: [config.parameter_count() - whole_count - residual_count, residual_count],
             rotations_per_position: config.rope_table_length(1),
         })
     }
@@ -191,7 +196,8 @@ impl ModelShape {
         Workspace::new(&mut counter, self, needs.purpose, recompute, limits)?;
         let moments = if needs.purpose == Purpose::Training { 2 } else { 0 };
         Ok(MemoryPlan {
-            weights: backend.weight_bytes(self.frozen_count, stored),
+            weights: backend.weight_bytes(self.frozen_count[0], stored)
+                + backend.weight_bytes(self.frozen_count[1], DType::F32),
             adapters: backend.adapter_bytes(self.parameter_count, &self.groups),
             optimizer: moments * backend.floats_bytes(self.parameter_count),
             activations: counter.bytes()

@@ -3,6 +3,7 @@
 mod adapted;
 mod block;
 pub mod config;
+mod factors;
 mod fields;
 mod layout;
 mod lora;
@@ -14,6 +15,7 @@ mod whole;
 mod work;
 mod workspace;
 
+pub use factors::Factors;
 pub use layout::{AdapterLayout, AdapterTensor, TensorKind};
 pub use lora::{AdaptedLinear, LoraConfig, ModuleLora, ModuleScales};
 pub use memory::{CHOICES, MemoryPlan, ModelShape, Needs, Recompute, choose_plan};

@@ -2,12 +2,14 @@
 
 mod decoding;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 pub use decoding::{Cache, decoding_limits};
 
 use super::block::{Block, BlockShape, ForwardBuffers, Pass};
 use super::config::ModelConfig;
+use super::factors::Factors;
 use super::layout::AdapterLayout;
 use super::lora::{LoraConfig, adapted_linears, layer_groups};
 use super::memory::{MemoryPlan, ModelShape, Needs, choose_plan};
@@ -21,7 +23,7 @@ use crate::config::ActivationMemory;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::range;
-use crate::tensor::NamedTensor;
+use crate::tensor::{NamedTensor, WeightTensor};
 
 /// A frozen base model with adapters.
 pub struct Transformer<B: Backend> {
@@ -37,6 +39,8 @@ pub struct Transformer<B: Backend> {
     final_norm: NormWeight<B>,
     head: HeadWeight<B>,
     layout: AdapterLayout,
+    /// What was taken out of the targets' weights.
+    factors: Option<Factors>,
     parameters: B::Floats,
     /// Whether groups have been told of them.
     is_renewed: bool,
@@ -116,6 +120,31 @@ impl<B: Backend> Transformer<B> {
     /// Targets that match no module, a tensor that is missing, something that the backend cannot train, or a device without
     /// room.
     pub fn load(backend: Arc<B>, base: &BaseModel, lora: Option<&LoraConfig>) -> Result<Self> {
+        Self::load_on(backend, base, lora, &HashMap::new())
+    }
+
+    /// The same on what `factors` leave of the targets' weights (PiSSA); [`start`](Self::start) begins with them.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load); factors of other targets.
+    pub fn load_residual(
+        backend: Arc<B>,
+        base: &BaseModel,
+        lora: &LoraConfig,
+        factors: Factors,
+    ) -> Result<Self> {
+        let lora = LoraConfig { has_residuals: true, ..lora.clone() };
+        let mut model = Self::load_on(backend, base, Some(&lora), &factors.residuals(base, &lora)?)?;
+        model.factors = Some(factors);
+        Ok(model)
+    }
+
+    fn load_on(
+        backend: Arc<B>,
+        base: &BaseModel,
+        lora: Option<&LoraConfig>,
+        residuals: &HashMap<String, WeightTensor>,
+    ) -> Result<Self> {
         let config = base.config().clone();
         backend.check_heads(config.head_dim, config.rotary_width)?;
         backend.check_features(lora.map_or(Ok(Default::default()), |lora| lora.features(&config))?)?;
@@ -123,7 +152,7 @@ impl<B: Backend> Transformer<B> {
         let mut layout = AdapterLayout::default();
         let mut blocks: Vec<Block<B>> = layer_groups(&config, &linears)
             .enumerate()
-            .map(|(layer, linears)| Block::load(&*backend, base, layer, linears, &mut layout))
+            .map(|(layer, linears)| Block::load(&*backend, base, layer, linears, &mut layout, residuals))
             .collect::<Result<_>>()?;
         let mut final_norm = NormWeight::Frozen(backend.vector(&[base.tensor("model.norm.weight")?])?);
         let whole = lora.map_or(Ok(Vec::new()), |lora| lora.whole_modules(&config))?;
@@ -147,6 +176,7 @@ impl<B: Backend> Transformer<B> {
             head,
             blocks,
             layout,
+            factors: None,
             parameters: backend.floats(&zeros)?,
             is_renewed: false,
             gradients: backend.floats(&zeros)?,
@@ -190,7 +220,12 @@ impl<B: Backend> Transformer<B> {
     /// # Errors
     /// A base of another shape, or a device error.
     pub fn start(&mut self, base: &BaseModel, seed: u64) -> Result<()> {
-        let parameters = self.layout.start(base, seed)?;
+        let mut parameters = self.layout.start(base, seed)?;
+        for tensor in self.layout.tensors() {
+            if let Some(factor) = self.factors.as_ref().and_then(|factors| factors.get(&tensor.name)) {
+                parameters[tensor.range()].copy_from_slice(&factor.values);
+            }
+        }
         self.set_parameters(&parameters)
     }
 
@@ -214,9 +249,31 @@ impl<B: Backend> Transformer<B> {
         self.read_all(&self.gradients)
     }
 
-    /// The adapters as PEFT names them.
+    /// The adapters as PEFT names and saves them, for the base as it is: with [`Factors`] of twice the rank.
     pub fn adapters(&self) -> Result<Vec<NamedTensor>> {
-        Ok(self.layout.to_named(&self.parameters()?))
+        let own = self.layout.to_named(&self.parameters()?);
+        Ok(match &self.factors {
+            Some(factors) => factors.join(own),
+            None => own,
+        })
+    }
+
+    /// Goes on with what [`adapters`](Self::adapters) gave.
+    ///
+    /// # Errors
+    /// Tensors that are not this model's, or that began with other factors.
+    pub fn set_adapters(&mut self, saved: &[NamedTensor]) -> Result<()> {
+        let parameters = match &self.factors {
+            None => self.layout.to_flat(saved)?,
+            Some(factors) => {
+                let (own, began_with) = Factors::split(saved)?;
+                if began_with != *factors {
+                    return Err(Error::model("the adapter began with other factors"));
+                }
+                self.layout.to_flat(&own)?
+            }
+        };
+        self.set_parameters(&parameters)
     }
 
     fn read_all(&self, floats: &B::Floats) -> Result<Vec<f32>> {

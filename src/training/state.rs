@@ -62,8 +62,7 @@ impl TrainingState {
         model: &mut Transformer<B>,
         settings: AdamWSettings,
     ) -> Result<AdamW<B>> {
-        let parameters = model.layout().to_flat(&self.adapter)?;
-        model.set_parameters(&parameters)?;
+        model.set_adapters(&self.adapter)?;
         let [first, second] = &self.moments;
         let state = AdamWState {
             steps: self.optimizer_steps,

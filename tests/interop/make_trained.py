@@ -13,6 +13,7 @@ dropout.
 import argparse
 import json
 import shutil
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -62,6 +63,16 @@ RUNS = {
             rank_pattern={"v_proj": 9},
             alpha_pattern={"gate_proj": 3},
             modules_to_save=["norm"],
+        ),
+    ),
+    # From the singular values that PEFT finds; saved as the plain adapter that PEFT makes of it.
+    "pissa": (
+        "tiny_qwen2",
+        dict(
+            target_modules=["q_proj", "v_proj", "o_proj", "down_proj"],
+            init_lora_weights="pissa",
+            rank_pattern={"v_proj": 3},
+            alpha_pattern={"o_proj": 6},
         ),
     ),
 }
@@ -143,7 +154,46 @@ def merged_difference(base: str, adapter: Path, batch: Batch) -> float:
     return float((before - after)[batch.mask.bool()].abs().max())
 
 
+def run_pissa(folder: Path, base: str, config: dict) -> None:
+    """`factors.safetensors`: A and B at the start; `adapter_final_f64.safetensors`: what PEFT converts the last to."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    batch, finals = Batch(base), {}
+    golden = dict(base=base, lr=RATE, torch=torch.__version__.split("+")[0])
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, dtype in (("f32", torch.float32), ("f64", torch.float64)):
+            with in_precision(dtype):
+                torch.manual_seed(5)
+                lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, task_type="CAUSAL_LM", **config)
+                # The base's residual is float32 in both.
+                model = get_peft_model(base_model(base, torch.float32), lora, autocast_adapter_dtype=False)
+                start = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model).items()}
+                model.peft_config["default"].init_lora_weights = True
+                model.save_pretrained(f"{scratch}/start")
+                model = model.to(dtype).train()
+                parameters = [parameter for _, parameter in trainable(model)]
+                optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.01, foreach=False, fused=False)
+                golden[name], gradients = train(model, batch, optimizer)
+                model.peft_config["default"].init_lora_weights = "pissa"
+                model.save_pretrained(f"{scratch}/{name}", path_initial_model_for_weight_conversion=f"{scratch}/start")
+                finals[name] = load_file(f"{scratch}/{name}/adapter_model.safetensors")
+        saved = json.loads(Path(f"{scratch}/f64/adapter_config.json").read_text())
+    keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights")
+    golden["saved_config"] = {key: saved[key] for key in keys}
+    save_file({key: tensor.contiguous() for key, tensor in start.items()}, folder / "factors.safetensors")
+    save_file(gradients, folder / "grads_step0_f64.safetensors")
+    save_file({key: tensor.double().contiguous() for key, tensor in finals["f64"].items()}, folder / "adapter_final_f64.safetensors")
+    golden["final_max_abs_diff_f32_f64"] = max(
+        float((finals["f32"][name].double() - tensor.double()).abs().max()) for name, tensor in finals["f64"].items()
+    )
+    (folder / "golden.json").write_text(json.dumps(golden, indent=1) + "\n")
+    shown = [f"{loss:.6f}" for loss in golden["f64"]["losses"]]
+    print(folder.name, *shown, "drift", golden["final_max_abs_diff_f32_f64"])
+
+
 def run(folder: Path, base: str, config: dict) -> None:
+    if "init_lora_weights" in config:
+        return run_pissa(folder, base, config)
     shutil.rmtree(folder, ignore_errors=True)
     start = folder / "adapter_init"
     save_start(start, base, config)

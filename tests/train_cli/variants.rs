@@ -151,6 +151,58 @@ fn adapters_with_magnitudes_are_trained_saved_told_and_read() {
 }
 
 #[test]
+fn a_run_from_singular_values_is_saved_for_the_base_as_it_is() {
+    let workspace = Workspace::with_data();
+    let more = ["--init-lora-weights", "pissa", "--lora-r", "4", "--use-rslora", "true"];
+    let run =
+        train(&workspace, "out", &[&more[..], &["--modules-to-save", "model.norm"]].concat()).succeeded();
+    let trainable = 2 * 4 * (64 + 64 + 64 + 32) + 64;
+    assert!(run.stderr.contains(&format!("trainable parameters: {trainable} of ")), "{}", run.stderr);
+    let config = config_of(&workspace, "out");
+    assert_eq!((&config["r"], &config["init_lora_weights"]), (&json!(8), &json!(true)));
+    // The default α of 16 over √4 is 8, and so is 16·√2 over √8.
+    assert!((config["lora_alpha"].as_f64().unwrap() / 8f64.sqrt() - 8.0).abs() < 1e-12, "{config}");
+    let (shape, _) =
+        workspace.adapter("out").get("base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight");
+    assert_eq!(shape, [64, 8]);
+    let card = std::fs::read_to_string(workspace.path("out/README.md")).unwrap();
+    assert!(card.contains("begun with pissa and saved as a plain adapter of twice the rank"), "{card}");
+
+    // Before the first step it computes what the base computes.
+    let still = ["--learning-rate", "1e-30", "--weight-decay", "0", "--max-steps", "1"];
+    train(&workspace, "still", &[&more[..], &still].concat()).succeeded();
+    let base = fixture("tiny_llama3rope");
+    let before = evaluated(&workspace, &["-m", base.to_str().unwrap()]);
+    let after = evaluated(&workspace, &["--adapter", "still"]);
+    assert!((before - after).abs() < 1e-5, "{before} {after}");
+    // And merged it is what the pair is.
+    let merge = ["merge", "--adapter", "out", "-o", "merged", "--json", "--device", "cpu"];
+    workspace.run(&merge).succeeded();
+    let [pair, alone] =
+        [["--adapter", "out"], ["-m", "merged"]].map(|arguments| evaluated(&workspace, &arguments));
+    assert!((pair - alone).abs() < 1e-5 && (pair - before).abs() > 1e-3, "{pair} {alone} {before}");
+
+    for (more, parts) in [
+        (&["--init-lora-weights", "pissa", "--use-dora", "true"][..], &["init_lora_weights", "use_dora"][..]),
+        (
+            &["--init-lora-weights", "pissa", "--init-adapter", "still"],
+            &["init_lora_weights", "init_adapter"],
+        ),
+        (&["--init-lora-weights", "pissa", "--lora-r", "33"], &["init_lora_weights", "32 singular values"]),
+    ] {
+        train(&workspace, "refused", more).refused(2, parts);
+    }
+    let usage = train(&workspace, "refused", &["--init-lora-weights", "olora"]);
+    assert_eq!(usage.code, 2, "{}", usage.stderr);
+    assert!(!workspace.path("refused").exists(), "nothing was written");
+}
+
+#[test]
+fn a_run_from_singular_values_goes_on_with_its_bits() {
+    goes_on_with_its_bits(&Workspace::with_data(), &["--init-lora-weights", "pissa_niter_4"]);
+}
+
+#[test]
 fn a_run_with_magnitudes_goes_on_with_its_bits() {
     goes_on_with_its_bits(&Workspace::with_data(), &["--use-dora", "true", "--modules-to-save", "norm"]);
 }

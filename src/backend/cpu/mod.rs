@@ -14,6 +14,7 @@ pub mod matmul;
 mod memory;
 mod norm;
 mod optimizer;
+pub mod principal;
 mod product;
 mod rows;
 pub mod simd;

@@ -45,7 +45,10 @@ fn aligned(tensor: &WeightTensor) -> WeightTensor {
 
 impl CpuMatrix {
     /// The rows of `parts` in turn.
-    pub(super) fn new(parts: &[WeightTensor]) -> Result<Self> {
+    ///
+    /// # Errors
+    /// Parts that are no matrices of one width: a bug of the caller.
+    pub fn new(parts: &[WeightTensor]) -> Result<Self> {
         let columns = parts.first().and_then(|part| part.shape().get(1)).copied().unwrap_or(0);
         if columns == 0 || parts.len() > MAX_PARTS {
             let error =
@@ -71,7 +74,7 @@ impl CpuMatrix {
     }
 
     /// For the products.
-    pub(super) fn weight(&self) -> Weight<'_> {
+    pub fn weight(&self) -> Weight<'_> {
         Weight::new(self.columns, self.elements())
     }
 

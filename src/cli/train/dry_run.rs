@@ -21,7 +21,7 @@ use crate::training::Split;
 pub(super) struct DryRun<'a> {
     pub config: &'a TrainingConfig,
     pub base: &'a BaseModel,
-    pub lora: LoraConfig,
+    pub lora: &'a LoraConfig,
     pub tokenizer: Option<&'a Tokenizer>,
     pub samples: &'a SampleSet,
     pub training: &'a Split<'a>,

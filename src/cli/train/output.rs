@@ -257,6 +257,10 @@ impl AdapterWriter<'_> {
         if !layers_to_transform.is_empty() {
             text += &format!(", layers {layers_to_transform:?}");
         }
+        if self.config.init_lora_weights.is_pissa() {
+            let init = self.config.init_lora_weights;
+            text += &format!(", begun with {init} and saved as a plain adapter of twice the rank");
+        }
         if !modules_to_save.is_empty() {
             text += &format!(", and all of {modules_to_save:?}");
         }
