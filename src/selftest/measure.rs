@@ -68,9 +68,14 @@ const MAX_COPIES: f64 = 32.0;
 const MIN_PASSES: f64 = 3.0;
 const MAX_PASSES: f64 = 30.0;
 
+/// All copies of an operation together may take so much of the device.
+const MAX_RESIDENT_BYTES: f64 = (4u64 << 30) as f64;
+
 /// How many copies of an operation a pass should run in turn.
 pub fn copies_of<B: Backend + 'static>(operation: &dyn Operation<B>) -> usize {
-    (ROTATED_BYTES / operation.work().bytes.max(1.0)).ceil().clamp(1.0, MAX_COPIES) as usize
+    let wanted = (ROTATED_BYTES / operation.work().bytes.max(1.0)).ceil().min(MAX_COPIES);
+    let fitting = (MAX_RESIDENT_BYTES / operation.resident_bytes().max(1.0)).floor();
+    wanted.min(fitting).max(1.0) as usize
 }
 
 /// Seconds of one run, the median over passes through `copies` that take about `budget_seconds` together, after one to warm

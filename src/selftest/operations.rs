@@ -26,6 +26,10 @@ pub trait Operation<B: Backend + 'static>: Send + Sync {
     fn shape(&self) -> String;
     /// What a run takes at least.
     fn work(&self) -> Work;
+    /// Bytes that its inputs and outputs take on the backend.
+    fn resident_bytes(&self) -> f64 {
+        self.work().bytes
+    }
     /// Inputs on the backend, and outputs that hold NaN.
     ///
     /// # Errors

@@ -299,6 +299,15 @@ impl<B: Backend + 'static> Operation<B> for Moves {
         Work::of_moving(rows * self.width, self.precision.compute.bytes())
     }
 
+    /// The embedding's table is there whole, and few of its rows are read.
+    fn resident_bytes(&self) -> f64 {
+        let table = match self.which {
+            Move::Embedding => self.vocabulary * self.width * stored_half(self.precision).bytes(),
+            Move::Gather | Move::Scatter => 0,
+        };
+        Operation::<B>::work(self).bytes + table as f64
+    }
+
     fn prepare<'a>(&'a self, backend: &B) -> Result<Box<dyn Prepared<B> + 'a>> {
         let (width, batch) = (self.width, &self.batch);
         let loaded = resident(backend, batch, PassSettings::default())?;
