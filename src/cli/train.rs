@@ -141,6 +141,12 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         let positions = base.config().max_positions;
         warn!("max_length is {}, but the model was made for {positions} positions", config.max_length);
     }
+    if is_pissa && config.lora_dropout > 0.0 {
+        warn!(
+            "lora_dropout is {}, which takes from the largest part of every weight too: 0 is what PiSSA is meant for",
+            config.lora_dropout
+        );
+    }
 
     let open_tokenizer = |config: &TrainingConfig| {
         let choice = TemplateChoice { name: config.chat_template.clone(), date: config.chat_date };

@@ -168,6 +168,12 @@ fn a_run_from_singular_values_is_saved_for_the_base_as_it_is() {
     let card = std::fs::read_to_string(workspace.path("out/README.md")).unwrap();
     assert!(card.contains("begun with pissa and saved as a plain adapter of twice the rank"), "{card}");
 
+    // The default of dropout is no good one here.
+    let warns = |run: &Finished| run.stderr.contains("which takes from the largest part of every weight too");
+    let whole = [&more[..], &["--lora-dropout", "0", "--max-steps", "1"]].concat();
+    let whole = train(&workspace, "whole", &whole).succeeded();
+    assert_eq!([warns(&run), warns(&whole)], [true, false], "{}{}", run.stderr, whole.stderr);
+
     // Before the first step it computes what the base computes.
     let still = ["--learning-rate", "1e-30", "--weight-decay", "0", "--max-steps", "1"];
     train(&workspace, "still", &[&more[..], &still].concat()).succeeded();
