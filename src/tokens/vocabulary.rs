@@ -86,7 +86,7 @@ pub(super) struct Checked {
 ///
 /// # Errors
 /// Model errors at `place` for JSON that is no tokenizer, ids out of range, gaps, repetitions, and what would make
-/// tokens depend on chance or on features that are not implemented.
+/// tokens depend on chance or on parts of the format that this program does not read.
 pub(super) fn check(bytes: &[u8], place: &str) -> Result<Checked> {
     let refuse = |message: String| Error::model(message).at(place);
     let hint = "is the file the model's own, and whole?";

@@ -295,7 +295,8 @@ impl Backend for CpuBackend {
         gradients: &mut Self::Floats,
         dx: Option<&mut Self::Buffer>,
     ) -> Result<()> {
-        let _range = range!("linear backward"; Work::of_linear_backward(group.shape(input.rows, group.weight.bytes()), FLOAT_BYTES, dx.is_some()));
+        let shape = || group.shape(input.rows, group.weight.bytes());
+        let _range = range!("linear backward"; Work::of_linear_backward(shape(), FLOAT_BYTES, dx.is_some()));
         self.linear_gradient(group, adapters, input, s, dy, gradients, dx.map(|dx| &mut dx[..]))
     }
 
@@ -384,7 +385,8 @@ impl Backend for CpuBackend {
         packed: &Self::Buffer,
         dx: &mut Self::Buffer,
     ) -> Result<()> {
-        let _range = range!("scatter labelled"; Work::of_moving((batch.token_count() + 2 * batch.labelled_count()) * width, FLOAT_BYTES));
+        let rows = || batch.token_count() + 2 * batch.labelled_count();
+        let _range = range!("scatter labelled"; Work::of_moving(rows() * width, FLOAT_BYTES));
         self.scatter_rows(batch, width, packed, dx);
         Ok(())
     }
@@ -398,15 +400,9 @@ impl Backend for CpuBackend {
         dx: Option<&mut Self::Buffer>,
         gradients: Option<&mut Self::Floats>,
     ) -> Result<()> {
-        let work = || {
-            head.work(
-                batch.labelled_count(),
-                FLOAT_BYTES,
-                CpuMatrix::bytes,
-                [dx.is_some(), gradients.is_some()],
-            )
-        };
-        let _range = range!("head loss"; work());
+        let wanted = [dx.is_some(), gradients.is_some()];
+        let _range =
+            range!("head loss"; head.work(batch.labelled_count(), FLOAT_BYTES, CpuMatrix::bytes, wanted));
         let gradients = gradients.map(|gradients| &mut gradients[..]);
         self.cross_entropy(head, batch, x, losses, dx.map(|dx| &mut dx[..]), gradients)
     }

@@ -347,7 +347,8 @@ impl<D: Device> Backend for CudaBackend<D> {
         gradients: &mut Self::Floats,
         dx: Option<&mut Self::Buffer>,
     ) -> Result<()> {
-        let _range = range!("linear backward"; Work::of_linear_backward(group.shape(input.rows, group.weight.bytes()), HALF_BYTES, dx.is_some()));
+        let shape = || group.shape(input.rows, group.weight.bytes());
+        let _range = range!("linear backward"; Work::of_linear_backward(shape(), HALF_BYTES, dx.is_some()));
         self.linear_gradient(group, adapters, input, s, dy, gradients, dx.map(|dx| &*dx))
     }
 

@@ -53,6 +53,14 @@ pub(super) struct HeadSizes {
     pub leading: usize,
 }
 
+impl HeadSizes {
+    /// A linear without adapters.
+    fn as_linear(self) -> Sizes {
+        let Self { rows, width, vocabulary, .. } = self;
+        Sizes { tokens: rows, inputs: width, outputs: vocabulary, rank: 0, leading: 0 }
+    }
+}
+
 /// `DropoutMask` of philox.h where there is no dropout.
 pub(super) const NO_MASK: [Argument; 8] = [
     NULL,
@@ -122,15 +130,25 @@ impl<D: Device> Kernels<D> {
     /// The parts are as large as `sizes` says.
     pub unsafe fn linear_forward(&self, product: &ForwardProduct) -> Result<()> {
         let &ForwardProduct { x, weight, bias, residual, s, b_hat, slots, adapters, y, sizes } = product;
-        let Sizes { tokens, inputs, outputs, rank, leading } = sizes;
-        let mut counts = vec![int(tokens)?, int(inputs)?, int(outputs)?, int(adapters)?];
+        let Sizes { tokens, inputs, outputs, leading, .. } = sizes;
         if !self.uses_hopper {
             let mut arguments = vec![x, weight, bias, residual, s, b_hat, slots, y];
-            counts.push(int(leading)?);
-            arguments.extend(counts);
+            arguments.extend([int(tokens)?, int(inputs)?, int(outputs)?, int(adapters)?, int(leading)?]);
             // SAFETY: the caller's.
             return unsafe { self.launch_half("linear_forward", tile_shape(tokens, outputs), &arguments) };
         }
+        // SAFETY: the caller's.
+        unsafe { self.hopper_forward(product, outputs) }
+    }
+
+    /// [`linear_forward`](Self::linear_forward) by Hopper's kernel into rows of `row_length`, of which the columns behind the
+    /// output become zero.
+    ///
+    /// # Safety
+    /// The parts are as large as their sizes say, `y` as `row_length` says.
+    unsafe fn hopper_forward(&self, product: &ForwardProduct, row_length: usize) -> Result<()> {
+        let &ForwardProduct { x, weight, bias, residual, s, b_hat, slots, adapters, y, sizes } = product;
+        let Sizes { tokens, inputs, outputs, rank, leading } = sizes;
         let width = hopper_columns(tokens, outputs, self.multiprocessors());
         let x = boxes(x, [tokens, inputs], inputs, TILE)?;
         let weight = boxes(weight, [outputs, inputs], inputs, width)?;
@@ -140,11 +158,12 @@ impl<D: Device> Kernels<D> {
             b_hat_boxes = boxes(b_hat, [outputs, rank], leading, width)?;
         }
         let has_residual = residual != NULL;
-        let y = boxes(y, [tokens, outputs], outputs, TILE / 2)?;
+        // Behind the output the rows of W read as zeros, which are written as far as the rows of y go.
+        let y = boxes(y, [tokens, row_length], row_length, TILE / 2)?;
         let residual = if has_residual { boxes(residual, [tokens, outputs], outputs, TILE / 2)? } else { y };
         let mut arguments = vec![x, weight, s_boxes, b_hat_boxes, residual, y, bias, slots];
         arguments.push(Argument::I32(i32::from(has_residual)));
-        arguments.extend(counts);
+        arguments.extend([int(tokens)?, int(inputs)?, int(outputs)?, int(adapters)?]);
         // SAFETY: the caller's.
         unsafe { self.launch_hopper("linear_forward", [tokens, outputs], width, &arguments) }
     }
@@ -154,17 +173,27 @@ impl<D: Device> Kernels<D> {
     pub unsafe fn linear_backward_input(&self, product: &BackwardProduct) -> Result<()> {
         let &BackwardProduct { dy, weight, ds, a, dx, sizes, mask } = product;
         let Sizes { tokens, inputs, outputs, rank, leading } = sizes;
-        let mut counts = vec![int(tokens)?, int(inputs)?, int(outputs)?, int(rank)?];
         if !self.uses_hopper {
             let mut arguments = vec![dy, weight, ds, a, dx];
-            counts.push(int(leading)?);
-            arguments.extend(counts.into_iter().chain(mask));
+            arguments.extend([int(tokens)?, int(inputs)?, int(outputs)?, int(rank)?, int(leading)?]);
+            arguments.extend(mask);
             let shape = tile_shape(tokens, inputs);
             // SAFETY: the caller's.
             return unsafe { self.launch_half("linear_backward_input", shape, &arguments) };
         }
+        // SAFETY: the caller's.
+        unsafe { self.hopper_backward_input(product, outputs) }
+    }
+
+    /// [`linear_backward_input`](Self::linear_backward_input) by Hopper's kernel from rows of `row_length`.
+    ///
+    /// # Safety
+    /// The parts are as large as their sizes say, `dy` as `row_length` says.
+    unsafe fn hopper_backward_input(&self, product: &BackwardProduct, row_length: usize) -> Result<()> {
+        let &BackwardProduct { dy, weight, ds, a, dx, sizes, mask } = product;
+        let Sizes { tokens, inputs, outputs, rank, leading } = sizes;
         let width = hopper_columns(tokens, inputs, self.multiprocessors());
-        let dy = boxes(dy, [tokens, outputs], outputs, TILE)?;
+        let dy = boxes(dy, [tokens, outputs], row_length, TILE)?;
         let weight = boxes(weight, [outputs, inputs], inputs, TILE / 2)?;
         let (mut ds_boxes, mut a_boxes) = (dy, weight);
         if rank > 0 {
@@ -173,7 +202,8 @@ impl<D: Device> Kernels<D> {
         }
         let dx = boxes(dx, [tokens, inputs], inputs, TILE / 2)?;
         let mut arguments = vec![dy, weight, ds_boxes, a_boxes, dx];
-        arguments.extend(counts.into_iter().chain(mask));
+        arguments.extend([int(tokens)?, int(inputs)?, int(outputs)?, int(rank)?]);
+        arguments.extend(mask);
         // SAFETY: the caller's.
         unsafe { self.launch_hopper("linear_backward_input", [tokens, inputs], width, &arguments) }
     }
@@ -199,16 +229,11 @@ impl<D: Device> Kernels<D> {
             // SAFETY: the caller's.
             return unsafe { self.launch_half("head_logits", tile_shape(rows, vocabulary), &arguments) };
         }
-        let tile = hopper_columns(rows, vocabulary, self.multiprocessors());
-        let x = boxes(x, [rows, width], width, TILE)?;
-        let weight = boxes(weight, [vocabulary, width], width, tile)?;
-        // Behind the vocabulary the rows of W read as zeros, which are written as far as the logits' rows go.
-        let z = boxes(z, [rows, leading], leading, TILE / 2)?;
-        let [no_bias, no_slots] = [NULL; 2];
-        let mut arguments = vec![x, weight, x, weight, z, z, no_bias, no_slots, Argument::I32(0)];
-        arguments.extend(counts.into_iter().chain([Argument::I32(0)]));
+        let [bias, residual, s, b_hat, slots] = [NULL; 5];
+        let (adapters, y, sizes) = (0, z, sizes.as_linear());
+        let product = ForwardProduct { x, weight, bias, residual, s, b_hat, slots, adapters, y, sizes };
         // SAFETY: the caller's.
-        unsafe { self.launch_hopper("linear_forward", [rows, vocabulary], tile, &arguments) }
+        unsafe { self.hopper_forward(&product, leading) }
     }
 
     /// `dx = dz · W`.
@@ -230,14 +255,10 @@ impl<D: Device> Kernels<D> {
             // SAFETY: the caller's.
             return unsafe { self.launch_half("head_backward_input", tile_shape(rows, width), &arguments) };
         }
-        let tile = hopper_columns(rows, width, self.multiprocessors());
-        let dz = boxes(dz, [rows, vocabulary], leading, TILE)?;
-        let weight = boxes(weight, [vocabulary, width], width, TILE / 2)?;
-        let dx = boxes(dx, [rows, width], width, TILE / 2)?;
-        let mut arguments = vec![dz, weight, dz, weight, dx];
-        arguments.extend(counts.into_iter().chain([Argument::I32(0)]).chain(NO_MASK));
+        let [ds, a] = [NULL; 2];
+        let product = BackwardProduct { dy: dz, weight, ds, a, dx, sizes: sizes.as_linear(), mask: NO_MASK };
         // SAFETY: the caller's.
-        unsafe { self.launch_hopper("linear_backward_input", [rows, width], tile, &arguments) }
+        unsafe { self.hopper_backward_input(&product, leading) }
     }
 }
 

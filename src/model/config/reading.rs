@@ -125,7 +125,7 @@ fn family(fields: Fields<'_>) -> Result<Family> {
     })
 }
 
-/// Refuses what would change the arithmetic and is not implemented.
+/// Refuses settings under which a model of these families computes something else than this program does.
 fn refuse_unsupported(fields: Fields<'_>, family: Family) -> Result<()> {
     if let Some(quantization) = fields.get("quantization_config") {
         let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed");
