@@ -1,3 +1,5 @@
+//! The samples that memory gives; damaged and foreign files; the fingerprint that pins what tokenisation makes.
+
 use super::*;
 use crate::config::{HashTemplate, LossOn, OnBadRecord, Overlong};
 use crate::data::{LoadOptions, load, read};
