@@ -3,35 +3,11 @@
 //   forward    act = f(g) · u
 //   backward   du = dact · f(g),  dg = dact · u · f'(g)                                  written over g and u
 //
-//   SiLU       f(g) = g · σ(g),  σ(g) = 1 / (1 + e^−g),  f'(g) = σ(g) · (1 + g · (1 − σ(g)))
-//   GELU       f(g) = g · (1 + t) / 2,  t = tanh(c · (g + a · g³)),  c = sqrt(2/π), a = 0.044715 (Hendrycks & Gimpel 2016)
-//              f'(g) = (1 + t) / 2 + g · (1 − t²) / 2 · c · (1 + 3a · g²)
-//
 // gate_up [rows, 2F]: g in columns 0 … F, u behind it; act, dact [rows, F]. T is f16 or bf16, F a multiple of 8;
 // computed in f32, rounded once. A thread takes 8 columns of a row.
-#include "common/halves.h"
-#include "ptx/math.h"
+#include "common/gated.h"
 
 constexpr int gated_threads = 256;
-
-struct Activation {
-    float value, slope;
-};
-
-struct Silu {
-    static __device__ __forceinline__ Activation at(float g) {
-        const float s = 1.f / (1.f + exp_fast(-g));
-        return {g * s, s * (1.f + g * (1.f - s))};
-    }
-};
-
-struct GeluTanh {
-    static __device__ __forceinline__ Activation at(float g) {
-        constexpr float c = 0.79788456080286535588f, a = 0.044715f;
-        const float t = tanhf(c * (g + a * g * g * g));
-        return {0.5f * g * (1.f + t), 0.5f * (1.f + t) + 0.5f * g * (1.f - t * t) * c * (1.f + 3.f * a * g * g)};
-    }
-};
 
 // The thread's row and first column; false past the end.
 DEVICE bool find_place(int rows, int width, long long& row, int& column) {

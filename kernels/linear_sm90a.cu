@@ -1,27 +1,37 @@
-// linear.cu for Hopper: the same products over TMA and wgmma (common/hopper_matmul.h).
+// linear.cu for Hopper: the same products over TMA and wgmma (common/hopper_matmul.h), and two that go on in the registers.
 //
 //   forward          y = residual + bias + x · Wᵀ + s · B̂ᵀ
+//   forward_rotated  the same without residual for queries, keys and values; heads of queries and keys rotated as by rope.cu
+//   forward_gated    the same for gate | up, without residual, and act = f(gate) · up as by gated_activation.cu
 //   backward_input   dx = dy · W + mask ∘ (ds · A)
 //
-// Shapes, types and the order of sums by k (the adapters' first) as there. The adapters' share is one more stretch of k with
-// its own pair of operands into the same accumulators. Matrices come as tensor maps: A's boxes have 128 rows, B's TILE_N (forward)
-// or 64 (backward_input), those of y, dx and residual 64; s, B̂ and ds end at their R columns.
+// Shapes, types and the order of sums by k (the adapters' first) as there; what is rounded, too: the bits are those of the
+// separate kernels. The adapters' share is one more stretch of k with its own pair of operands into the same accumulators.
+// Matrices come as tensor maps: boxes of x, dy, s and ds have 128 rows, those of y, act, dx and residual 64, those of W and B̂
+// TILE_N / 2, or 64 in backward_input as A's; s, B̂ and ds end at their R columns.
+#include "common/gated.h"
 #include "common/hopper_matmul.h"
 #include "common/philox.h"
 #include "common/rank_range.h"
+#include "common/rope_angles.h"
 
 constexpr int hopper_threads = 384;
 
-// What both directions share. ranks(n): the stretch of ranks of the tile at column n; scale(m, n, …): applied to the adapters'
-// share.
-template <class T, bool B_IS_MN, int TILE_N, class Ranks, class Scale>
-DEVICE void hopper_linear(const TensorMap& a, const TensorMap& b, const TensorMap& adapter_a, const TensorMap& adapter_b,
-                          const TensorMap& residual, const TensorMap& out, const T* bias, bool has_residual, int rows, int columns,
-                          int depth, const Ranks& ranks, bool has_scale, const Scale& scale) {
-    using Matmul = HopperMatmul<T, B_IS_MN, TILE_N>;
+struct HopperOperands {
+    const TensorMap &a, &b, &adapter_a, &adapter_b;
+};
+
+// The loop of a block over its tiles, for all products of this file. `ranks(tile)`: the stretch of ranks of a tile. The
+// epilogue says where a tile's columns stand and takes finished sums to memory.
+template <class Matmul, class Ranks, class Epilogue>
+DEVICE void hopper_linear(const HopperOperands& operands, int rows, int columns, int depth, const Ranks& ranks, Epilogue epilogue) {
     DYNAMIC_SHARED(shared, 1024);
-    const int m_tiles = (rows + Matmul::tile_m - 1) / Matmul::tile_m, n_tiles = (columns + TILE_N - 1) / TILE_N;
-    const int tiles = m_tiles * n_tiles;
+    const int m_tiles = (rows + Matmul::tile_m - 1) / Matmul::tile_m;
+    const int n_tiles = (columns + Epilogue::tile_columns - 1) / Epilogue::tile_columns, tiles = m_tiles * n_tiles;
+    const auto tile_at = [&](int index) {
+        const TilePlace place = find_tile(index, m_tiles, n_tiles, Matmul::tile_m, Epilogue::tile_columns);
+        return HopperTile{place.m, place.n, epilogue.high_half(place.n)};
+    };
     Matmul::begin(shared);
     typename Matmul::Ring ring;
 
@@ -29,133 +39,295 @@ DEVICE void hopper_linear(const TensorMap& a, const TensorMap& b, const TensorMa
         give_registers<24>();
         if (threadIdx.x > 0) return;
         for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-            const TilePlace tile = find_tile(index, m_tiles, n_tiles, Matmul::tile_m, TILE_N);
-            const int2 stretch = ranks(tile.n);
-            Matmul::load(shared, ring, adapter_a, adapter_b, tile.m, tile.n, stretch.x, stretch.y);
-            Matmul::load(shared, ring, a, b, tile.m, tile.n, 0, depth);
+            const HopperTile tile = tile_at(index);
+            const int2 stretch = ranks(tile);
+            Matmul::load(shared, ring, operands.adapter_a, operands.adapter_b, tile, stretch.x, stretch.y);
+            Matmul::load(shared, ring, operands.a, operands.b, tile, 0, depth);
         }
         return;
     }
 
     take_registers<240>();
-    const int consumer = threadIdx.x / Matmul::warpgroup - 1, barrier_id = 1 + consumer;
-    const bool is_first = threadIdx.x % Matmul::warpgroup == 0;
-    const int first_row = consumer * Matmul::rows_of_consumer;
-    Mbarrier* residual_landed = &Matmul::barriers(shared).residual[consumer];
-    // The consumer's rows of box `box` on their way out; before, its rows of the residual.
-    const auto out_box = [&](int box) {
-        return Matmul::out(shared) + box * Matmul::out_box_bytes + first_row * box_row_bytes;
-    };
-    const auto load_residual = [&](int index) {
-        if (!has_residual || index >= tiles) return;
-        const TilePlace tile = find_tile(index, m_tiles, n_tiles, Matmul::tile_m, TILE_N);
-        mbarrier_arrive_expecting(residual_landed, Matmul::out_bytes / Matmul::consumers);
-        for (int box = 0; box < Matmul::boxes_of_tile; box++)
-            tma_load(out_box(box), residual, tile.m + first_row, tile.n + box * box_columns, residual_landed);
-    };
-    if (is_first) load_residual(blockIdx.x);
-    unsigned residual_parity = 0;
-
-    float sums[TILE_N / 2];
+    const HopperConsumer<Matmul> consumer{shared, static_cast<int>(threadIdx.x) / Matmul::warpgroup - 1};
+    if (blockIdx.x < tiles) epilogue.begin(consumer, tile_at(blockIdx.x));
+    float sums[Matmul::tile_n / 2];
     for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-        const TilePlace tile = find_tile(index, m_tiles, n_tiles, Matmul::tile_m, TILE_N);
-        const int2 stretch = ranks(tile.n);
+        const HopperTile tile = tile_at(index);
+        const int2 stretch = ranks(tile);
         bool any = false;
-        Matmul::accumulate(sums, shared, ring, consumer, stretch.x, stretch.y, any);
-        // The mask belongs to the adapters' share alone, which is all that the accumulators hold so far.
-        if (has_scale && any) {
+        Matmul::accumulate(sums, shared, ring, consumer.index, stretch.x, stretch.y, any);
+        if (Epilogue::scales_adapters && any) {
             Matmul::finish(sums, shared, ring);
-            Matmul::for_each_pair(sums, consumer, [&](int row, int column, float& first, float& second) {
-                if (tile.m + row < rows) scale(tile.m + row, tile.n + column, first, second);
-            });
+            epilogue.scale_adapters(consumer, tile, sums);
         }
-        Matmul::accumulate(sums, shared, ring, consumer, 0, depth, any);
+        Matmul::accumulate(sums, shared, ring, consumer.index, 0, depth, any);
         Matmul::finish(sums, shared, ring);
-
-        if (has_residual) {
-            mbarrier_wait(residual_landed, residual_parity);
-            residual_parity ^= 1;
-        } else {
-            if (is_first) tma_store_wait_read();  // of the previous tile
-            named_barrier_sync(barrier_id, Matmul::warpgroup);
-        }
-        Matmul::for_each_pair(sums, consumer, [&](int row, int column, float& first, float& second) {
-            T* place = Matmul::out_pair(shared, row, column);
-            float added[2];
-            if (bias && tile.n + column < columns) {
-                load2(added, bias + tile.n + column);
-                first += added[0];
-                second += added[1];
-            }
-            if (has_residual) {
-                load2(added, place);
-                first += added[0];
-                second += added[1];
-            }
-            store2(place, first, second);
-        });
-        fence_async_proxy();
-        named_barrier_sync(barrier_id, Matmul::warpgroup);
-        if (is_first) {
-            for (int box = 0; box < Matmul::boxes_of_tile; box++)
-                tma_store(out, out_box(box), tile.m + first_row, tile.n + box * box_columns);
-            tma_store_commit();
-            if (has_residual) {
-                tma_store_wait_read();
-                load_residual(index + gridDim.x);
-            }
-        }
+        epilogue.finish(consumer, tile, sums);
+        const int next = index + gridDim.x;
+        if (next < tiles) epilogue.begin(consumer, tile_at(next));
     }
-    if (is_first) tma_store_wait_read();
+    if (consumer.is_first()) tma_store_wait_read();
 }
 
-template <class T, int TILE_N>
-DEVICE void linear_forward_sm90a(const TensorMap& x, const TensorMap& w, const TensorMap& s, const TensorMap& b_hat,
-                                 const TensorMap& residual, const TensorMap& y, const T* bias, const int* slots, int has_residual,
-                                 int tokens, int in_features, int out_features, int adapters) {
-    hopper_linear<T, false, TILE_N>(
-        x, w, s, b_hat, residual, y, bias, has_residual, tokens, out_features, in_features,
-        [&](int n) { return rank_range(slots, adapters, n, n + TILE_N); }, false, [](int, int, float&, float&) {});
+// What follows a product whose columns stand side by side: nothing more, for a start.
+template <class Matmul>
+struct PlainEpilogue {
+    using T = typename Matmul::T;
+    using Sums = float[Matmul::tile_n / 2];
+    static constexpr int tile_columns = Matmul::tile_n;
+    static constexpr bool scales_adapters = false;
+    const TensorMap& out;
+    int rows, columns;
+
+    __device__ __forceinline__ int high_half(int n) const { return n + Matmul::tile_n / 2; }
+    __device__ __forceinline__ void begin(const HopperConsumer<Matmul>&, const HopperTile&) {}
+    __device__ __forceinline__ void scale_adapters(const HopperConsumer<Matmul>&, const HopperTile&, Sums&) const {}
+
+    // Rounds the sums into the tile that leaves.
+    static __device__ __forceinline__ void stage(const HopperConsumer<Matmul>& consumer, Sums& sums) {
+        Matmul::for_each_pair(sums, consumer.index, [&](int row, int column, float& first, float& second) {
+            store2(Matmul::out_pair(consumer.shared, row, column), first, second);
+        });
+    }
+    __device__ __forceinline__ void send(const HopperConsumer<Matmul>& consumer, const HopperTile& tile) const {
+        fence_async_proxy();
+        consumer.meet();
+        if (!consumer.is_first()) return;
+        consumer.send(out, 0, Matmul::boxes_of_tile, tile.m, tile.low);
+        tma_store_commit();
+    }
+    __device__ __forceinline__ void finish(const HopperConsumer<Matmul>& consumer, const HopperTile& tile, Sums& sums) {
+        consumer.wait_until_free();
+        stage(consumer, sums);
+        send(consumer, tile);
+    }
+};
+
+template <class Matmul>
+DEVICE void add_bias(const typename Matmul::T* bias, int columns, const HopperConsumer<Matmul>& consumer, const HopperTile& tile,
+                     float (&sums)[Matmul::tile_n / 2]) {
+    if (!bias) return;
+    Matmul::for_each_pair(sums, consumer.index, [&](int, int column, float& first, float& second) {
+        constexpr int half = Matmul::tile_n / 2;
+        const int begin = column < half ? tile.low : tile.high - half;
+        if (begin + column >= columns) return;
+        float added[2];
+        load2(added, bias + begin + column);
+        first += added[0];
+        second += added[1];
+    });
 }
 
-template <class T, int TILE_N>
-DEVICE void linear_backward_input_sm90a(const TensorMap& dy, const TensorMap& w, const TensorMap& ds, const TensorMap& a,
-                                        const TensorMap& dx, int tokens, int in_features, int out_features, int rank,
-                                        const DropoutMask& mask) {
-    hopper_linear<T, true, TILE_N>(
-        dy, w, ds, a, dx, dx, static_cast<const T*>(nullptr), false, tokens, in_features, out_features,
-        [&](int) { return make_int2(0, rank); }, mask.positions != nullptr,
-        [&](int token, int feature, float& first, float& second) {
+// The residual's tile comes to where the sum leaves, as soon as the tile before has left.
+template <class Matmul>
+struct ResidualEpilogue : PlainEpilogue<Matmul> {
+    using Base = PlainEpilogue<Matmul>;
+    const TensorMap& residual;
+    const typename Matmul::T* bias;
+    bool has_residual;
+    unsigned parity = 0;
+
+    __device__ __forceinline__ void begin(const HopperConsumer<Matmul>& consumer, const HopperTile& tile) {
+        if (!has_residual || !consumer.is_first()) return;
+        Mbarrier* landed = &Matmul::barriers(consumer.shared).residual[consumer.index];
+        tma_store_wait_read();
+        mbarrier_arrive_expecting(landed, Matmul::out_bytes / Matmul::consumers);
+        for (int box = 0; box < Matmul::boxes_of_tile; box++)
+            tma_load(consumer.out_box(box), residual, tile.m + consumer.first_row(), tile.low + box * box_columns, landed);
+    }
+    __device__ __forceinline__ void finish(const HopperConsumer<Matmul>& consumer, const HopperTile& tile, typename Base::Sums& sums) {
+        add_bias(bias, this->columns, consumer, tile, sums);
+        if (!has_residual) return Base::finish(consumer, tile, sums);
+        mbarrier_wait(&Matmul::barriers(consumer.shared).residual[consumer.index], parity);
+        parity ^= 1;
+        Matmul::for_each_pair(sums, consumer.index, [&](int row, int column, float& first, float& second) {
+            auto* place = Matmul::out_pair(consumer.shared, row, column);
+            float added[2];
+            load2(added, place);
+            store2(place, first + added[0], second + added[1]);
+        });
+        this->send(consumer, tile);
+    }
+};
+
+// The dropout mask belongs to the adapters' share alone, which is all that the accumulators hold at first.
+template <class Matmul>
+struct MaskedEpilogue : PlainEpilogue<Matmul> {
+    using Base = PlainEpilogue<Matmul>;
+    static constexpr bool scales_adapters = true;
+    const DropoutMask& mask;
+
+    __device__ __forceinline__ void scale_adapters(const HopperConsumer<Matmul>& consumer, const HopperTile& tile,
+                                                   typename Base::Sums& sums) const {
+        if (!mask.positions) return;
+        Matmul::for_each_pair(sums, consumer.index, [&](int row, int column, float& first, float& second) {
+            const int token = tile.m + row, feature = tile.low + column;
+            if (token >= this->rows) return;
             const PhiloxWords four = mask.words(token, feature / 4);  // an even feature and the next share their four
             first *= mask.factor(feature & 2 ? four.words[2] : four.words[0]);
             second *= mask.factor(feature & 2 ? four.words[3] : four.words[1]);
         });
+    }
+};
+
+// Rotates the heads of D columns that begin before `rotated_columns`. A lane holds both columns of a pair: they are D / 2 apart.
+template <class Matmul, int D>
+DEVICE void rotate_heads(const Angles& angles, int rows, int rotated_columns, const HopperConsumer<Matmul>& consumer,
+                         const HopperTile& tile, float (&sums)[Matmul::tile_n / 2]) {
+    using T = typename Matmul::T;
+    const int quad = threadIdx.x % 4;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = tile.m + Matmul::own_row(consumer.index) + half * 8;
+        if (row >= rows) continue;
+        const float* cosines = angles.of(row);
+#pragma unroll
+        for (int j = 0; j < D / 16; j++) {
+            const float2 cosine = *reinterpret_cast<const float2*>(cosines + j * 8 + quad * 2);
+            const float2 sine = *reinterpret_cast<const float2*>(cosines + D / 2 + j * 8 + quad * 2);
+#pragma unroll
+            for (int head = 0; head < Matmul::tile_n / D; head++) {
+                if (tile.low + head * D >= rotated_columns) continue;
+                float* low = sums + (head * (D / 8) + j) * 4 + half * 2;
+                float* high = low + D / 16 * 4;
+                for (int e = 0; e < 2; e++) {
+                    low[e] = rounded<T>(low[e]);
+                    high[e] = rounded<T>(high[e]);
+                }
+                rotate_pair(low[0], high[0], cosine.x, sine.x);
+                rotate_pair(low[1], high[1], cosine.y, sine.y);
+            }
+        }
+    }
 }
 
-// Grid of both: as many blocks as multiprocessors, at most ceil(T / 128) · ceil(width / TILE_N) tiles, width being O forward
-// and I backward. 227 KiB of dynamic shared memory. residual may be y. Absent adapters (adapters = 0, R = 0)
-// or residual: any map.
-#define EXPORT_LINEAR(TILE_N, type) \
-    EXPORT_KERNEL_AS(linear_forward_sm90a_n##TILE_N##_##type, type, (hopper_threads, 1), \
-                     (const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, \
-                      const __grid_constant__ TensorMap s, const __grid_constant__ TensorMap b_hat, \
-                      const __grid_constant__ TensorMap residual, const __grid_constant__ TensorMap y, const T* bias, \
-                      const int* slots, int has_residual, int tokens, int in_features, int out_features, int adapters), \
-                     (linear_forward_sm90a<T, TILE_N>(x, w, s, b_hat, residual, y, bias, slots, has_residual, tokens, \
-                                                      in_features, out_features, adapters))) \
-    EXPORT_KERNEL_AS(linear_backward_input_sm90a_n##TILE_N##_##type, type, (hopper_threads, 1), \
-                     (const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap w, \
-                      const __grid_constant__ TensorMap ds, const __grid_constant__ TensorMap a, \
-                      const __grid_constant__ TensorMap dx, int tokens, int in_features, int out_features, int rank, \
-                      const unsigned* positions, const unsigned* samples, unsigned seed_low, unsigned seed_high, \
-                      const unsigned* epoch, unsigned input, unsigned threshold, float keep_scale), \
-                     (linear_backward_input_sm90a<T, TILE_N>( \
-                         dy, w, ds, a, dx, tokens, in_features, out_features, rank, \
-                         DropoutMask{positions, samples, seed_low, seed_high, epoch, input, threshold, keep_scale})))
+template <class Matmul>
+struct RotatedEpilogue : PlainEpilogue<Matmul> {
+    using Base = PlainEpilogue<Matmul>;
+    const typename Matmul::T* bias;
+    Angles angles;
+    int rotated_columns;
 
-EXPORT_LINEAR(128, f16)
-EXPORT_LINEAR(192, f16)
-EXPORT_LINEAR(256, f16)
-EXPORT_LINEAR(128, bf16)
-EXPORT_LINEAR(192, bf16)
-EXPORT_LINEAR(256, bf16)
+    __device__ __forceinline__ void finish(const HopperConsumer<Matmul>& consumer, const HopperTile& tile, typename Base::Sums& sums) {
+        add_bias(bias, this->columns, consumer, tile, sums);
+        if (angles.half_rotated == 32)
+            rotate_heads<Matmul, 64>(angles, this->rows, rotated_columns, consumer, tile, sums);
+        else if constexpr (Matmul::tile_n % 128 == 0)
+            rotate_heads<Matmul, 128>(angles, this->rows, rotated_columns, consumer, tile, sums);
+        Base::finish(consumer, tile, sums);
+    }
+};
+
+// A tile's low half is of the gate, its high half the same columns of up. Both leave first; from where they stand act is
+// computed, eight columns of a row at a time, and it leaves from the gate's place.
+template <class Matmul>
+struct GatedEpilogue {
+    using T = typename Matmul::T;
+    using Sums = float[Matmul::tile_n / 2];
+    static constexpr int half = Matmul::tile_n / 2, tile_columns = half, boxes = Matmul::boxes_of_tile / 2;
+    static constexpr bool scales_adapters = false;
+    const TensorMap &gate, &up, &act;
+    const T* bias;
+    int width;
+    bool is_gelu;
+
+    __device__ __forceinline__ int high_half(int n) const { return width + n; }
+    __device__ __forceinline__ void begin(const HopperConsumer<Matmul>&, const HopperTile&) {}
+    __device__ __forceinline__ void scale_adapters(const HopperConsumer<Matmul>&, const HopperTile&, Sums&) const {}
+
+    __device__ __forceinline__ void finish(const HopperConsumer<Matmul>& consumer, const HopperTile& tile, Sums& sums) {
+        add_bias<Matmul>(bias, 2 * width, consumer, tile, sums);
+        consumer.wait_until_free();
+        PlainEpilogue<Matmul>::stage(consumer, sums);
+        fence_async_proxy();
+        consumer.meet();
+        if (consumer.is_first()) {
+            consumer.send(gate, 0, boxes, tile.m, tile.low);
+            consumer.send(up, boxes, boxes, tile.m, tile.low);
+            tma_store_commit();
+        }
+        if (is_gelu) activate<GeluTanh>(consumer);
+        else activate<Silu>(consumer);
+        fence_async_proxy();
+        consumer.meet();
+        if (!consumer.is_first()) return;
+        consumer.send(act, 0, boxes, tile.m, tile.low);
+        tma_store_commit();
+    }
+
+    template <class F>
+    static __device__ __forceinline__ void activate(const HopperConsumer<Matmul>& consumer) {
+        constexpr int chunks = half / vector_width, rounds = Matmul::rows_of_consumer * chunks / Matmul::warpgroup;
+        const auto place = [&](int round, int column) {
+            const int linear = round * Matmul::warpgroup + threadIdx.x % Matmul::warpgroup;
+            return Matmul::out_pair(consumer.shared, consumer.first_row() + linear / chunks, column + linear % chunks * vector_width);
+        };
+        Vector8<T> activated[rounds];
+#pragma unroll
+        for (int round = 0; round < rounds; round++) {
+            float g[vector_width], u[vector_width];
+            load8(g, place(round, 0));
+            load8(u, place(round, half));
+#pragma unroll
+            for (int i = 0; i < vector_width; i++) activated[round].values[i] = from_float<T>(F::at(g[i]).value * u[i]);
+        }
+        consumer.wait_until_free();
+#pragma unroll
+        for (int round = 0; round < rounds; round++) *reinterpret_cast<uint4*>(place(round, 0)) = activated[round].bits;
+    }
+};
+
+template <class T, int TILE_N>
+DEVICE void linear_forward_sm90a(const HopperOperands& operands, const TensorMap& residual, const TensorMap& y, const T* bias,
+                                 const int* slots, int has_residual, int tokens, int in_features, int out_features, int adapters) {
+    using Matmul = HopperMatmul<T, false, TILE_N>;
+    hopper_linear<Matmul>(
+        operands, tokens, out_features, in_features,
+        [&](const HopperTile& tile) { return rank_range(slots, adapters, tile.low, tile.low + TILE_N); },
+        ResidualEpilogue<Matmul>{{y, tokens, out_features}, residual, bias, has_residual != 0});
+}
+
+template <class T, int TILE_N>
+DEVICE void linear_forward_rotated_sm90a(const HopperOperands& operands, const TensorMap& y, const T* bias, const int* slots,
+                                         const Angles& angles, int rotated_columns, int tokens, int in_features,
+                                         int out_features, int adapters) {
+    using Matmul = HopperMatmul<T, false, TILE_N>;
+    hopper_linear<Matmul>(
+        operands, tokens, out_features, in_features,
+        [&](const HopperTile& tile) { return rank_range(slots, adapters, tile.low, tile.low + TILE_N); },
+        RotatedEpilogue<Matmul>{{y, tokens, out_features}, bias, angles, rotated_columns});
+}
+
+template <class T, int TILE_N>
+DEVICE void linear_forward_gated_sm90a(const HopperOperands& operands, const TensorMap& gate, const TensorMap& up,
+                                       const TensorMap& act, const T* bias, const int* slots, int tokens, int in_features,
+                                       int width, int adapters, int is_gelu) {
+    using Matmul = HopperMatmul<T, false, TILE_N>;
+    hopper_linear<Matmul>(
+        operands, tokens, width, in_features,
+        [&](const HopperTile& tile) {
+            const int2 low = rank_range(slots, adapters, tile.low, min(tile.low + TILE_N / 2, width));
+            const int2 high = rank_range(slots, adapters, tile.high, tile.high + TILE_N / 2);
+            return make_int2(min(low.x, high.x), max(low.y, high.y));
+        },
+        GatedEpilogue<Matmul>{gate, up, act, bias, width, is_gelu != 0});
+}
+
+template <class T, int TILE_N>
+DEVICE void linear_backward_input_sm90a(const HopperOperands& operands, const TensorMap& dx, int tokens, int in_features,
+                                        int out_features, int rank, const DropoutMask& mask) {
+    using Matmul = HopperMatmul<T, true, TILE_N>;
+    hopper_linear<Matmul>(operands, tokens, in_features, out_features, [&](const HopperTile&) { return make_int2(0, rank); },
+                          MaskedEpilogue<Matmul>{{dx, tokens, in_features}, mask});
+}
+
+// Grid of all: as many blocks as multiprocessors, at most ceil(T / 128) · ceil(width / TILE_N) tiles, width being O forward
+// and I backward. 227 KiB of dynamic shared memory. residual may be y. Absent adapters (adapters = 0, R = 0) or residual: any map.
+// Rotated: heads of 64 or, where TILE_N is a multiple of it, 128, rotated whole.
+#define MAP const __grid_constant__ TensorMap
+#define EXPORT_FORWARD(TILE_N, type)     EXPORT_KERNEL_AS(linear_forward_sm90a_n##TILE_N##_##type, type, (hopper_threads, 1),                      (MAP x, MAP w, MAP s, MAP b_hat, MAP residual, MAP y, const T* bias, const int* slots, int has_residual,                       int tokens, int in_features, int out_features, int adapters),                      (linear_forward_sm90a<T, TILE_N>({x, w, s, b_hat}, residual, y, bias, slots, has_residual, tokens,                                                       in_features, out_features, adapters)))     EXPORT_KERNEL_AS(linear_forward_rotated_sm90a_n##TILE_N##_##type, type, (hopper_threads, 1),                      (MAP x, MAP w, MAP s, MAP b_hat, MAP y, const T* bias, const int* slots, const float* table,                       const unsigned* positions, const unsigned* lengths, int first_row, int longer_than, int long_first_row,                       int head_dim, int rotated_columns, int tokens, int in_features, int out_features, int adapters),                      (linear_forward_rotated_sm90a<T, TILE_N>(                          {x, w, s, b_hat}, y, bias, slots,                          Angles{table, positions, lengths, first_row, longer_than, long_first_row, head_dim / 2},                          rotated_columns, tokens, in_features, out_features, adapters)))
+#define EXPORT_GATED_FORWARD(TILE_N, type)     EXPORT_KERNEL_AS(linear_forward_gated_sm90a_n##TILE_N##_##type, type, (hopper_threads, 1),                      (MAP x, MAP w, MAP s, MAP b_hat, MAP gate, MAP up, MAP act, const T* bias, const int* slots, int tokens,                       int in_features, int width, int adapters, int is_gelu),                      (linear_forward_gated_sm90a<T, TILE_N>({x, w, s, b_hat}, gate, up, act, bias, slots, tokens,                                                             in_features, width, adapters, is_gelu)))
+#define EXPORT_BACKWARD_INPUT(TILE_N, type)     EXPORT_KERNEL_AS(linear_backward_input_sm90a_n##TILE_N##_##type, type, (hopper_threads, 1),                      (MAP dy, MAP w, MAP ds, MAP a, MAP dx, int tokens, int in_features, int out_features, int rank,                       const unsigned* positions, const unsigned* samples, unsigned seed_low, unsigned seed_high,                       const unsigned* epoch, unsigned input, unsigned threshold, float keep_scale),                      (linear_backward_input_sm90a<T, TILE_N>(                          {dy, w, ds, a}, dx, tokens, in_features, out_features, rank,                          DropoutMask{positions, samples, seed_low, seed_high, epoch, input, threshold, keep_scale})))
+#define EXPORT_FOR(type)     EXPORT_FORWARD(128, type)     EXPORT_FORWARD(192, type)     EXPORT_FORWARD(256, type)     EXPORT_GATED_FORWARD(128, type)     EXPORT_GATED_FORWARD(256, type)     EXPORT_BACKWARD_INPUT(128, type)     EXPORT_BACKWARD_INPUT(192, type)     EXPORT_BACKWARD_INPUT(256, type)
+EXPORT_FOR(f16)
+EXPORT_FOR(bf16)

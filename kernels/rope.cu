@@ -11,6 +11,7 @@
 // its row of angles is first_row + position, or long_first_row + position in samples of more than longer_than tokens, if the
 // samples' lengths [T] are given. D and R are multiples of 4, D at most 256. Computed in f32, sums over the warp.
 #include "common/norm_weight.h"
+#include "common/rope_angles.h"
 #include "ptx/warp.h"
 
 constexpr int rope_threads = 128, max_head_dim = 256;
@@ -57,9 +58,7 @@ DEVICE void rotate(Head& head, const float* cosines, int half_rotated, float dir
 #pragma unroll
         for (int e = 0; e < 2; e++) {
             const float cosine = cosines[i + e], sine = direction * cosines[half_rotated + i + e];
-            const float low = head.low[round][e], high = head.high[round][e];
-            head.low[round][e] = low * cosine - high * sine;
-            head.high[round][e] = high * cosine + low * sine;
+            rotate_pair(head.low[round][e], head.high[round][e], cosine, sine);
         }
     }
 }
@@ -84,19 +83,6 @@ DEVICE HeadPlace find_head(int tokens, int heads) {
     const long long linear = static_cast<long long>(blockIdx.x) * (rope_threads / 32) + threadIdx.x / 32;
     return {linear < static_cast<long long>(tokens) * heads, linear / heads, static_cast<int>(linear % heads)};
 }
-
-// The table of angles, and which of its rows are whose.
-struct Angles {
-    const float* __restrict__ table;
-    const unsigned* __restrict__ positions;
-    const unsigned* __restrict__ lengths;
-    int first_row, longer_than, long_first_row, half_rotated;
-    __device__ __forceinline__ const float* of(long long token) const {
-        const bool is_long = lengths && lengths[token] > static_cast<unsigned>(longer_than);
-        const long long row = (is_long ? long_first_row : first_row) + static_cast<long long>(positions[token]);
-        return table + row * (2 * half_rotated);
-    }
-};
 
 template <class T>
 DEVICE void rope_forward(const T* __restrict__ qkv, const T* __restrict__ query_norm, const T* __restrict__ key_norm,

@@ -6,15 +6,22 @@
 //   consumers   wait full ─▶ wgmma ×4, one group in flight ─▶ empty
 //
 // A has k innermost; B has k innermost ([n][k]), or n (B_IS_MN: [k][n]), so that forward and input gradient read the same
-// weights. m, n and k are arbitrary: the TMA reads zeros outside. Row lengths are multiples of 8.
+// weights. m, n and k are arbitrary: the TMA reads zeros outside. Row lengths are multiples of 8. Boxes: A's have 128 rows, B's
+// TILE_N / 2, or 64 with B_IS_MN.
 #pragma once
 #include "../ptx/barrier.h"
 #include "../ptx/wgmma.h"
 #include "halves.h"
 #include "tile_order.h"
 
-template <class T, bool B_IS_MN, int TILE_N>
+// First row of a tile, and where the two halves of its columns begin: side by side, or apart.
+struct HopperTile {
+    int m, low, high;
+};
+
+template <class Element, bool B_IS_MN, int TILE_N>
 struct HopperMatmul {
+    using T = Element;
     static constexpr int tile_m = 128, tile_n = TILE_N, tile_k = box_columns;
     static constexpr int warpgroup = 128, consumers = 2, threads = warpgroup * (1 + consumers);
     static constexpr int rows_of_consumer = tile_m / consumers;
@@ -71,22 +78,23 @@ struct HopperMatmul {
         }
     };
 
-    // The producer's half: loads the stages of k in [k_begin, k_end) for the tile at (m, n). Whole stages: beyond k_end what the
-    // matrices hold there, beyond their edges zeros.
-    static __device__ __forceinline__ void load(unsigned char* shared, Ring& ring, const TensorMap& a, const TensorMap& b, int m,
-                                                int n, int k_begin, int k_end) {
+    // The producer's half: loads the stages of k in [k_begin, k_end) for a tile. Whole stages: beyond k_end what the matrices
+    // hold there, beyond their edges zeros.
+    static __device__ __forceinline__ void load(unsigned char* shared, Ring& ring, const TensorMap& a, const TensorMap& b,
+                                                const HopperTile& tile, int k_begin, int k_end) {
         Barriers& all = barriers(shared);
         for (int k = k_begin; k < k_end; k += tile_k) {
             Mbarrier* full = &all.full[ring.index];
             mbarrier_wait(&all.empty[ring.index], ring.parity ^ 1);
             mbarrier_arrive_expecting(full, stage_bytes);
             unsigned char* a_tile = stage(shared, ring.index);
-            tma_load(a_tile, a, m, k, full);
+            tma_load(a_tile, a, tile.m, k, full);
             if constexpr (B_IS_MN) {
                 for (int box = 0; box < boxes_of_tile; box++)
-                    tma_load(a_tile + a_bytes + box * mn_box_bytes, b, k, n + box * box_columns, full);
+                    tma_load(a_tile + a_bytes + box * mn_box_bytes, b, k, tile.low + box * box_columns, full);
             } else {
-                tma_load(a_tile + a_bytes, b, n, k, full);
+                tma_load(a_tile + a_bytes, b, tile.low, k, full);
+                tma_load(a_tile + a_bytes + b_bytes / 2, b, tile.high, k, full);
             }
             ring.advance();
         }
@@ -127,20 +135,51 @@ struct HopperMatmul {
         if (ring.unreleased >= 0 && threadIdx.x % 32 == 0) mbarrier_arrive(&all.empty[ring.unreleased]);
     }
 
+    // The first row that a lane holds, inside the tile; the other is eight further.
+    static __device__ __forceinline__ int own_row(int consumer) {
+        return consumer * rows_of_consumer + threadIdx.x % warpgroup / 32 * 16 + threadIdx.x % 32 / 4;
+    }
+
     // Calls visit(row, column, first, second) for each two neighbouring accumulators; coordinates inside the tile.
     template <class Visit>
     static __device__ __forceinline__ void for_each_pair(float (&sums)[TILE_N / 2], int consumer, const Visit& visit) {
-        const int lane = threadIdx.x % 32, first_row = consumer * rows_of_consumer + threadIdx.x % warpgroup / 32 * 16 + lane / 4;
+        const int first_row = own_row(consumer), quad = threadIdx.x % 4;
 #pragma unroll
         for (int j = 0; j < TILE_N / 8; j++)
 #pragma unroll
             for (int half = 0; half < 2; half++)
-                visit(first_row + half * 8, j * 8 + lane % 4 * 2, sums[j * 4 + half * 2], sums[j * 4 + half * 2 + 1]);
+                visit(first_row + half * 8, j * 8 + quad * 2, sums[j * 4 + half * 2], sums[j * 4 + half * 2 + 1]);
     }
 
     // Where two neighbouring elements of the tile stand on their way out.
     static __device__ __forceinline__ T* out_pair(unsigned char* shared, int row, int column) {
         const int inside = column % box_columns;
         return reinterpret_cast<T*>(out(shared) + column / box_columns * out_box_bytes + box_offset(row, inside / 8)) + inside % 8;
+    }
+};
+
+// One of the warpgroups that multiply, and the tile that it sends out.
+template <class Matmul>
+struct HopperConsumer {
+    unsigned char* shared;
+    int index;
+
+    __device__ __forceinline__ int first_row() const { return index * Matmul::rows_of_consumer; }
+    // The thread that starts the copies.
+    __device__ __forceinline__ bool is_first() const { return threadIdx.x % Matmul::warpgroup == 0; }
+    __device__ __forceinline__ void meet() const { named_barrier_sync(1 + index, Matmul::warpgroup); }
+    // Its rows of box `box` of the tile on its way out.
+    __device__ __forceinline__ unsigned char* out_box(int box) const {
+        return Matmul::out(shared) + box * Matmul::out_box_bytes + first_row() * box_row_bytes;
+    }
+    // Before the tile is written: the one before has left.
+    __device__ __forceinline__ void wait_until_free() const {
+        if (is_first()) tma_store_wait_read();
+        meet();
+    }
+    // Sends `boxes` boxes from `first_box` on to rows `row` … and columns `column` … of `out`, when all have written them.
+    __device__ __forceinline__ void send(const TensorMap& out, int first_box, int boxes, int row, int column) const {
+        for (int box = 0; box < boxes; box++)
+            tma_store(out, out_box(first_box + box), row + first_row(), column + box * box_columns);
     }
 };

@@ -97,9 +97,10 @@ fn forward(version: Version, half: Half, group: &Group, with_residual: bool) {
             }
             Hopper(columns) => {
                 let x = boxes(x, [tokens, inputs], inputs, 128);
-                let w = boxes(w, [outputs, inputs], inputs, columns);
+                let w = boxes(w, [outputs, inputs], inputs, columns / 2);
                 let adapters = if rank > 0 {
-                    [boxes(s, [tokens, rank], leading, 128), boxes(b_hat, [outputs, rank], leading, columns)]
+                    let b_hat = boxes(b_hat, [outputs, rank], leading, columns / 2);
+                    [boxes(s, [tokens, rank], leading, 128), b_hat]
                 } else {
                     [x, w]
                 };

@@ -14,6 +14,7 @@ mod element_wise;
 mod harness;
 mod layer_norm;
 mod linear;
+mod linear_fused;
 mod lora;
 mod lora_back;
 mod lora_group;

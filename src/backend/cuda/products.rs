@@ -31,6 +31,20 @@ pub(super) struct ForwardProduct {
     pub sizes: Sizes,
 }
 
+impl ForwardProduct {
+    /// x, W, s and B̂ for Hopper's tiles of `width`; whatever stands for absent adapters.
+    fn hopper_operands(&self, width: usize) -> Result<[Argument; 4]> {
+        let Sizes { tokens, inputs, outputs, rank, leading } = self.sizes;
+        let x = boxes(self.x, [tokens, inputs], inputs, TILE)?;
+        let weight = boxes(self.weight, [outputs, inputs], inputs, width / 2)?;
+        if self.adapters == 0 {
+            return Ok([x, weight, x, weight]);
+        }
+        let s = boxes(self.s, [tokens, rank], leading, TILE)?;
+        Ok([x, weight, s, boxes(self.b_hat, [outputs, rank], leading, width / 2)?])
+    }
+}
+
 /// `dx = dy · W + mask ∘ (ds · A)`.
 pub(super) struct BackwardProduct {
     pub dy: Argument,
@@ -79,14 +93,18 @@ fn tile_shape(rows: usize, columns: usize) -> Shape {
     Shape { grid: [tiles, 1, 1], threads: PORTABLE_THREADS, shared_bytes: PORTABLE_SHARED_BYTES }
 }
 
-/// The width of Hopper's tiles for an output `[rows, columns]`: the one whose turns over the multiprocessors cost the least,
-/// the widest of equals.
-fn hopper_columns(rows: usize, columns: usize, multiprocessors: usize) -> usize {
+/// The width of Hopper's tiles, one of `widths` in ascending order, for an output `[rows, columns]`: the one whose turns over
+/// the multiprocessors cost the least, the widest of equals.
+fn hopper_columns(
+    [rows, columns]: [usize; 2],
+    multiprocessors: usize,
+    widths: impl DoubleEndedIterator<Item = usize>,
+) -> usize {
     let cost = |width: &usize| {
         let tiles = rows.div_ceil(TILE) * columns.div_ceil(*width);
         tiles.div_ceil(multiprocessors) * (width + TILE_OVERHEAD_COLUMNS)
     };
-    HOPPER_COLUMNS.into_iter().rev().min_by_key(cost).unwrap_or(TILE)
+    widths.rev().min_by_key(cost).unwrap_or(TILE)
 }
 
 /// Row-major halves `[rows, columns]` for the TMA.
@@ -147,22 +165,15 @@ impl<D: Device> Kernels<D> {
     /// # Safety
     /// The parts are as large as their sizes say, `y` as `row_length` says.
     unsafe fn hopper_forward(&self, product: &ForwardProduct, row_length: usize) -> Result<()> {
-        let &ForwardProduct { x, weight, bias, residual, s, b_hat, slots, adapters, y, sizes } = product;
-        let Sizes { tokens, inputs, outputs, rank, leading } = sizes;
-        let width = hopper_columns(tokens, outputs, self.multiprocessors());
-        let x = boxes(x, [tokens, inputs], inputs, TILE)?;
-        let weight = boxes(weight, [outputs, inputs], inputs, width)?;
-        let (mut s_boxes, mut b_hat_boxes) = (x, weight);
-        if adapters > 0 {
-            s_boxes = boxes(s, [tokens, rank], leading, TILE)?;
-            b_hat_boxes = boxes(b_hat, [outputs, rank], leading, width)?;
-        }
+        let &ForwardProduct { bias, residual, slots, adapters, y, sizes, .. } = product;
+        let Sizes { tokens, inputs, outputs, .. } = sizes;
+        let width = hopper_columns([tokens, outputs], self.multiprocessors(), HOPPER_COLUMNS.into_iter());
         let has_residual = residual != NULL;
         // Behind the output the rows of W read as zeros, which are written as far as the rows of y go.
         let y = boxes(y, [tokens, row_length], row_length, TILE / 2)?;
         let residual = if has_residual { boxes(residual, [tokens, outputs], outputs, TILE / 2)? } else { y };
-        let mut arguments = vec![x, weight, s_boxes, b_hat_boxes, residual, y, bias, slots];
-        arguments.push(Argument::I32(i32::from(has_residual)));
+        let mut arguments = product.hopper_operands(width)?.to_vec();
+        arguments.extend([residual, y, bias, slots, Argument::I32(i32::from(has_residual))]);
         arguments.extend([int(tokens)?, int(inputs)?, int(outputs)?, int(adapters)?]);
         // SAFETY: the caller's.
         unsafe { self.launch_hopper("linear_forward", [tokens, outputs], width, &arguments) }
@@ -192,7 +203,7 @@ impl<D: Device> Kernels<D> {
     unsafe fn hopper_backward_input(&self, product: &BackwardProduct, row_length: usize) -> Result<()> {
         let &BackwardProduct { dy, weight, ds, a, dx, sizes, mask } = product;
         let Sizes { tokens, inputs, outputs, rank, leading } = sizes;
-        let width = hopper_columns(tokens, inputs, self.multiprocessors());
+        let width = hopper_columns([tokens, inputs], self.multiprocessors(), HOPPER_COLUMNS.into_iter());
         let dy = boxes(dy, [tokens, outputs], row_length, TILE)?;
         let weight = boxes(weight, [outputs, inputs], inputs, TILE / 2)?;
         let (mut ds_boxes, mut a_boxes) = (dy, weight);
@@ -269,10 +280,12 @@ mod tests {
     #[test]
     fn tiles_fit_the_width_and_the_waves() {
         // 576 columns are three times 192: 256 would compute a quarter for nothing.
-        assert_eq!(hopper_columns(16_384, 576, 132), 192);
-        assert_eq!(hopper_columns(16_384, 8960, 132), 256);
+        let columns =
+            |shape, multiprocessors| hopper_columns(shape, multiprocessors, HOPPER_COLUMNS.into_iter());
+        assert_eq!(columns([16_384, 576], 132), 192);
+        assert_eq!(columns([16_384, 8960], 132), 256);
         // One row of tiles: as many multiprocessors as possible.
-        assert_eq!(hopper_columns(100, 1536, 132), 128);
-        assert_eq!(hopper_columns(1, 8, 4), 128);
+        assert_eq!(columns([100, 1536], 132), 128);
+        assert_eq!(columns([1, 8], 4), 128);
     }
 }

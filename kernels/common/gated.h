@@ -1,0 +1,27 @@
+// The functions of gated activations (Shazeer 2020): SiLU ("SwiGLU") and GELU by tanh ("GeGLU", Gemma), with their slopes.
+//
+//   SiLU       f(g) = g · σ(g),  σ(g) = 1 / (1 + e^−g),  f'(g) = σ(g) · (1 + g · (1 − σ(g)))
+//   GELU       f(g) = g · (1 + t) / 2,  t = tanh(c · (g + a · g³)),  c = sqrt(2/π), a = 0.044715 (Hendrycks & Gimpel 2016)
+//              f'(g) = (1 + t) / 2 + g · (1 − t²) / 2 · c · (1 + 3a · g²)
+#pragma once
+#include "../ptx/math.h"
+#include "halves.h"
+
+struct Activation {
+    float value, slope;
+};
+
+struct Silu {
+    static __device__ __forceinline__ Activation at(float g) {
+        const float s = 1.f / (1.f + exp_fast(-g));
+        return {g * s, s * (1.f + g * (1.f - s))};
+    }
+};
+
+struct GeluTanh {
+    static __device__ __forceinline__ Activation at(float g) {
+        constexpr float c = 0.79788456080286535588f, a = 0.044715f;
+        const float t = tanhf(c * (g + a * g * g * g));
+        return {0.5f * g * (1.f + t), 0.5f * (1.f + t) + 0.5f * g * (1.f - t * t) * c * (1.f + 3.f * a * g * g)};
+    }
+};
