@@ -20,7 +20,10 @@ mod work;
 pub use features::Features;
 pub use footprint::{AdapterShape, Footprint, GroupShape, OperationShapes};
 pub use noise::EmbeddingNoise;
-pub use operands::{Activation, Attention, Embedding, Head, KvCache, LongTexts, RmsNorm, Rotations};
+pub use operands::{
+    Activation, Attention, AttentionGradients, AttentionResults, Embedding, Head, KvCache, LongTexts,
+    RmsNorm, Rotations, SelfAttention,
+};
 pub use weight::{MatrixWeight, VectorWeight, Weight};
 pub use work::{LinearShape, Work, attention_pairs};
 
@@ -440,6 +443,33 @@ pub trait Backend: Footprint + Send + Sync {
         dout: &Self::Buffer,
         dqkv: &mut Self::Buffer,
     ) -> Result<()>;
+    /// [`linear`](Self::linear), then [`attention`](Self::attention) over what it projects; the input's batch is attention's.
+    fn self_attention(
+        &self,
+        layer: &SelfAttention<'_, Self>,
+        adapters: &Self::Floats,
+        input: LinearInput<'_, Self>,
+        results: AttentionResults<'_, Self>,
+    ) -> Result<()> {
+        let AttentionResults { s, qkv, log_sum, out } = results;
+        let batch = input.batch;
+        self.linear(layer.projection, adapters, input, None, s, qkv)?;
+        self.attention(layer.attention, batch, qkv, log_sum, out)
+    }
+    /// The gradients of [`self_attention`](Self::self_attention), given what it read and wrote.
+    fn self_attention_backward(
+        &self,
+        layer: &SelfAttention<'_, Self>,
+        adapters: &Self::Floats,
+        input: LinearInput<'_, Self>,
+        results: AttentionResults<'_, Self>,
+        gradients: AttentionGradients<'_, Self>,
+    ) -> Result<()> {
+        let AttentionResults { s, qkv, log_sum, out } = results;
+        let AttentionGradients { dout, dqkv, adapters: adapter_gradients, dx } = gradients;
+        self.attention_backward(layer.attention, input.batch, qkv, log_sum, out, dout, dqkv)?;
+        self.linear_backward(layer.projection, adapters, input, s, dqkv, adapter_gradients, dx)
+    }
     /// Attention of `rows` new positions, the first at `position`, over the cache, which gains their keys and values.
     fn attention_cached(
         &self,

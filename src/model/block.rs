@@ -20,8 +20,8 @@ use super::weights::NormWeight;
 use super::whole::BlockNorm;
 use super::workspace::{Allocator, Kept};
 use crate::backend::{
-    Activation, Attention, Backend, KvCache, LinearGroup, LinearInput, Projection, RmsNorm, Rotations,
-    VectorWeight, Weight,
+    Activation, Attention, AttentionGradients, AttentionResults, Backend, KvCache, LinearGroup, LinearInput,
+    Projection, RmsNorm, Rotations, SelfAttention, VectorWeight, Weight,
 };
 use crate::checkpoint::base::BaseModel;
 use crate::error::Result;
@@ -342,10 +342,13 @@ impl<B: Backend> Block<B> {
 
     /// `x_out` from `x_in`, both `[T, H]`, with attention inside each sample.
     pub(super) fn forward(&self, pass: Pass<'_, B>, mut buffers: ForwardBuffers<'_, B>) -> Result<()> {
-        self.project_qkv(pass, &mut buffers)?;
+        self.normalise_input(pass, &mut buffers)?;
+        let Saved { qkv, log_sum, attended, s, .. } = &mut *buffers.saved;
+        let results = AttentionResults { s: &mut s[QKV], qkv, log_sum, out: attended };
+        let input = pass.input(&buffers.inputs.normed_input);
         let attention = self.attention(pass.rotations);
-        let Saved { qkv, log_sum, attended, .. } = &mut *buffers.saved;
-        pass.backend.attention(&attention, pass.batch, qkv, log_sum, attended)?;
+        let layer = SelfAttention { projection: &self.qkv, attention: &attention };
+        pass.backend.self_attention(&layer, pass.adapters, input, results)?;
         self.after_attention(pass, &mut buffers)
     }
 
@@ -357,19 +360,18 @@ impl<B: Backend> Block<B> {
         cache: &mut KvCache<B>,
         mut buffers: ForwardBuffers<'_, B>,
     ) -> Result<()> {
-        self.project_qkv(pass, &mut buffers)?;
+        self.normalise_input(pass, &mut buffers)?;
+        let Saved { qkv, attended, s, .. } = &mut *buffers.saved;
+        let input = pass.input(&buffers.inputs.normed_input);
+        pass.backend.linear(&self.qkv, pass.adapters, input, None, &mut s[QKV], qkv)?;
         let attention = self.attention(pass.rotations);
-        let Saved { qkv, attended, .. } = &mut *buffers.saved;
         pass.backend.attention_cached(&attention, pass.tokens, position, qkv, cache, attended)?;
         self.after_attention(pass, &mut buffers)
     }
 
-    fn project_qkv(&self, pass: Pass<'_, B>, buffers: &mut ForwardBuffers<'_, B>) -> Result<()> {
-        let ForwardBuffers { x_in, saved, inputs, .. } = buffers;
+    fn normalise_input(&self, pass: Pass<'_, B>, buffers: &mut ForwardBuffers<'_, B>) -> Result<()> {
         let norm = self.shape.norm(self.input_norm.with(pass.adapters));
-        pass.backend.rms_norm(norm, pass.tokens, x_in, None, &mut inputs.normed_input)?;
-        let input = pass.input(&inputs.normed_input);
-        pass.backend.linear(&self.qkv, pass.adapters, input, None, &mut saved.s[QKV], &mut saved.qkv)
+        pass.backend.rms_norm(norm, pass.tokens, buffers.x_in, None, &mut buffers.inputs.normed_input)
     }
 
     fn after_attention(&self, pass: Pass<'_, B>, buffers: &mut ForwardBuffers<'_, B>) -> Result<()> {
@@ -489,22 +491,16 @@ impl<B: Backend> Block<B> {
         if !needs_dx(OUTPUT) {
             return Ok(());
         }
-        let attention = self.attention(pass.rotations);
-        backend.attention_backward(&attention, pass.batch, qkv, log_sum, attended, dattended, dqkv)?;
         let norm = self.shape.norm(self.input_norm.with(adapters));
         if must_recompute(QKV) {
             backend.rms_norm(norm, tokens, x_in, None, normed_input)?;
         }
+        let attention = self.attention(pass.rotations);
+        let layer = SelfAttention { projection: &self.qkv, attention: &attention };
+        let results = AttentionResults { s: &mut s[QKV], qkv, log_sum, out: attended };
         let wanted = needs_dx(QKV).then_some(&mut *dnormed);
-        backend.linear_backward(
-            &self.qkv,
-            adapters,
-            pass.input(normed_input),
-            &s[QKV],
-            dqkv,
-            gradients,
-            wanted,
-        )?;
+        let gradients_of = AttentionGradients { dout: dattended, dqkv, adapters: gradients, dx: wanted };
+        backend.self_attention_backward(&layer, adapters, pass.input(normed_input), results, gradients_of)?;
         if !needs_dx(QKV) {
             return Ok(());
         }

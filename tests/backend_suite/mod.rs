@@ -12,6 +12,7 @@ mod head;
 mod invariance;
 mod linear;
 mod optimizer;
+mod self_attention;
 
 use fastlora::backend::{Backend, Dropout, EmbeddingNoise, PassSettings};
 use fastlora::batch::Batch;
@@ -97,6 +98,7 @@ pub fn run<B: Backend>(backend: &B, precision: Precision) -> Record {
     elementwise::run(backend, &mut record);
     linear::run(backend, &mut record);
     attention::run(backend, &mut record);
+    self_attention::run(backend, &record);
     head::run(backend, &mut record);
     optimizer::run(backend, &mut record);
     record

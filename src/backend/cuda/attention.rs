@@ -5,7 +5,7 @@ use super::launch::{NULL, Shape, int};
 use super::memory::{CudaBuffer, CudaFloats, FLOAT_BYTES, HALF_BYTES};
 use super::products::boxes;
 use super::{CudaBackend, CudaBatch, Scratch};
-use crate::backend::{Attention, KvCache, LongTexts, RmsNorm, Rotations};
+use crate::backend::{Attention, KvCache, LongTexts, RmsNorm, Rotations, Work};
 use crate::device::{Argument, Device};
 use crate::error::{Error, Result};
 
@@ -55,6 +55,15 @@ fn backward_shared_bytes(head_dim: usize) -> usize {
     2 * (OUTER_ROWS + inner_rows(head_dim)) * pitch_bytes(head_dim)
 }
 
+/// What attention over a batch takes at least.
+pub(super) fn work<D: Device>(
+    attention: &Attention<'_, CudaBackend<D>>,
+    batch: &CudaBatch<D>,
+    is_backward: bool,
+) -> Work {
+    attention.work(batch.sample_lengths(), batch.tokens, HALF_BYTES, is_backward)
+}
+
 /// Widths of one call.
 #[derive(Clone, Copy)]
 struct Widths {
@@ -81,10 +90,20 @@ struct Operands {
     q: Argument,
     k: Argument,
     v: Argument,
+    /// Row lengths: of queries and keys, and of values.
+    rotated_leading: usize,
+    value_leading: usize,
+}
+
+/// What the projection left, `[T, (Q + 2K)·D]`.
+pub(super) struct Projected<'a, D: Device> {
+    pub qkv: &'a CudaBuffer<D>,
+    /// Whether queries and keys are as attention reads them.
+    pub is_rotated: bool,
 }
 
 /// Where the rows of a call stand inside their texts.
-struct Positions {
+pub(super) struct Positions {
     /// `[T]` as the kernels read them.
     array: Argument,
     /// `[T]` tokens of each row's text; null where all rows are rotated by one stretch of the table.
@@ -93,6 +112,23 @@ struct Positions {
     first_row: usize,
     /// Tokens of the longest text.
     longest: usize,
+}
+
+impl Positions {
+    /// `Angles` of rope_angles.h, without the number of rotated columns.
+    pub fn angles<D: Device>(&self, rotations: &Rotations<'_, CudaBackend<D>>) -> Result<[Argument; 6]> {
+        let long = rotations.long.unwrap_or(LongTexts { longer_than: usize::MAX, first_row: 0 });
+        let short_end = rotations.first_row + self.longest.min(long.longer_than);
+        let end = short_end.max(rotations.row_of(self.longest) + self.longest);
+        Ok([
+            rotations.table.first(end * rotations.width)?,
+            self.array,
+            self.lengths,
+            int(self.first_row)?,
+            int(long.longer_than.min(i32::MAX as usize))?,
+            int(long.first_row)?,
+        ])
+    }
 }
 
 impl<D: Device> CudaBackend<D> {
@@ -115,26 +151,23 @@ impl<D: Device> CudaBackend<D> {
         }
         let (offset, epsilon) = settings[0].or(settings[1]).unwrap_or_default();
         let weight = |norm: Option<RmsNorm<'_, Self>>| norm.map_or(Ok(NULL), |norm| self.norm_weight(norm));
-        let Rotations { table, width, long, .. } = rotations;
-        let long = long.unwrap_or(LongTexts { longer_than: usize::MAX, first_row: 0 });
-        let short_end = rotations.first_row + positions.longest.min(long.longer_than);
-        let end = short_end.max(rotations.row_of(positions.longest) + positions.longest);
+        let [table, array, lengths, first_row, longer_than, long_first_row] = positions.angles(&rotations)?;
         let arguments = [
             input,
             weight(query_norm)?,
             weight(key_norm)?,
-            table.first(end * width)?,
-            positions.array,
-            positions.lengths,
+            table,
+            array,
+            lengths,
             output,
             int(rows)?,
             int(query_heads)?,
             int(key_value_heads)?,
             int(head_dim)?,
-            int(width)?,
-            int(positions.first_row)?,
-            int(long.longer_than.min(i32::MAX as usize))?,
-            int(long.first_row)?,
+            int(rotations.width)?,
+            first_row,
+            longer_than,
+            long_first_row,
             Argument::F32(offset),
             Argument::F32(epsilon),
         ];
@@ -144,29 +177,41 @@ impl<D: Device> CudaBackend<D> {
         unsafe { self.kernels.launch_half(kernel, shape, &arguments) }
     }
 
-    /// Rotates queries and keys into scratch memory.
-    fn rotate(
+    /// What attention over `rows` reads: in place if it is rotated, else rotated into scratch memory.
+    fn operands(
         &self,
         attention: &Attention<'_, Self>,
         rows: usize,
         positions: &Positions,
-        qkv: &CudaBuffer<D>,
+        projected: &Projected<'_, D>,
         scratch: &mut Scratch<D>,
     ) -> Result<Operands> {
         let widths = Widths::of(attention);
+        // A column's address; rows follow at the buffer's own length.
+        let column = |first: usize, width| projected.qkv.at(first, (rows - 1) * widths.qkv + width);
+        let v = column(widths.rotated, widths.key)?;
+        if projected.is_rotated {
+            let (q, k) = (column(0, widths.query)?, column(widths.query, widths.key)?);
+            return Ok(Operands { q, k, v, rotated_leading: widths.qkv, value_leading: widths.qkv });
+        }
         let region = scratch.rotated.reserve(self.device(), rows * widths.rotated * HALF_BYTES)?;
         let rotated = region.first(rows * widths.rotated * HALF_BYTES)?;
-        self.rope("rope_forward", attention, rows, positions, [qkv.first(rows * widths.qkv)?, rotated])?;
-        // A column's address; rows follow at the buffer's own length.
+        self.rope("rope_forward", attention, rows, positions, [column(0, widths.qkv)?, rotated])?;
         let key_bytes = (rows - 1) * widths.rotated + widths.key;
         Ok(Operands {
             q: rotated,
             k: region.at(widths.query * HALF_BYTES, key_bytes * HALF_BYTES)?,
-            v: qkv.at(widths.rotated, (rows - 1) * widths.qkv + widths.key)?,
+            v,
+            rotated_leading: widths.rotated,
+            value_leading: widths.qkv,
         })
     }
 
-    fn batch_positions(&self, attention: &Attention<'_, Self>, batch: &CudaBatch<D>) -> Result<Positions> {
+    pub(super) fn batch_positions(
+        &self,
+        attention: &Attention<'_, Self>,
+        batch: &CudaBatch<D>,
+    ) -> Result<Positions> {
         Ok(Positions {
             array: batch.positions()?,
             lengths: if attention.rotations.long.is_some() { batch.lengths()? } else { NULL },
@@ -185,9 +230,10 @@ impl<D: Device> CudaBackend<D> {
     }
 
     /// Heads, row lengths of queries, keys and values, and the scores: what all kernels over a batch take after the tensors.
-    fn shape_arguments(&self, attention: &Attention<'_, Self>, widths: Widths) -> Result<Vec<Argument>> {
+    fn shape_arguments(&self, attention: &Attention<'_, Self>, operands: &Operands) -> Result<Vec<Argument>> {
         let Attention { query_heads, key_value_heads, .. } = *attention;
-        let sizes = [query_heads, key_value_heads, widths.rotated, widths.rotated, widths.qkv];
+        let &Operands { rotated_leading, value_leading, .. } = operands;
+        let sizes = [query_heads, key_value_heads, rotated_leading, rotated_leading, value_leading];
         let mut arguments = sizes.into_iter().map(int).collect::<Result<Vec<_>>>()?;
         arguments.extend(self.score_arguments(attention)?);
         Ok(arguments)
@@ -197,7 +243,7 @@ impl<D: Device> CudaBackend<D> {
         &self,
         attention: &Attention<'_, Self>,
         batch: &CudaBatch<D>,
-        qkv: &CudaBuffer<D>,
+        projected: &Projected<'_, D>,
         log_sum: &CudaFloats<D>,
         out: &CudaBuffer<D>,
     ) -> Result<()> {
@@ -206,16 +252,17 @@ impl<D: Device> CudaBackend<D> {
             return Ok(());
         }
         let mut scratch = super::lock(&self.scratch);
-        let Operands { q, k, v } =
-            self.rotate(attention, rows, &self.batch_positions(attention, batch)?, qkv, &mut scratch)?;
+        let positions = self.batch_positions(attention, batch)?;
+        let operands = self.operands(attention, rows, &positions, projected, &mut scratch)?;
+        let Operands { q, k, v, rotated_leading, value_leading } = operands;
         let out = out.first(rows * widths.query)?;
         let results = [out, log_sum.first(rows * attention.query_heads)?, batch.sample_tiles()?];
         let grid = [batch.tiles, attention.query_heads, 1];
         if self.kernels.uses_hopper && HOPPER_HEAD_DIMS.contains(&dim) {
             let mut arguments = vec![
-                boxes(q, [rows, widths.query], widths.rotated, HOPPER_ROWS)?,
-                boxes(k, [rows, widths.key], widths.rotated, HOPPER_ROWS)?,
-                boxes(v, [rows, widths.key], widths.qkv, HOPPER_ROWS)?,
+                boxes(q, [rows, widths.query], rotated_leading, HOPPER_ROWS)?,
+                boxes(k, [rows, widths.key], rotated_leading, HOPPER_ROWS)?,
+                boxes(v, [rows, widths.key], value_leading, HOPPER_ROWS)?,
             ];
             arguments.extend(results);
             arguments.extend([int(attention.query_heads)?, int(attention.key_value_heads)?]);
@@ -228,7 +275,7 @@ impl<D: Device> CudaBackend<D> {
         }
         let mut arguments = vec![q, k, v];
         arguments.extend(results);
-        arguments.extend(self.shape_arguments(attention, widths)?);
+        arguments.extend(self.shape_arguments(attention, &operands)?);
         let shape = Shape { grid, threads: THREADS, shared_bytes: forward_shared_bytes(dim) };
         // SAFETY: tiles name rows of the batch alone, and every operand has that many rows.
         unsafe { self.kernels.launch_half(&format!("attention_forward_d{dim}"), shape, &arguments) }
@@ -239,7 +286,7 @@ impl<D: Device> CudaBackend<D> {
         &self,
         attention: &Attention<'_, Self>,
         batch: &CudaBatch<D>,
-        qkv: &CudaBuffer<D>,
+        projected: &Projected<'_, D>,
         log_sum: &CudaFloats<D>,
         out: &CudaBuffer<D>,
         dout: &CudaBuffer<D>,
@@ -251,7 +298,7 @@ impl<D: Device> CudaBackend<D> {
         }
         let mut scratch = super::lock(&self.scratch);
         let positions = self.batch_positions(attention, batch)?;
-        let Operands { q, k, v } = self.rotate(attention, rows, &positions, qkv, &mut scratch)?;
+        let operands = self.operands(attention, rows, &positions, projected, &mut scratch)?;
         let heads = rows * attention.query_heads;
         let delta = scratch.delta.reserve(self.device(), heads * FLOAT_BYTES)?.first(heads * FLOAT_BYTES)?;
         let dout = dout.first(rows * widths.query)?;
@@ -260,8 +307,16 @@ impl<D: Device> CudaBackend<D> {
         // SAFETY: out and dout [T, Q·D], delta [T, Q].
         unsafe { self.kernels.launch_half("attention_delta", shape, &arguments)? };
 
-        let mut inputs = vec![q, k, v, dout, log_sum.first(heads)?, delta, batch.sample_tiles()?];
-        inputs.extend(self.shape_arguments(attention, widths)?);
+        let mut inputs = vec![
+            operands.q,
+            operands.k,
+            operands.v,
+            dout,
+            log_sum.first(heads)?,
+            delta,
+            batch.sample_tiles()?,
+        ];
+        inputs.extend(self.shape_arguments(attention, &operands)?);
         let whole = dqkv.first(rows * widths.qkv)?;
         let column = |first: usize| dqkv.at(first, rows * widths.qkv - first);
         let leading = int(widths.qkv)?;
@@ -280,7 +335,13 @@ impl<D: Device> CudaBackend<D> {
         let shape = Shape { grid, threads: THREADS, shared_bytes };
         // SAFETY: as in the forward.
         unsafe { self.kernels.launch_half(&format!("attention_backward_keys_d{dim}"), shape, &arguments)? };
-        self.rope("rope_backward", attention, rows, &positions, [qkv.first(rows * widths.qkv)?, whole])
+        self.rope(
+            "rope_backward",
+            attention,
+            rows,
+            &positions,
+            [projected.qkv.first(rows * widths.qkv)?, whole],
+        )
     }
 
     pub(super) fn attention_over_cache(
@@ -304,8 +365,11 @@ impl<D: Device> CudaBackend<D> {
             longest: end,
         };
         let mut scratch = super::lock(&self.scratch);
-        let Operands { q, k, v } = self.rotate(attention, rows, &positions, qkv, &mut scratch)?;
-        for (input, leading, cached) in [(k, widths.rotated, &cache.keys), (v, widths.qkv, &cache.values)] {
+        let projected = Projected { qkv, is_rotated: false };
+        let operands = self.operands(attention, rows, &positions, &projected, &mut scratch)?;
+        let Operands { q, k, v, rotated_leading, value_leading } = operands;
+        for (input, leading, cached) in [(k, rotated_leading, &cache.keys), (v, value_leading, &cache.values)]
+        {
             let out = cached.at(position * widths.key, rows * widths.key)?;
             // SAFETY: `rotate` checked the rows of k and v, and the cache has room for as many.
             unsafe { self.copy_columns(rows, widths.key, (input, leading), (out, widths.key))? };
@@ -314,7 +378,7 @@ impl<D: Device> CudaBackend<D> {
         let mut arguments =
             vec![q, cache.keys.first(past)?, cache.values.first(past)?, out.first(rows * widths.query)?];
         for size in
-            [position, attention.query_heads, attention.key_value_heads, attention.head_dim, widths.rotated]
+            [position, attention.query_heads, attention.key_value_heads, attention.head_dim, rotated_leading]
         {
             arguments.push(int(size)?);
         }

@@ -7,7 +7,7 @@ use super::products::{BackwardProduct, ForwardProduct, NO_MASK};
 use super::weights::{WIDTH_MULTIPLE, check_width};
 use super::{CudaBackend, CudaBatch, Scratch};
 use crate::backend::{
-    AdapterShape, LinearGroup, LinearInput, PlacedAdapter, Projection, dropout, placed_adapters,
+    AdapterShape, LinearGroup, LinearInput, PlacedAdapter, Projection, Work, dropout, placed_adapters,
 };
 use crate::device::{Argument, Device};
 use crate::error::{Error, Result};
@@ -78,6 +78,11 @@ impl Sizes {
             leading: rank_leading(rank),
         }
     }
+}
+
+/// What the forward of a group takes at least.
+pub(super) fn work<D: Device>(group: &LinearGroup<CudaBackend<D>>, rows: usize) -> Work {
+    Work::of_linear(group.shape(rows, group.weight.bytes()), HALF_BYTES)
 }
 
 pub(super) fn upload<D: Device, T: bytemuck::NoUninit>(device: &D, values: &[T]) -> Result<Region<D>> {
@@ -158,6 +163,21 @@ impl<D: Device> CudaBackend<D> {
         s: &CudaBuffer<D>,
         y: &CudaBuffer<D>,
     ) -> Result<()> {
+        let product = self.forward_product(group, parameters, input, residual, s, y)?;
+        // SAFETY: every stretch was asked for by its shape.
+        unsafe { self.kernels.linear_forward(&product) }
+    }
+
+    /// Computes what the product needs of the adapters, `s` and `B̂`; what is left is the product.
+    pub(super) fn forward_product(
+        &self,
+        group: &LinearGroup<Self>,
+        parameters: &CudaFloats<D>,
+        input: LinearInput<'_, Self>,
+        residual: Option<&CudaBuffer<D>>,
+        s: &CudaBuffer<D>,
+        y: &CudaBuffer<D>,
+    ) -> Result<ForwardProduct> {
         let sizes @ Sizes { tokens, inputs, outputs, rank, leading } = Sizes::of(group, input.rows);
         let mut product = ForwardProduct {
             x: input.x.first(tokens * inputs)?,
@@ -183,8 +203,7 @@ impl<D: Device> CudaBackend<D> {
             product.slots = adapters.tables()?[0];
             product.adapters = adapters.shapes.len();
         }
-        // SAFETY: every stretch was asked for by its shape.
-        unsafe { self.kernels.linear_forward(&product) }
+        Ok(product)
     }
 
     /// The adapters' input: `x`, or `x̃` after dropout.

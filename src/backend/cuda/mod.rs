@@ -16,6 +16,7 @@ mod memory;
 mod optimizer;
 mod products;
 mod recordings;
+mod self_attention;
 mod weights;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,14 +31,16 @@ pub use optimizer::CudaRuns;
 pub use recordings::CudaRecordings;
 
 use crate::backend::{
-    Activation, AdamWStep, Attention, Backend, Embedding, Features, Head, KvCache, LinearGroup, LinearInput,
-    OptimizerState, PassSettings, Projection, RmsNorm, Work,
+    Activation, AdamWStep, Attention, AttentionGradients, AttentionResults, Backend, Embedding, Features,
+    Head, KvCache, LinearGroup, LinearInput, OptimizerState, PassSettings, Projection, RmsNorm,
+    SelfAttention, Work,
 };
 use crate::batch::Batch;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::range;
 use crate::tensor::WeightTensor;
+use attention::Projected;
 use footprint::Arena;
 use launch::Kernels;
 use memory::{FLOAT_BYTES, Growing, HALF_BYTES};
@@ -332,8 +335,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         s: &mut Self::Buffer,
         y: &mut Self::Buffer,
     ) -> Result<()> {
-        let _range =
-            range!("linear"; Work::of_linear(group.shape(input.rows, group.weight.bytes()), HALF_BYTES));
+        let _range = range!("linear"; linear::work(group, input.rows));
         self.linear_forward(group, adapters, input, residual, s, y)
     }
 
@@ -360,9 +362,8 @@ impl<D: Device> Backend for CudaBackend<D> {
         log_sum: &mut Self::Floats,
         out: &mut Self::Buffer,
     ) -> Result<()> {
-        let _range =
-            range!("attention"; attention.work(batch.sample_lengths(), batch.tokens, HALF_BYTES, false));
-        self.attention_forward(attention, batch, qkv, log_sum, out)
+        let _range = range!("attention"; attention::work(attention, batch, false));
+        self.attention_forward(attention, batch, &Projected { qkv, is_rotated: false }, log_sum, out)
     }
 
     fn attention_backward(
@@ -375,8 +376,30 @@ impl<D: Device> Backend for CudaBackend<D> {
         dout: &Self::Buffer,
         dqkv: &mut Self::Buffer,
     ) -> Result<()> {
-        let _range = range!("attention backward"; attention.work(batch.sample_lengths(), batch.tokens, HALF_BYTES, true));
-        self.attention_gradient(attention, batch, qkv, log_sum, out, dout, dqkv)
+        let _range = range!("attention backward"; attention::work(attention, batch, true));
+        let projected = Projected { qkv, is_rotated: false };
+        self.attention_gradient(attention, batch, &projected, log_sum, out, dout, dqkv)
+    }
+
+    fn self_attention(
+        &self,
+        layer: &SelfAttention<'_, Self>,
+        adapters: &Self::Floats,
+        input: LinearInput<'_, Self>,
+        results: AttentionResults<'_, Self>,
+    ) -> Result<()> {
+        self.self_attention_forward(layer, adapters, input, results)
+    }
+
+    fn self_attention_backward(
+        &self,
+        layer: &SelfAttention<'_, Self>,
+        adapters: &Self::Floats,
+        input: LinearInput<'_, Self>,
+        results: AttentionResults<'_, Self>,
+        gradients: AttentionGradients<'_, Self>,
+    ) -> Result<()> {
+        self.self_attention_gradient(layer, adapters, input, results, gradients)
     }
 
     fn attention_cached(

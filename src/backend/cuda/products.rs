@@ -14,6 +14,8 @@ const PORTABLE_SHARED_BYTES: usize = 64 << 10;
 const HOPPER_COLUMNS: [usize; 3] = [128, 192, 256];
 const HOPPER_THREADS: u32 = 384;
 const HOPPER_SHARED_BYTES: usize = 227 << 10;
+/// Widths of heads that the product itself can rotate.
+const ROTATED_HEADS: [usize; 2] = [64, 128];
 /// What a tile costs beside its columns, in columns: filling and draining the pipeline. A guess, not measured.
 const TILE_OVERHEAD_COLUMNS: usize = 16;
 
@@ -43,6 +45,15 @@ impl ForwardProduct {
         let s = boxes(self.s, [tokens, rank], leading, TILE)?;
         Ok([x, weight, s, boxes(self.b_hat, [outputs, rank], leading, width / 2)?])
     }
+}
+
+/// What turns the heads of queries and keys.
+pub(super) struct Rotation {
+    /// `Angles` of rope_angles.h, without the number of rotated columns.
+    pub angles: [Argument; 6],
+    pub head_dim: usize,
+    /// Columns of queries and keys side by side.
+    pub rotated_columns: usize,
 }
 
 /// `dx = dy · W + mask ∘ (ds · A)`.
@@ -177,6 +188,30 @@ impl<D: Device> Kernels<D> {
         arguments.extend([int(tokens)?, int(inputs)?, int(outputs)?, int(adapters)?]);
         // SAFETY: the caller's.
         unsafe { self.launch_hopper("linear_forward", [tokens, outputs], width, &arguments) }
+    }
+
+    /// Whether [`rotated_forward`](Self::rotated_forward) rotates heads of `head_dim` columns, `rotated` of them.
+    pub fn rotates_in_products(&self, head_dim: usize, rotated: usize) -> bool {
+        self.uses_hopper && rotated == head_dim && ROTATED_HEADS.contains(&head_dim)
+    }
+
+    /// The product for queries, keys and values on Hopper, without residual, and its heads rotated as by rope.cu.
+    ///
+    /// # Safety
+    /// The parts are as large as `sizes` says, the rotation's as its own fields say.
+    pub unsafe fn rotated_forward(&self, product: &ForwardProduct, rotation: &Rotation) -> Result<()> {
+        let &ForwardProduct { bias, slots, adapters, y, sizes, .. } = product;
+        let Sizes { tokens, inputs, outputs, .. } = sizes;
+        let &Rotation { angles, head_dim, rotated_columns } = rotation;
+        let whole_heads = HOPPER_COLUMNS.into_iter().filter(|width| width.is_multiple_of(head_dim));
+        let width = hopper_columns([tokens, outputs], self.multiprocessors(), whole_heads);
+        let mut arguments = product.hopper_operands(width)?.to_vec();
+        arguments.extend([boxes(y, [tokens, outputs], outputs, TILE / 2)?, bias, slots]);
+        arguments.extend(angles);
+        arguments.extend([int(head_dim)?, int(rotated_columns)?]);
+        arguments.extend([int(tokens)?, int(inputs)?, int(outputs)?, int(adapters)?]);
+        // SAFETY: the caller's.
+        unsafe { self.launch_hopper("linear_forward_rotated", [tokens, outputs], width, &arguments) }
     }
 
     /// # Safety
