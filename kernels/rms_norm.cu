@@ -6,81 +6,133 @@
 //              (w is frozen; rounding counts as the identity; residual_gradient may be absent, or dx itself)
 //
 // x, y, dy, dx [rows, width], w [width] in T (f16 or bf16); width is a multiple of 8. Where the forward rounds on its way says
-// norm_weight.h. Sums in f32: each lane adds its elements in order, then a butterfly over the warp. A row is read twice, the
-// second time from L1; nothing is saved for the backward, whose first pass finds both sums at once.
+// norm_weight.h. Sums in f32: each lane adds its elements in order, then a butterfly over the warp. Nothing is saved for the
+// backward, whose first pass finds both sums at once. A row's 16-byte loads are all started before the first is used, and it is
+// kept in registers until it is normalised: up to 256 elements for each of a kernel's ROUNDS. Wider rows are read twice
+// (ROUNDS 0), the second time from L1.
 #include "common/norm_weight.h"
 #include "ptx/warp.h"
 
-constexpr int rms_norm_threads = 256;
+constexpr int rms_norm_threads = 128, elements_per_round = 32 * vector_width;
 
-template <class T>
-DEVICE void rms_norm_forward(const T* __restrict__ x, const T* __restrict__ w, const T* residual, T* y, int rows, int width,
-                             float offset, float epsilon) {
-    const int lane = threadIdx.x % 32;
-    const int row = blockIdx.x * (rms_norm_threads / 32) + threadIdx.x / 32;
-    if (row >= rows) return;
-    const long long begin = static_cast<long long>(row) * width;
-
-    float squares = 0.f;
-    for (int column = lane * vector_width; column < width; column += 32 * vector_width) {
-        float h[vector_width];
-        load8(h, x + begin + column);
+// Calls visit(round, column) for each eight elements of a row that belong to the lane.
+template <int ROUNDS, class Visit>
+DEVICE void for_each_vector(int width, const Visit& visit) {
+    const int first = threadIdx.x % 32 * vector_width;
+    if constexpr (ROUNDS > 0) {
 #pragma unroll
-        for (int i = 0; i < vector_width; i++) squares += h[i] * h[i];
-    }
-    const float rstd = rsqrtf(warp_sum(squares) / width + epsilon);
-
-    for (int column = lane * vector_width; column < width; column += 32 * vector_width) {
-        float h[vector_width], weight[vector_width], total[vector_width] = {};
-        load8(h, x + begin + column);
-        load8(weight, w + column);
-        if (residual) load8(total, residual + begin + column);
-#pragma unroll
-        for (int i = 0; i < vector_width; i++) total[i] += weighted<T>(h[i] * rstd, weight[i], offset);
-        store8(y + begin + column, total);
+        for (int round = 0; round < ROUNDS; round++)
+            if (first + round * elements_per_round < width) visit(round, first + round * elements_per_round);
+    } else {
+        for (int column = first; column < width; column += elements_per_round) visit(0, column);
     }
 }
 
-template <class T>
+// What a lane reads of a row; it may be absent.
+template <class T, int ROUNDS>
+struct Row {
+    const T* address;
+    Vector8<T> held[ROUNDS > 0 ? ROUNDS : 1];
+
+    __device__ __forceinline__ Row(const T* address, int width) : address(address) {
+        if (ROUNDS == 0 || !address) return;
+        for_each_vector<ROUNDS>(width, [&](int round, int column) {
+            held[round].bits = *reinterpret_cast<const uint4*>(address + column);
+        });
+    }
+    __device__ __forceinline__ void get(float (&values)[vector_width], int round, int column) const {
+        if constexpr (ROUNDS == 0) {
+            load8(values, address + column);
+        } else {
+#pragma unroll
+            for (int i = 0; i < vector_width; i++) values[i] = to_float(held[round].values[i]);
+        }
+    }
+};
+
+// The warp's row; false past the end.
+DEVICE bool find_row(int rows, int width, long long& begin) {
+    const int row = blockIdx.x * (rms_norm_threads / 32) + threadIdx.x / 32;
+    begin = static_cast<long long>(row) * width;
+    return row < rows;
+}
+
+template <class T, int ROUNDS>
+DEVICE void rms_norm_forward(const T* __restrict__ x, const T* __restrict__ w, const T* residual, T* y, int rows, int width,
+                             float offset, float epsilon) {
+    long long begin;
+    if (!find_row(rows, width, begin)) return;
+    const Row<T, ROUNDS> row(x + begin, width), added(residual ? residual + begin : nullptr, width);
+    float squares = 0.f;
+    for_each_vector<ROUNDS>(width, [&](int round, int column) {
+        float h[vector_width];
+        row.get(h, round, column);
+#pragma unroll
+        for (int i = 0; i < vector_width; i++) squares += h[i] * h[i];
+    });
+    const float rstd = rsqrtf(warp_sum(squares) / width + epsilon);
+
+    for_each_vector<ROUNDS>(width, [&](int round, int column) {
+        float h[vector_width], weight[vector_width], total[vector_width] = {};
+        row.get(h, round, column);
+        load8(weight, w + column);
+        if (residual) added.get(total, round, column);
+#pragma unroll
+        for (int i = 0; i < vector_width; i++) total[i] += weighted<T>(h[i] * rstd, weight[i], offset);
+        store8(y + begin + column, total);
+    });
+}
+
+template <class T, int ROUNDS>
 DEVICE void rms_norm_backward(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ dy,
                               const T* residual_gradient, T* dx, int rows, int width, float offset, float epsilon) {
-    const int lane = threadIdx.x % 32;
-    const int row = blockIdx.x * (rms_norm_threads / 32) + threadIdx.x / 32;
-    if (row >= rows) return;
-    const long long begin = static_cast<long long>(row) * width;
-
+    long long begin;
+    if (!find_row(rows, width, begin)) return;
+    // A third row of 16 rounds would not fit the registers.
+    constexpr int added_rounds = ROUNDS <= 8 ? ROUNDS : 0;
+    const Row<T, ROUNDS> row(x + begin, width), gradient_row(dy + begin, width);
+    const Row<T, added_rounds> added(residual_gradient ? residual_gradient + begin : nullptr, width);
     float squares = 0.f, products = 0.f;
-    for (int column = lane * vector_width; column < width; column += 32 * vector_width) {
+    for_each_vector<ROUNDS>(width, [&](int round, int column) {
         float h[vector_width], weight[vector_width], gradient[vector_width];
-        load8(h, x + begin + column);
+        row.get(h, round, column);
         load8(weight, w + column);
-        load8(gradient, dy + begin + column);
+        gradient_row.get(gradient, round, column);
 #pragma unroll
         for (int i = 0; i < vector_width; i++) {
             squares += h[i] * h[i];
             products += (offset + weight[i]) * gradient[i] * h[i];
         }
-    }
+    });
     const float rstd = rsqrtf(warp_sum(squares) / width + epsilon);
     const float along_h = rstd * rstd * (warp_sum(products) / width);
 
-    for (int column = lane * vector_width; column < width; column += 32 * vector_width) {
+    for_each_vector<ROUNDS>(width, [&](int round, int column) {
         float h[vector_width], weight[vector_width], gradient[vector_width], total[vector_width] = {};
-        load8(h, x + begin + column);
+        row.get(h, round, column);
         load8(weight, w + column);
-        load8(gradient, dy + begin + column);
-        if (residual_gradient) load8(total, residual_gradient + begin + column);
+        gradient_row.get(gradient, round, column);
+        if (residual_gradient) added.get(total, round, column);
 #pragma unroll
         for (int i = 0; i < vector_width; i++) total[i] += rstd * ((offset + weight[i]) * gradient[i] - h[i] * along_h);
         store8(dx + begin + column, total);
-    }
+    });
 }
 
-// Grid: ceil(rows / 8) blocks.
-EXPORT_HALF_KERNELS(rms_norm_forward, rms_norm_threads,
-                    (const T* x, const T* w, const T* residual, T* y, int rows, int width, float offset, float epsilon),
-                    (x, w, residual, y, rows, width, offset, epsilon))
-EXPORT_HALF_KERNELS(rms_norm_backward, rms_norm_threads,
-                    (const T* x, const T* w, const T* dy, const T* residual_gradient, T* dx, int rows, int width,
-                     float offset, float epsilon),
-                    (x, w, dy, residual_gradient, dx, rows, width, offset, epsilon))
+// Grid: ceil(rows / 4) blocks.
+#define EXPORT_RMS_NORM(ROUNDS, type) \
+    EXPORT_KERNEL_AS(rms_norm_forward_##ROUNDS##_##type, type, (rms_norm_threads), \
+                     (const T* x, const T* w, const T* residual, T* y, int rows, int width, float offset, float epsilon), \
+                     (rms_norm_forward<T, ROUNDS>(x, w, residual, y, rows, width, offset, epsilon))) \
+    EXPORT_KERNEL_AS(rms_norm_backward_##ROUNDS##_##type, type, (rms_norm_threads), \
+                     (const T* x, const T* w, const T* dy, const T* residual_gradient, T* dx, int rows, int width, \
+                      float offset, float epsilon), \
+                     (rms_norm_backward<T, ROUNDS>(x, w, dy, residual_gradient, dx, rows, width, offset, epsilon)))
+#define EXPORT_FOR(type) \
+    EXPORT_RMS_NORM(0, type) \
+    EXPORT_RMS_NORM(2, type) \
+    EXPORT_RMS_NORM(4, type) \
+    EXPORT_RMS_NORM(8, type) \
+    EXPORT_RMS_NORM(16, type)
+EXPORT_FOR(f16)
+EXPORT_FOR(bf16)

@@ -5,8 +5,13 @@ use fastlora::device::Argument;
 use crate::harness::*;
 
 const EPSILON: f32 = 1e-5;
-/// (rows, width): one row, a ragged last block, widths that leave lanes idle or take several rounds.
-const SHAPES: [(usize, usize); 5] = [(1, 8), (9, 64), (3, 264), (17, 520), (2, 2048)];
+/// (rows, width): one row, a ragged last block, widths that leave lanes idle, and of every number of rounds.
+const SHAPES: [(usize, usize); 6] = [(1, 8), (9, 512), (3, 520), (17, 1536), (2, 4096), (2, 4104)];
+
+fn kernel(name: &str, width: usize, half: Half) -> String {
+    let rounds = [2, 4, 8, 16].into_iter().find(|rounds| rounds * 256 >= width).unwrap_or(0);
+    format!("{name}_{rounds}_{}", half.suffix())
+}
 
 fn rstd(row: &[f64]) -> f64 {
     let mean_square = row.iter().map(|x| x * x).sum::<f64>() / row.len() as f64;
@@ -33,7 +38,7 @@ fn forward(half: Half, rows: usize, width: usize, with_residual: bool, offset: f
             Argument::F32(offset),
             Argument::F32(EPSILON),
         ];
-        launch(device, &format!("rms_norm_forward_{}", half.suffix()), rows.div_ceil(8), 256, &arguments);
+        launch(device, &kernel("rms_norm_forward", width, half), rows.div_ceil(4), 128, &arguments);
         download::<u16>(device, &y)
     });
 
@@ -78,7 +83,7 @@ fn backward(half: Half, rows: usize, width: usize, residual: bool, offset: f32) 
             Argument::F32(offset),
             Argument::F32(EPSILON),
         ];
-        launch(device, &format!("rms_norm_backward_{}", half.suffix()), rows.div_ceil(8), 256, &arguments);
+        launch(device, &kernel("rms_norm_backward", width, half), rows.div_ceil(4), 128, &arguments);
         download::<u16>(device, &dx)
     });
 

@@ -12,9 +12,20 @@ use crate::error::Result;
 /// Threads of the kernels that take 8 elements a thread.
 const VECTOR_THREADS: u32 = 256;
 
-/// A warp a row, eight of them a block.
+/// A warp a row, four of them a block.
 fn row_shape(rows: usize) -> Shape {
-    Shape::blocks(rows.div_ceil(8), 256)
+    Shape::blocks(rows.div_ceil(4), 128)
+}
+
+/// Elements of a row that a warp reads in one round, and the rounds that rms_norm.cu is compiled for: what it keeps of a row
+/// in registers. It reads wider rows twice, as `0`.
+const ROUND_ELEMENTS: usize = 256;
+const NORM_ROUNDS: [usize; 4] = [2, 4, 8, 16];
+
+/// The kernel `name` for rows of `width`.
+fn norm_kernel(name: &str, width: usize) -> String {
+    let fits = |rounds: &usize| rounds * ROUND_ELEMENTS >= width;
+    format!("{name}_{}", NORM_ROUNDS.into_iter().find(fits).unwrap_or(0))
 }
 
 /// A thread for every eight of `elements`.
@@ -52,7 +63,13 @@ impl<D: Device> CudaBackend<D> {
             Argument::F32(norm.epsilon),
         ];
         // SAFETY: the stretches hold [rows, width], and the weight [width].
-        unsafe { self.kernels.launch_half("rms_norm_forward", row_shape(rows), &arguments) }
+        unsafe {
+            self.kernels.launch_half(
+                &norm_kernel("rms_norm_forward", norm.width),
+                row_shape(rows),
+                &arguments,
+            )
+        }
     }
 
     pub(super) fn norm_backward(
@@ -78,7 +95,13 @@ impl<D: Device> CudaBackend<D> {
             Argument::F32(norm.epsilon),
         ];
         // SAFETY: as in the forward; the kernel allows dx to be its own addend.
-        unsafe { self.kernels.launch_half("rms_norm_backward", row_shape(rows), &arguments) }
+        unsafe {
+            self.kernels.launch_half(
+                &norm_kernel("rms_norm_backward", norm.width),
+                row_shape(rows),
+                &arguments,
+            )
+        }
     }
 
     pub(super) fn gated_forward(
