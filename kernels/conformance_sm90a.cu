@@ -33,10 +33,12 @@ extern "C" __global__ void __launch_bounds__(one_warpgroup)
 }
 REGISTER_KERNEL(conformance_tma);
 
-// d[2][64][N]: A · Bᵀ with B [N][64], and A · B with B [64][N]; A [64][64]. Boxes of 64 rows, of N for the first B. The
-// accumulators start as ones, so that adding and replacing both show.
+// d[turns][64][N]: A · Bᵀ with B [N][64], and A · B with B [64][N]; A [64][64]; then the same with A in registers where there is
+// such an instruction. Boxes of 64 rows, of N for the first B. The accumulators start as ones, so that adding and replacing both
+// show.
 template <class T, int N>
 DEVICE void conformance_wgmma(const TensorMap& a, const TensorMap& b_by_k, const TensorMap& b_by_n, float* d) {
+    constexpr bool has_registers = N <= 128;
     DYNAMIC_SHARED(tiles, 1024);
     constexpr int box_bytes = 64 * box_row_bytes, b_bytes = N * box_row_bytes;
     unsigned char *first_b = tiles + box_bytes, *second_b = first_b + b_bytes;
@@ -50,21 +52,39 @@ DEVICE void conformance_wgmma(const TensorMap& a, const TensorMap& b_by_k, const
     }
     __syncthreads();
     mbarrier_wait(barrier, 0);
-    for (int turn = 0; turn < 2; turn++) {
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+#pragma unroll
+    for (int turn = 0; turn < (has_registers ? 4 : 2); turn++) {
+        const bool adds = turn % 2 == 0;
         float sums[N / 2];
+        uint32_t fragments[4][4];
+#pragma unroll
         for (int i = 0; i < N / 2; i++) sums[i] = 1.f;
-        wgmma_fence(sums);
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                fragments[k][i] = *reinterpret_cast<const uint32_t*>(
+                    tiles + box_offset(row + i % 2 * 8, k * 2 + i / 2) + lane % 4 * 4);
+        wgmma_fence(sums, fragments);
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-            const uint64_t a_operand = wgmma_operand(tiles + k * 32);
-            const bool accumulate = turn == 0 || k > 0;
-            if (turn == 0) wgmma<T, N, false>(sums, a_operand, wgmma_operand(first_b + k * 32), accumulate);
-            else wgmma<T, N, true>(sums, a_operand, wgmma_operand(second_b + k * 16 * box_row_bytes, box_bytes), accumulate);
+            const uint64_t a_operand = wgmma_operand(tiles + k * 32), b_operand = wgmma_operand(first_b + k * 32);
+            const uint64_t b_operand_by_n = wgmma_operand(second_b + k * 16 * box_row_bytes, box_bytes);
+            if constexpr (has_registers)
+                if (turn >= 2) {
+                    if (adds) wgmma_registers<T, N, false>(sums, fragments[k], b_operand, true);
+                    else wgmma_registers<T, N, true>(sums, fragments[k], b_operand_by_n, k > 0);
+                    continue;
+                }
+            if (adds) wgmma<T, N, false>(sums, a_operand, b_operand, true);
+            else wgmma<T, N, true>(sums, a_operand, b_operand_by_n, k > 0);
         }
         wgmma_commit();
         wgmma_wait<0>(sums);
-        const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+#pragma unroll
         for (int j = 0; j < N / 8; j++)
+#pragma unroll
             for (int q = 0; q < 4; q++)
                 d[(turn * 64 + row + q / 2 * 8) * N + j * 8 + lane % 4 * 2 + q % 2] = sums[j * 4 + q];
     }
@@ -74,9 +94,11 @@ DEVICE void conformance_wgmma(const TensorMap& a, const TensorMap& b_by_k, const
                      (const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b_by_k, \
                       const __grid_constant__ TensorMap b_by_n, float* d), \
                      (conformance_wgmma<T, N>(a, b_by_k, b_by_n, d)))
+EXPORT_CONFORMANCE_WGMMA(64, f16)
 EXPORT_CONFORMANCE_WGMMA(128, f16)
 EXPORT_CONFORMANCE_WGMMA(192, f16)
 EXPORT_CONFORMANCE_WGMMA(256, f16)
+EXPORT_CONFORMANCE_WGMMA(64, bf16)
 EXPORT_CONFORMANCE_WGMMA(128, bf16)
 EXPORT_CONFORMANCE_WGMMA(192, bf16)
 EXPORT_CONFORMANCE_WGMMA(256, bf16)

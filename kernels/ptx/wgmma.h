@@ -26,6 +26,9 @@ DEVICE uint64_t wgmma_operand(const void* start, int box_bytes = 16) {
            swizzle_128_bytes << 62;
 }
 
+// The operand whose start is `bytes` further on: one addition, where a new operand would take five instructions.
+DEVICE uint64_t wgmma_operand_after(uint64_t operand, int bytes) { return operand + (bytes >> 4); }
+
 #if ON_DEVICE
 // The operand lists of an instruction: "%0, %1, …" and "+f"(d[0]), "+f"(d[1]), … for N / 2 accumulators.
 #define WGMMA_NAMES_10(t) \
@@ -85,9 +88,11 @@ DEVICE uint64_t wgmma_operand(const void* start, int box_bytes = 16) {
 template <class T, int N, bool B_IS_MN>
 DEVICE void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate CALL_SITE) {
     static_assert(std::is_same<T, f16>::value || std::is_same<T, bf16>::value, "f16 or bf16");
-    static_assert(N == 128 || N == 192 || N == 256, "the widths written out above");
+    static_assert(N == 64 || N == 128 || N == 192 || N == 256, "the widths written out above");
 #if ON_DEVICE
-    if constexpr (N == 128) {
+    if constexpr (N == 64) {
+        WGMMA_BOTH_TYPES(64, 32, 33, 34, 35);
+    } else if constexpr (N == 128) {
         WGMMA_BOTH_TYPES(128, 64, 65, 66, 67);
     } else if constexpr (N == 192) {
         WGMMA_BOTH_TYPES(192, 96, 97, 98, 99);
@@ -128,6 +133,18 @@ DEVICE void wgmma_fence(float (&d)[COUNT] CALL_SITE) {
 #endif
 }
 
+// The same before products with these fragments of A, which are computed by then.
+template <int COUNT, int STEPS>
+DEVICE void wgmma_fence(float (&d)[COUNT], uint32_t (&a)[STEPS][4] CALL_SITE) {
+#if ON_DEVICE
+#pragma unroll
+    for (int i = 0; i < STEPS * 4; i++) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+    wgmma_fence(d);
+#else
+    wgmma_fence(d, where);
+#endif
+}
+
 // Closes a group.
 DEVICE void wgmma_commit(CALL_SITE_ONLY) {
 #if ON_DEVICE
@@ -137,7 +154,7 @@ DEVICE void wgmma_commit(CALL_SITE_ONLY) {
 #endif
 }
 
-// Waits until at most `groups_in_flight` groups are pending; only with 0 may the accumulators be read.
+// Waits until at most `groups_in_flight` groups are pending; then `d` may be touched if all groups that add to it are done.
 template <int groups_in_flight, int COUNT>
 DEVICE void wgmma_wait(float (&d)[COUNT] CALL_SITE) {
 #if ON_DEVICE
