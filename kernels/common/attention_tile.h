@@ -100,10 +100,15 @@ struct Score {
 };
 
 // Which part of a sample a block owns: tiles[blockIdx.x] = (first row of the sample, its end, first row owned). The host
-// lists long samples first, so that the last blocks to finish are short.
+// lists first what has most rows of its sample before it, so that the last blocks to finish are short.
 struct SampleTile {
     int begin, end, first;
     __device__ __forceinline__ int rows() const { return min(outer_rows, end - first); }
+    // The tile with as many tiles behind it as this one has before it: for owners of keys, who meet the queries behind them.
+    __device__ __forceinline__ SampleTile mirrored() const {
+        const int last = begin + (end - begin - 1) / outer_rows * outer_rows;
+        return {begin, end, begin + last - first};
+    }
 };
 DEVICE SampleTile find_sample_tile(const int* tiles) {
     const int* tile = tiles + blockIdx.x * 3;

@@ -1,5 +1,7 @@
 //! A batch on the device: ids, the keys of dropout masks, labelled rows, and attention's tiles.
 
+use std::cmp::Reverse;
+
 use super::CudaBackend;
 use super::memory::{FLOAT_BYTES, Growing, Region};
 use super::recordings::bucket_of_tiles;
@@ -54,6 +56,16 @@ fn largest<'a>(ids: impl IntoIterator<Item = &'a u32>) -> Option<(u32, usize)> {
         .max_by_key(|&(id, place)| (id, usize::MAX - place))
 }
 
+/// First row of the sample, its end and the first row owned, of every tile of the samples (start, end). What sees most keys
+/// comes first, so that the last blocks to finish are short.
+fn tiles_of(samples: impl Iterator<Item = (u32, u32)>) -> Vec<[u32; 3]> {
+    let tiles_of_sample =
+        |(start, end): (u32, u32)| (start..end).step_by(TILE_ROWS).map(move |first| [start, end, first]);
+    let mut tiles: Vec<_> = samples.flat_map(tiles_of_sample).collect();
+    tiles.sort_by_key(|&[start, _, first]| (Reverse(first - start), start));
+    tiles
+}
+
 impl<D: Device> CudaBatch<D> {
     pub(super) fn new() -> Self {
         Self {
@@ -95,23 +107,18 @@ impl<D: Device> CudaBatch<D> {
         self.places.targets = self.host.len();
         self.host.extend_from_slice(&batch.targets);
         self.places.tiles = self.host.len();
-        // Long samples first, so that the last blocks to finish are short.
-        let mut by_length: Vec<(u32, u32)> = samples().filter(|(start, end)| start < end).collect();
-        by_length.sort_by_key(|&(start, end)| (u32::MAX - (end - start), start));
-        for &(start, end) in &by_length {
-            self.host.extend((start..end).step_by(TILE_ROWS).flat_map(|first| [start, end, first]));
-        }
+        let tiles = tiles_of(samples());
+        self.host.extend(tiles.iter().flatten());
         // Empty tiles, which cost nothing, so that fewer numbers of tiles come up.
-        let tiles = (self.host.len() - self.places.tiles) / 3;
-        self.host.resize(self.places.tiles + 3 * bucket_of_tiles(tiles), 0);
+        self.tiles = bucket_of_tiles(tiles.len());
+        self.host.resize(self.places.tiles + 3 * self.tiles, 0);
         self.places.lengths = self.host.len();
         for (start, end) in samples() {
             self.host.resize(self.host.len() + (end - start) as usize, end - start);
         }
         self.tokens = tokens;
         self.labelled = labelled;
-        self.tiles = bucket_of_tiles(tiles);
-        self.longest_sample = by_length.first().map_or(0, |(start, end)| (end - start) as usize);
+        self.longest_sample = samples().map(|(start, end)| (end - start) as usize).max().unwrap_or(0);
         self.largest_token = largest(&batch.token_ids);
         self.largest_target = largest(batch.targets.iter().filter(|&&target| target != NO_ROW));
         let bytes = bytemuck::cast_slice(&self.host);
@@ -216,4 +223,17 @@ impl<D: Device> CudaBackend<D> {
 
 fn check_largest(kind: &str, largest: Option<(u32, usize)>, rows: usize) -> Result<()> {
     largest.map_or(Ok(()), |(id, place)| check_id(kind, id, place, rows))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_that_see_most_keys_come_first() {
+        let tiles = tiles_of([(0, 130), (130, 140), (140, 205)].into_iter());
+        let expected =
+            [[0, 130, 128], [0, 130, 64], [140, 205, 204], [0, 130, 0], [130, 140, 130], [140, 205, 140]];
+        assert_eq!(tiles, expected);
+    }
 }
