@@ -17,6 +17,7 @@ const KERNELS: &[&str] = &[
     "adamw",
     "attention",
     "attention_backward",
+    "attention_backward_sm90a",
     "attention_cached",
     "attention_sm90a",
     "conformance",

@@ -61,13 +61,14 @@ DEVICE void attention_forward(const T* __restrict__ q, const T* __restrict__ k, 
         clear(weights);
         multiply_transposed<T, D, keys>(weights, q_tile, warp_first, k_tiles + stage);
 
-        softmax.step<keys, D>([&](int j, int i) -> float& { return weights[0][j][i]; },
-                                       [&](int j, int i) -> float& { return sums[0][j][i]; },
-                                       [&](int half, int key, float product) {
-                                           const int query = tile.first + warp_first + lane / 4 + half * 8;
-                                           const bool seen = is_visible(query, first_key + block * keys + key, window);
-                                           return seen ? score.value(product) * log2_of_e : -INFINITY;
-                                       });
+        const float2 factors = softmax.step<keys>([&](int j, int i) -> float& { return weights[0][j][i]; },
+                                                  [&](int half, int key, float product) {
+                                                      const int query = tile.first + warp_first + lane / 4 + half * 8;
+                                                      const bool seen = is_visible(query, first_key + block * keys + key, window);
+                                                      return seen ? score.value(product) * log2_of_e : -INFINITY;
+                                                  },
+                                                  1.f);
+        softmax.rescale<D>([&](int j, int i) -> float& { return sums[0][j][i]; }, factors);
         multiply<T, D, keys, D>(sums, weights, v_tiles + stage, 0);
         __syncthreads();  // the next load overwrites what other warps may still read
     }

@@ -1,4 +1,4 @@
-//! attention.cu, attention_sm90a.cu, attention_backward.cu
+//! attention.cu, attention_backward.cu and their counterparts for Hopper
 
 use fastlora::device::Argument;
 
@@ -12,7 +12,7 @@ struct Shape {
     head_dim: usize,
     window: usize,
     soft_cap: f64,
-    /// Whether the forward is attention_sm90a.cu's.
+    /// Whether the kernels are Hopper's.
     is_hopper: bool,
 }
 
@@ -106,24 +106,29 @@ fn run(half: Half, shape: &Shape, qkv: &[u16], dout: &[u16]) -> Results {
         let [q, k, v] = parts(Argument::of(&qkv));
         let [dq, dk, dv] = parts(Argument::of(&gradient));
 
+        let matrix = |memory: &_, first_head: usize, heads: usize, leading: usize| {
+            boxes_from(memory, first_head * dim, [tokens, heads * dim], leading, 64)
+        };
+        let value_head = query_heads + key_heads;
+        let matrices = [(0, query_heads), (query_heads, key_heads), (value_head, key_heads)]
+            .map(|(first, heads)| matrix(&qkv, first, heads, leading));
+        let all: Vec<_> = heads.iter().chain(&tail).copied().collect();
+        // The matrices of Hopper's kernels know their row lengths.
+        let without_lengths: Vec<_> = heads[..2].iter().chain(&tail).copied().collect();
+        let (per_query_head, per_key_head) =
+            ([tile_count, query_heads as u32, 1], [tile_count, key_heads as u32, 1]);
+        let hopper_shared = |rows: usize| (rows * dim * 2 + 3 * 1024) as u32;
+
         let rest = [Argument::of(&out), Argument::of(&log_sum), Argument::of(&tiles)];
-        let grid = [tile_count, query_heads as u32, 1];
         if shape.is_hopper {
-            let matrix = |first_head: usize, heads: usize| {
-                boxes_from(&qkv, first_head * dim, [tokens, heads * dim], leading, 128)
-            };
-            let [q, k] = [matrix(0, query_heads), matrix(query_heads, key_heads)];
-            let v = matrix(query_heads + key_heads, key_heads);
-            let arguments: Vec<_> = [q, k, v].into_iter().chain(rest).chain([heads[0], heads[1]]).collect();
-            let arguments: Vec<_> = arguments.into_iter().chain(tail).collect();
-            let shared = 5 * 128 * dim * 2 + 1024;
-            launch_grid(device, &kernel("forward_sm90a"), grid, 384, shared as u32, &arguments);
+            let arguments = [&matrices[..], &rest, &without_lengths].concat();
+            let name = kernel("forward_sm90a");
+            launch_grid(device, &name, per_query_head, 384, hopper_shared(5 * 128), &arguments);
         } else {
-            let mut arguments: Vec<_> = [q, k, v].into_iter().chain(rest).collect();
-            arguments.extend(heads.iter().chain(&tail));
+            let arguments = [&[q, k, v][..], &rest, &all].concat();
             let stages = if dim <= 128 { 2 } else { 1 };
             let shared = (64 + 2 * stages * shape.inner_rows()) * pitch_bytes;
-            launch_grid(device, &kernel("forward"), grid, 128, shared as u32, &arguments);
+            launch_grid(device, &kernel("forward"), per_query_head, 128, shared as u32, &arguments);
         }
 
         let rows = tokens * query_heads;
@@ -131,17 +136,28 @@ fn run(half: Half, shape: &Shape, qkv: &[u16], dout: &[u16]) -> Results {
             [Argument::of(&out), Argument::of(&dout), Argument::of(&delta), i32_of(rows), i32_of(dim)];
         launch(device, &format!("attention_delta_{}", half.suffix()), rows.div_ceil(4), 128, &arguments);
 
-        let mut common = vec![q, k, v, Argument::of(&dout), Argument::of(&log_sum), Argument::of(&delta)];
-        common.push(Argument::of(&tiles));
-        common.extend(heads.iter().chain(&tail));
-        let shared = 2 * (64 + shape.inner_rows()) * pitch_bytes;
-        let mut arguments = common.clone();
-        arguments.extend([dq, i32_of(leading)]);
-        launch_grid(device, &kernel("backward_queries"), grid, 128, shared as u32, &arguments);
-        let mut arguments = common;
-        arguments.extend([dk, dv, i32_of(leading), i32_of(leading)]);
-        let grid = [tile_count, key_heads as u32, dim.div_ceil(128) as u32];
-        launch_grid(device, &kernel("backward_keys"), grid, 128, shared as u32, &arguments);
+        let rest = [&log_sum, &delta, &tiles].map(Argument::of);
+        let leading = i32_of(leading);
+        if shape.is_hopper {
+            let dout = matrix(&dout, 0, query_heads, query_heads * dim);
+            let inputs = [&matrices[..], &[dout], &rest, &without_lengths].concat();
+            let run = |name: &str, grid: [u32; 3], rows: usize, results: &[Argument]| {
+                let arguments = [&inputs, results].concat();
+                launch_grid(device, &kernel(name), grid, 384, hopper_shared(rows), &arguments);
+            };
+            run("backward_queries_sm90a", per_query_head, 6 * 128, &[dq, leading]);
+            run("backward_keys_sm90a", per_key_head, 5 * 128, &[dk, dv, leading]);
+        } else {
+            let inputs = [&[q, k, v, Argument::of(&dout)][..], &rest, &all].concat();
+            let run = |name: &str, grid: [u32; 3], results: &[Argument]| {
+                let arguments = [&inputs, results].concat();
+                let shared = 2 * (64 + shape.inner_rows()) * pitch_bytes;
+                launch_grid(device, &kernel(name), grid, 128, shared as u32, &arguments);
+            };
+            run("backward_queries", per_query_head, &[dq, leading]);
+            let [tiles, heads, _] = per_key_head;
+            run("backward_keys", [tiles, heads, dim.div_ceil(128) as u32], &[dk, dv, leading, leading]);
+        }
 
         let mut bytes: Vec<u8> = download(device, &out);
         bytes.extend(download::<u8>(device, &log_sum));
@@ -293,10 +309,10 @@ fn check(half: Half, shape: &Shape) {
 type Case = (&'static [usize], usize, usize, usize, usize, f64);
 
 fn check_all(cases: &[Case]) {
-    check_forward(false, cases);
+    check_kernels(false, cases);
 }
 
-fn check_forward(is_hopper: bool, cases: &[Case]) {
+fn check_kernels(is_hopper: bool, cases: &[Case]) {
     for half in HALVES {
         for &(sample_lengths, query_heads, key_value_heads, head_dim, window, soft_cap) in cases {
             let sample_lengths = sample_lengths.to_vec();
@@ -352,7 +368,7 @@ fn attention_for_hopper_matches_float64() {
     if !has_hopper_kernels() {
         return println!("left out: the GPU is no Hopper");
     }
-    check_forward(
+    check_kernels(
         true,
         &[
             (&[1], 1, 1, 64, 0, 0.0),
@@ -360,6 +376,12 @@ fn attention_for_hopper_matches_float64() {
             (&[790], 1, 1, 64, 0, 0.0),
             (&[300, 129], 1, 1, 128, 65, 0.0),
             (&[66], 3, 1, 128, 0, 5.0),
+            (&[1, 2, 63, 64, 65], 4, 1, 64, 0, 0.0),
+            (&[127, 128, 129], 2, 2, 128, 0, 0.0),
+            (&[260, 2], 2, 1, 64, 1, 0.0),
+            (&[200], 4, 2, 64, 33, 1.5),
+            (&[2, 258], 1, 1, 128, 64, 0.7),
+            (&[450], 1, 1, 128, 200, 0.0),
         ],
     );
 }

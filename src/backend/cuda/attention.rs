@@ -1,5 +1,5 @@
-//! Attention (rope.cu, attention.cu, attention_backward.cu, attention_cached.cu): queries and keys are rotated into a
-//! buffer of their own, values are read where the projection left them.
+//! Attention (rope.cu, attention*.cu): queries and keys are rotated into a buffer of their own, values are read where the
+//! projection left them.
 
 use super::launch::{NULL, Shape, int};
 use super::memory::{CudaBuffer, CudaFloats, FLOAT_BYTES, HALF_BYTES};
@@ -21,16 +21,17 @@ const OUTER_ROWS: usize = 64;
 /// Heads of a token that a block of rope.cu takes.
 const ROPE_HEADS: usize = 4;
 
-/// Widths of a head that attention_sm90a.cu is compiled for.
+/// Widths of a head that Hopper's kernels are compiled for.
 const HOPPER_HEAD_DIMS: [usize; 2] = [64, 128];
 const HOPPER_THREADS: u32 = 384;
-/// Rows of its tiles, of queries and of keys.
-const HOPPER_ROWS: usize = 128;
-
-/// A tile of queries, two of keys and of values, and the barriers.
-fn hopper_shared_bytes(head_dim: usize) -> usize {
-    5 * HOPPER_ROWS * head_dim * HALF_BYTES + 1024
-}
+/// Rows of the boxes that they load.
+const HOPPER_BOX_ROWS: usize = 64;
+/// Rows of all their tiles in shared memory.
+const HOPPER_FORWARD_ROWS: usize = (1 + 2 * 2) * 128;
+const HOPPER_QUERIES_ROWS: usize = (2 + 2 * 2) * 128;
+const HOPPER_KEYS_ROWS: usize = 2 * 128 + 2 * 3 * 64;
+/// Their barriers, and the log sums and deltas of queries.
+const HOPPER_REST_BYTES: usize = 2048;
 
 /// Rows of the tiles that pass by (`inner_rows` in attention_tile.h).
 fn inner_rows(head_dim: usize) -> usize {
@@ -93,6 +94,17 @@ struct Operands {
     /// Row lengths: of queries and keys, and of values.
     rotated_leading: usize,
     value_leading: usize,
+}
+
+impl Operands {
+    /// For the TMA.
+    fn boxes(&self, rows: usize, widths: Widths) -> Result<[Argument; 3]> {
+        Ok([
+            boxes(self.q, [rows, widths.query], self.rotated_leading, HOPPER_BOX_ROWS)?,
+            boxes(self.k, [rows, widths.key], self.rotated_leading, HOPPER_BOX_ROWS)?,
+            boxes(self.v, [rows, widths.key], self.value_leading, HOPPER_BOX_ROWS)?,
+        ])
+    }
 }
 
 /// What the projection left, `[T, (Q + 2K)·D]`.
@@ -239,6 +251,24 @@ impl<D: Device> CudaBackend<D> {
         Ok(arguments)
     }
 
+    /// Whether Hopper's kernels compute it.
+    fn is_for_hopper(&self, attention: &Attention<'_, Self>) -> bool {
+        self.kernels.uses_hopper && HOPPER_HEAD_DIMS.contains(&attention.head_dim)
+    }
+
+    /// What Hopper's kernels take after the tensors: their boxes know the row lengths.
+    fn hopper_shape_arguments(&self, attention: &Attention<'_, Self>) -> Result<Vec<Argument>> {
+        let mut arguments = vec![int(attention.query_heads)?, int(attention.key_value_heads)?];
+        arguments.extend(self.score_arguments(attention)?);
+        Ok(arguments)
+    }
+
+    /// A block for each tile and head, with `rows` of the head in shared memory.
+    fn hopper_shape(batch: &CudaBatch<D>, heads: usize, head_dim: usize, rows: usize) -> Shape {
+        let shared_bytes = rows * head_dim * HALF_BYTES + HOPPER_REST_BYTES;
+        Shape { grid: [batch.tiles, heads, 1], threads: HOPPER_THREADS, shared_bytes }
+    }
+
     pub(super) fn attention_forward(
         &self,
         attention: &Attention<'_, Self>,
@@ -254,28 +284,22 @@ impl<D: Device> CudaBackend<D> {
         let mut scratch = super::lock(&self.scratch);
         let positions = self.batch_positions(attention, batch)?;
         let operands = self.operands(attention, rows, &positions, projected, &mut scratch)?;
-        let Operands { q, k, v, rotated_leading, value_leading } = operands;
         let out = out.first(rows * widths.query)?;
         let results = [out, log_sum.first(rows * attention.query_heads)?, batch.sample_tiles()?];
-        let grid = [batch.tiles, attention.query_heads, 1];
-        if self.kernels.uses_hopper && HOPPER_HEAD_DIMS.contains(&dim) {
-            let mut arguments = vec![
-                boxes(q, [rows, widths.query], rotated_leading, HOPPER_ROWS)?,
-                boxes(k, [rows, widths.key], rotated_leading, HOPPER_ROWS)?,
-                boxes(v, [rows, widths.key], value_leading, HOPPER_ROWS)?,
-            ];
+        if self.is_for_hopper(attention) {
+            let mut arguments = operands.boxes(rows, widths)?.to_vec();
             arguments.extend(results);
-            arguments.extend([int(attention.query_heads)?, int(attention.key_value_heads)?]);
-            arguments.extend(self.score_arguments(attention)?);
-            let shape = Shape { grid, threads: HOPPER_THREADS, shared_bytes: hopper_shared_bytes(dim) };
+            arguments.extend(self.hopper_shape_arguments(attention)?);
+            let shape = Self::hopper_shape(batch, attention.query_heads, dim, HOPPER_FORWARD_ROWS);
             // SAFETY: as below.
             return unsafe {
                 self.kernels.launch_half(&format!("attention_forward_sm90a_d{dim}"), shape, &arguments)
             };
         }
-        let mut arguments = vec![q, k, v];
+        let mut arguments = vec![operands.q, operands.k, operands.v];
         arguments.extend(results);
         arguments.extend(self.shape_arguments(attention, &operands)?);
+        let grid = [batch.tiles, attention.query_heads, 1];
         let shape = Shape { grid, threads: THREADS, shared_bytes: forward_shared_bytes(dim) };
         // SAFETY: tiles name rows of the batch alone, and every operand has that many rows.
         unsafe { self.kernels.launch_half(&format!("attention_forward_d{dim}"), shape, &arguments) }
@@ -307,41 +331,37 @@ impl<D: Device> CudaBackend<D> {
         // SAFETY: out and dout [T, Q·D], delta [T, Q].
         unsafe { self.kernels.launch_half("attention_delta", shape, &arguments)? };
 
-        let mut inputs = vec![
-            operands.q,
-            operands.k,
-            operands.v,
-            dout,
-            log_sum.first(heads)?,
-            delta,
-            batch.sample_tiles()?,
-        ];
-        inputs.extend(self.shape_arguments(attention, &operands)?);
-        let whole = dqkv.first(rows * widths.qkv)?;
         let column = |first: usize| dqkv.at(first, rows * widths.qkv - first);
+        let [dq, dk, dv] = [column(0)?, column(widths.query)?, column(widths.rotated)?];
         let leading = int(widths.qkv)?;
-        let shared_bytes = backward_shared_bytes(dim);
-
-        let mut arguments = inputs.clone();
-        arguments.extend([whole, leading]);
-        let shape = Shape { grid: [batch.tiles, attention.query_heads, 1], threads: THREADS, shared_bytes };
-        // SAFETY: as in the forward.
-        unsafe {
-            self.kernels.launch_half(&format!("attention_backward_queries_d{dim}"), shape, &arguments)?
+        let rest = [log_sum.first(heads)?, delta, batch.sample_tiles()?];
+        let launch = |owner: &str, shape: Shape, inputs: &[Argument], results: &[Argument]| {
+            let name = format!("attention_backward_{owner}_d{dim}");
+            // SAFETY: as in the forward.
+            unsafe { self.kernels.launch_half(&name, shape, &[inputs, results].concat()) }
         };
-        let mut arguments = inputs;
-        arguments.extend([column(widths.query)?, column(widths.rotated)?, leading, leading]);
-        let grid = [batch.tiles, attention.key_value_heads, dim.div_ceil(128)];
-        let shape = Shape { grid, threads: THREADS, shared_bytes };
-        // SAFETY: as in the forward.
-        unsafe { self.kernels.launch_half(&format!("attention_backward_keys_d{dim}"), shape, &arguments)? };
-        self.rope(
-            "rope_backward",
-            attention,
-            rows,
-            &positions,
-            [projected.qkv.first(rows * widths.qkv)?, whole],
-        )
+        let [query_heads, key_heads] = [attention.query_heads, attention.key_value_heads];
+        if self.is_for_hopper(attention) {
+            let mut inputs = operands.boxes(rows, widths)?.to_vec();
+            inputs.push(boxes(dout, [rows, widths.query], widths.query, HOPPER_BOX_ROWS)?);
+            inputs.extend(rest);
+            inputs.extend(self.hopper_shape_arguments(attention)?);
+            let shape = Self::hopper_shape(batch, query_heads, dim, HOPPER_QUERIES_ROWS);
+            launch("queries_sm90a", shape, &inputs, &[dq, leading])?;
+            let shape = Self::hopper_shape(batch, key_heads, dim, HOPPER_KEYS_ROWS);
+            launch("keys_sm90a", shape, &inputs, &[dk, dv, leading])?;
+        } else {
+            let mut inputs = vec![operands.q, operands.k, operands.v, dout];
+            inputs.extend(rest);
+            inputs.extend(self.shape_arguments(attention, &operands)?);
+            let shared_bytes = backward_shared_bytes(dim);
+            let shape = Shape { grid: [batch.tiles, query_heads, 1], threads: THREADS, shared_bytes };
+            launch("queries", shape, &inputs, &[dq, leading])?;
+            let shape = Shape { grid: [batch.tiles, key_heads, dim.div_ceil(128)], ..shape };
+            launch("keys", shape, &inputs, &[dk, dv, leading, leading])?;
+        }
+        let projected = projected.qkv.first(rows * widths.qkv)?;
+        self.rope("rope_backward", attention, rows, &positions, [projected, dq])
     }
 
     pub(super) fn attention_over_cache(
