@@ -12,6 +12,8 @@ pub mod cuda;
 pub mod dropout;
 mod features;
 mod footprint;
+mod group;
+mod mlp;
 pub mod noise;
 mod operands;
 mod weight;
@@ -19,6 +21,8 @@ mod work;
 
 pub use features::Features;
 pub use footprint::{AdapterShape, Footprint, GroupShape, OperationShapes};
+pub use group::{LinearGroup, LinearInput, LoraSlot, PlacedAdapter, Projection, placed_adapters};
+pub use mlp::{Mlp, MlpGradient, MlpReach, MlpSaved};
 pub use noise::EmbeddingNoise;
 pub use operands::{
     Activation, Attention, AttentionGradients, AttentionResults, Embedding, Head, KvCache, LongTexts,
@@ -30,121 +34,6 @@ pub use work::{LinearShape, Work, attention_pairs};
 use crate::batch::Batch;
 use crate::error::{Error, Result};
 use crate::tensor::WeightTensor;
-
-/// One adapter inside the flat parameter buffer: `A [rank, I]` at `a_offset`, `B [O, rank]` at `b_offset`.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct LoraSlot {
-    /// Inner width of the adapter.
-    pub rank: usize,
-    /// α/r, or α/√r with rsLoRA (Hu et al. 2021, §4.1; Kalajdzievski 2023).
-    pub scale: f32,
-    /// First element of `A` in the flat buffer.
-    pub a_offset: usize,
-    /// First element of `B` in the flat buffer.
-    pub b_offset: usize,
-    /// First element of the magnitudes `m [O]` in the flat buffer, where it has any (DoRA, Liu et al. 2024): the projection is
-    /// then `x·W'ᵀ` with `W' = m/‖W + scale·B·A‖ · (W + scale·B·A)`, row by row.
-    pub magnitude_offset: Option<usize>,
-}
-
-/// One projection of a [`LinearGroup`].
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Projection {
-    /// Width of its slice of the group's output.
-    pub out_features: usize,
-    /// Its adapter, if it is a target.
-    pub lora: Option<LoraSlot>,
-}
-
-/// Linears that share their input and run as one: `q|k|v`, `gate|up`, or a single one.
-///
-/// The `A` matrices of a group's adapters stand one after the other in the flat parameter buffer, in the order of
-/// `projections`, so that `[R, I]` is one matrix.
-pub struct LinearGroup<B: Backend + ?Sized> {
-    /// Numbers the group's input within the model: keys the dropout mask.
-    pub input_index: u32,
-    /// `[O, I]` frozen weight, the projections' rows in turn.
-    pub weight: B::Matrix,
-    /// `[O]` frozen bias.
-    pub bias: Option<B::Vector>,
-    /// `I`.
-    pub in_features: usize,
-    /// The projections in the order of their output columns.
-    pub projections: Vec<Projection>,
-    /// What the backend keeps for the adapters besides their parameters.
-    pub prepared: B::Group,
-}
-
-impl<B: Backend + ?Sized> LinearGroup<B> {
-    /// Widths and places of the projections' adapters.
-    pub fn new(
-        backend: &B,
-        input_index: u32,
-        weight: B::Matrix,
-        bias: Option<B::Vector>,
-        in_features: usize,
-        projections: Vec<Projection>,
-    ) -> Result<Self> {
-        let prepared = backend.prepare_group(in_features, &projections)?;
-        Ok(Self { input_index, weight, bias, in_features, projections, prepared })
-    }
-
-    /// `O`, the summed output widths.
-    pub fn out_features(&self) -> usize {
-        self.projections.iter().map(|projection| projection.out_features).sum()
-    }
-
-    /// `R`, the summed ranks of the adapters.
-    pub fn total_rank(&self) -> usize {
-        self.adapters().map(|adapter| adapter.slot.rank).sum()
-    }
-
-    /// What it is for [`Work`], on `rows` rows and with a weight of so many bytes.
-    pub fn shape(&self, rows: usize, weight_bytes: usize) -> LinearShape {
-        LinearShape {
-            rows,
-            inputs: self.in_features,
-            outputs: self.out_features(),
-            rank: self.total_rank(),
-            b_elements: self.adapters().map(|adapter| adapter.slot.rank * adapter.out_features).sum(),
-            weight_bytes,
-        }
-    }
-
-    /// The adapters with the columns of `y` and of `s` that belong to each.
-    pub fn adapters(&self) -> impl Iterator<Item = PlacedAdapter> + '_ {
-        placed_adapters(&self.projections)
-    }
-}
-
-/// The adapters of projections that share their input, with the columns of `y` and of `s` that belong to each.
-pub fn placed_adapters(projections: &[Projection]) -> impl Iterator<Item = PlacedAdapter> + '_ {
-    let (mut out_column, mut rank_column) = (0, 0);
-    projections.iter().filter_map(move |projection| {
-        let placed = projection.lora.map(|slot| PlacedAdapter {
-            slot,
-            out_column,
-            out_features: projection.out_features,
-            rank_column,
-        });
-        out_column += projection.out_features;
-        rank_column += projection.lora.map_or(0, |slot| slot.rank);
-        placed
-    })
-}
-
-/// An adapter and the columns that it owns within its group.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct PlacedAdapter {
-    /// Rank, scale and place in the flat buffer.
-    pub slot: LoraSlot,
-    /// Its projection's first column of `y [T, O]`.
-    pub out_column: usize,
-    /// Its projection's width.
-    pub out_features: usize,
-    /// Its first column of `s [T, R]`.
-    pub rank_column: usize,
-}
 
 /// Dropout on an adapter's input: the mask depends on (seed, epoch, sample, position, input, feature) alone, so it
 /// is the same on every backend and however the batch is cut.
@@ -167,16 +56,6 @@ pub struct PassSettings {
     pub dropout: Option<Dropout>,
     /// Noise on the embeddings; none in evaluation.
     pub embedding_noise: Option<EmbeddingNoise>,
-}
-
-/// What a linear group reads besides its weights.
-pub struct LinearInput<'a, B: Backend + ?Sized> {
-    /// `[T, I]`.
-    pub x: &'a B::Buffer,
-    /// `T`.
-    pub rows: usize,
-    /// The rows' samples and positions, which key the dropout mask, and the dropout.
-    pub batch: &'a B::Batch,
 }
 
 /// One AdamW step with decoupled decay and bias correction (Loshchilov & Hutter 2019; as in PyTorch).
@@ -499,6 +378,33 @@ pub trait Backend: Footprint + Send + Sync {
         dact: &Self::Buffer,
         gate_up: &mut Self::Buffer,
     ) -> Result<()>;
+
+    /// `y = residual + down(act)` with `act = activation(gate)·up` and `gate|up = gate_up(x)`; keeps in `saved` what the
+    /// backward reads.
+    fn mlp(
+        &self,
+        mlp: Mlp<'_, Self>,
+        adapters: &Self::Floats,
+        input: LinearInput<'_, Self>,
+        residual: Option<&Self::Buffer>,
+        saved: MlpSaved<'_, Self>,
+        y: &mut Self::Buffer,
+    ) -> Result<()> {
+        mlp::forward(self, mlp, adapters, input, residual, saved, y)
+    }
+    /// Given `gradient.dy` and what the forward read and left: adds the gradients of every `A` and `B` to `gradients`, as far
+    /// as `gradient.reach` says, and no further. What `saved` holds is undefined afterwards, but for both `s`.
+    fn mlp_backward(
+        &self,
+        mlp: Mlp<'_, Self>,
+        adapters: &Self::Floats,
+        input: LinearInput<'_, Self>,
+        saved: MlpSaved<'_, Self>,
+        gradient: MlpGradient<'_, Self>,
+        gradients: &mut Self::Floats,
+    ) -> Result<()> {
+        mlp::backward(self, mlp, adapters, input, saved, gradient, gradients)
+    }
 
     /// The labelled rows of `x [T, width]`, packed: `[L, width]`; zeros for [`NO_ROW`](crate::batch::NO_ROW).
     fn gather_labelled(

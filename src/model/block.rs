@@ -11,17 +11,20 @@
 //! the inputs of the norms behind. The other norms' outputs and the activation are cheap: they are kept where there is room,
 //! else computed again.
 
+mod buffers;
+
 use std::collections::HashMap;
+
+pub(super) use buffers::{BackwardBuffers, ForwardBuffers, GradientScratch, Inputs, Saved};
 
 use super::config::{GROUP_COUNT, ModelConfig};
 use super::layout::AdapterLayout;
 use super::lora::AdaptedLinear;
 use super::weights::NormWeight;
 use super::whole::BlockNorm;
-use super::workspace::{Allocator, Kept};
 use crate::backend::{
-    Activation, Attention, AttentionGradients, AttentionResults, Backend, KvCache, LinearGroup, LinearInput,
-    Projection, RmsNorm, Rotations, SelfAttention, VectorWeight, Weight,
+    Activation, Attention, AttentionGradients, AttentionResults, Backend, KvCache, LinearGroup, LinearInput, Mlp,
+    MlpGradient, MlpReach, MlpSaved, Projection, RmsNorm, Rotations, SelfAttention, VectorWeight, Weight,
 };
 use crate::checkpoint::base::BaseModel;
 use crate::error::Result;
@@ -120,79 +123,6 @@ impl BlockShape {
     }
 }
 
-/// What one block's forward leaves for its backward; in inference all blocks share one.
-pub(super) struct Saved<B: Backend> {
-    qkv: B::Buffer,
-    log_sum: B::Floats,
-    attended: B::Buffer,
-    middle: B::Buffer,
-    gate_up: B::Buffer,
-    s: [B::Buffer; GROUP_COUNT],
-    /// Inputs `[T, H]` of the norms behind attention and MLP.
-    branches: Option<[B::Buffer; 2]>,
-}
-
-impl<B: Backend> Saved<B> {
-    pub(super) fn new(
-        memory: &mut Allocator<'_, B>,
-        shape: &BlockShape,
-        kept: [Kept; GROUP_COUNT],
-        tokens: usize,
-    ) -> Result<Self> {
-        let [qkv, output, gate_up, down] = kept.map(|kept| memory.low_rank_buffer(tokens, kept));
-        let mut branch = || memory.buffer(tokens * shape.hidden_size);
-        let branches = if shape.post_norms { Some([branch()?, branch()?]) } else { None };
-        Ok(Self {
-            branches,
-            qkv: memory.buffer(tokens * shape.qkv_width())?,
-            log_sum: memory.floats(tokens * shape.query_heads)?,
-            attended: memory.buffer(tokens * shape.query_width())?,
-            middle: memory.buffer(tokens * shape.hidden_size)?,
-            gate_up: memory.buffer(tokens * 2 * shape.intermediate_size)?,
-            s: [qkv?, output?, gate_up?, down?],
-        })
-    }
-}
-
-/// Inputs of linears that are cheap to compute again; shared by all blocks, or one for each.
-pub(super) struct Inputs<B: Backend> {
-    /// Input of q, k and v, `[T, H]`.
-    normed_input: B::Buffer,
-    /// Input of gate and up, `[T, H]`.
-    normed_middle: B::Buffer,
-    /// Output of the gated activation, `[T, F]`.
-    act: B::Buffer,
-}
-
-impl<B: Backend> Inputs<B> {
-    pub(super) fn new(memory: &mut Allocator<'_, B>, shape: &BlockShape, tokens: usize) -> Result<Self> {
-        Ok(Self {
-            normed_input: memory.buffer(tokens * shape.hidden_size)?,
-            normed_middle: memory.buffer(tokens * shape.hidden_size)?,
-            act: memory.buffer(tokens * shape.intermediate_size)?,
-        })
-    }
-}
-
-/// Gradients that every block's backward uses in turn.
-pub(super) struct GradientScratch<B: Backend> {
-    dnormed: B::Buffer,
-    dqkv: B::Buffer,
-    dattended: B::Buffer,
-    dact: B::Buffer,
-}
-
-impl<B: Backend> GradientScratch<B> {
-    pub(super) fn new(memory: &mut Allocator<'_, B>, shape: &BlockShape, tokens: usize) -> Result<Self> {
-        Ok(Self {
-            dnormed: memory.buffer(tokens * shape.hidden_size)?,
-            dqkv: memory.buffer(tokens * shape.qkv_width())?,
-            dattended: memory.buffer(tokens * shape.query_width())?,
-            dact: memory.buffer(tokens * shape.intermediate_size)?,
-        })
-    }
-}
-
 /// What a pass over the blocks reads besides their weights.
 pub(super) struct Pass<'a, B: Backend> {
     pub backend: &'a B,
@@ -215,26 +145,6 @@ impl<'a, B: Backend> Pass<'a, B> {
     fn input(&self, x: &'a B::Buffer) -> LinearInput<'a, B> {
         LinearInput { x, rows: self.tokens, batch: self.batch }
     }
-}
-
-/// Buffers of one block's forward.
-pub(super) struct ForwardBuffers<'a, B: Backend> {
-    pub x_in: &'a B::Buffer,
-    pub saved: &'a mut Saved<B>,
-    pub inputs: &'a mut Inputs<B>,
-    pub x_out: &'a mut B::Buffer,
-}
-
-/// Buffers of one block's backward.
-pub(super) struct BackwardBuffers<'a, B: Backend> {
-    pub x_in: &'a B::Buffer,
-    pub saved: &'a mut Saved<B>,
-    pub inputs: &'a mut Inputs<B>,
-    /// Whether `inputs` still are what the forward left.
-    pub inputs_are_kept: bool,
-    pub gradient: &'a mut GradientScratch<B>,
-    /// Gradient of the residual stream: at the block's output before, at its input after.
-    pub dx: &'a mut B::Buffer,
 }
 
 impl<B: Backend> Block<B> {
@@ -375,43 +285,43 @@ impl<B: Backend> Block<B> {
     }
 
     fn after_attention(&self, pass: Pass<'_, B>, buffers: &mut ForwardBuffers<'_, B>) -> Result<()> {
-        let Pass { backend, tokens, .. } = pass;
+        let Pass { backend, adapters, tokens, .. } = pass;
         let ForwardBuffers { x_in, saved, inputs, x_out } = buffers;
         let Inputs { normed_middle, act, .. } = &mut **inputs;
-        let Saved { attended, middle, gate_up, s, branches, .. } = &mut **saved;
+        let Saved { attended, middle, gate_up, s: [_, output_s, gate_up_s, down_s], branches, .. } =
+            &mut **saved;
         let [attention_branch, mlp_branch] = split(branches);
         let behind = self.attention_norm.as_ref().zip(attention_branch);
-        self.add_branch(pass, &self.output, attended, behind, &mut s[OUTPUT], x_in, middle)?;
-        let norm = self.shape.norm(self.middle_norm.with(pass.adapters));
+        self.add_branch(pass, behind, x_in, middle, |residual, y| {
+            backend.linear(&self.output, adapters, pass.input(attended), residual, output_s, y)
+        })?;
+        let norm = self.shape.norm(self.middle_norm.with(adapters));
         backend.rms_norm(norm, tokens, middle, None, normed_middle)?;
-        let input = pass.input(normed_middle);
-        backend.linear(&self.gate_up, pass.adapters, input, None, &mut s[GATE_UP], gate_up)?;
-        backend.gated(self.shape.activation, tokens, self.shape.intermediate_size, gate_up, act)?;
         let behind = self.mlp_norm.as_ref().zip(mlp_branch);
-        self.add_branch(pass, &self.down, act, behind, &mut s[DOWN], middle, x_out)
+        self.add_branch(pass, behind, middle, x_out, |residual, y| {
+            let saved = MlpSaved { gate_up, gate_up_s, act, down_s };
+            backend.mlp(self.mlp(), adapters, pass.input(normed_middle), residual, saved, y)
+        })
     }
 
-    /// `sum = residual + linear(x)`, the linear's output being normalised first where there is a norm behind it, with a buffer
-    /// for its input.
-    #[allow(clippy::too_many_arguments)]
+    fn mlp(&self) -> Mlp<'_, B> {
+        Mlp { gate_up: &self.gate_up, down: &self.down, activation: self.shape.activation }
+    }
+
+    /// `sum = residual + branch`; `write` computes the branch, and adds the residual if it is given. Where there is a norm
+    /// behind, with a buffer for its input, the branch is normalised first.
     fn add_branch(
         &self,
         pass: Pass<'_, B>,
-        group: &LinearGroup<B>,
-        x: &B::Buffer,
         behind: Option<(&NormWeight<B>, &mut B::Buffer)>,
-        s: &mut B::Buffer,
         residual: &B::Buffer,
         sum: &mut B::Buffer,
+        write: impl FnOnce(Option<&B::Buffer>, &mut B::Buffer) -> Result<()>,
     ) -> Result<()> {
-        let Pass { backend, adapters, tokens, .. } = pass;
-        match behind {
-            None => backend.linear(group, adapters, pass.input(x), Some(residual), s, sum),
-            Some((weight, branch)) => {
-                backend.linear(group, adapters, pass.input(x), None, s, branch)?;
-                backend.rms_norm(self.shape.norm(weight.with(adapters)), tokens, branch, Some(residual), sum)
-            }
-        }
+        let Some((weight, branch)) = behind else { return write(Some(residual), sum) };
+        write(None, branch)?;
+        let norm = self.shape.norm(weight.with(pass.adapters));
+        pass.backend.rms_norm(norm, pass.tokens, branch, Some(residual), sum)
     }
 
     /// The gradient at the output of a branch's linear, given `dx` at the stream: `dx` itself, or, where there is a norm behind
@@ -421,10 +331,10 @@ impl<B: Backend> Block<B> {
         pass: Pass<'_, B>,
         behind: Option<(&NormWeight<B>, &B::Buffer)>,
         dx: &'a B::Buffer,
-        dbranch: &'a mut B::Buffer,
+        dbranch: Option<&'a mut B::Buffer>,
         gradients: &mut B::Floats,
     ) -> Result<&'a B::Buffer> {
-        let Some((weight, branch)) = behind else { return Ok(dx) };
+        let Some(((weight, branch), dbranch)) = behind.zip(dbranch) else { return Ok(dx) };
         let Pass { backend, tokens, .. } = pass;
         let norm = self.shape.norm(weight.with(pass.adapters));
         backend.zero_buffer(dbranch, tokens * self.shape.hidden_size)?;
@@ -448,33 +358,28 @@ impl<B: Backend> Block<B> {
         let Pass { backend, adapters, tokens, .. } = pass;
         let BackwardBuffers { x_in, saved, inputs, inputs_are_kept, gradient, dx } = buffers;
         let Saved { qkv, log_sum, attended, middle, gate_up, s, branches } = saved;
+        let [qkv_s, output_s, gate_up_s, down_s] = s;
         let [attention_branch, mlp_branch] = split(branches).map(|branch| branch.map(|branch| &*branch));
         let Inputs { normed_input, normed_middle, act } = inputs;
-        let GradientScratch { dnormed, dqkv, dattended, dact } = gradient;
-        let shape = &self.shape;
+        let GradientScratch { dnormed, dqkv, dattended, dact, dbranch } = gradient;
         let ranks = self.ranks();
         let must_recompute = |group: usize| !inputs_are_kept && ranks[group] > 0;
         let needs_dx = |group: usize| trains_below || self.trains_before(group);
 
-        if must_recompute(DOWN) {
-            backend.gated(shape.activation, tokens, shape.intermediate_size, gate_up, act)?;
-        }
-        let wanted = needs_dx(DOWN).then_some(&mut *dact);
-        // Free until the gradients of gate and up need it, and again until those of q, k and v do.
-        let behind = self.mlp_norm.as_ref().zip(mlp_branch);
-        let dy = self.branch_gradient(pass, behind, dx, dnormed, gradients)?;
-        backend.linear_backward(&self.down, adapters, pass.input(act), &s[DOWN], dy, gradients, wanted)?;
-        if !needs_dx(DOWN) {
-            return Ok(());
-        }
-        backend.gated_backward(shape.activation, tokens, shape.intermediate_size, dact, gate_up)?;
         let norm = self.shape.norm(self.middle_norm.with(adapters));
         if must_recompute(GATE_UP) {
             backend.rms_norm(norm, tokens, middle, None, normed_middle)?;
         }
-        let wanted = needs_dx(GATE_UP).then_some(&mut *dnormed);
-        let input = pass.input(normed_middle);
-        backend.linear_backward(&self.gate_up, adapters, input, &s[GATE_UP], gate_up, gradients, wanted)?;
+        let behind = self.mlp_norm.as_ref().zip(mlp_branch);
+        let dy = self.branch_gradient(pass, behind, dx, dbranch.as_mut(), gradients)?;
+        let reach = match (needs_dx(DOWN), needs_dx(GATE_UP)) {
+            (false, _) => MlpReach::Down,
+            (true, false) => MlpReach::GateUp,
+            (true, true) => MlpReach::Input(&mut *dnormed),
+        };
+        let saved = MlpSaved { gate_up, gate_up_s, act, down_s };
+        let gradient = MlpGradient { dy, act_is_kept: inputs_are_kept, dact, reach };
+        backend.mlp_backward(self.mlp(), adapters, pass.input(normed_middle), saved, gradient, gradients)?;
         if !needs_dx(GATE_UP) {
             return Ok(());
         }
@@ -485,9 +390,9 @@ impl<B: Backend> Block<B> {
 
         let wanted = needs_dx(OUTPUT).then_some(&mut *dattended);
         let behind = self.attention_norm.as_ref().zip(attention_branch);
-        let dy = self.branch_gradient(pass, behind, dx, dnormed, gradients)?;
+        let dy = self.branch_gradient(pass, behind, dx, dbranch.as_mut(), gradients)?;
         let input = pass.input(attended);
-        backend.linear_backward(&self.output, adapters, input, &s[OUTPUT], dy, gradients, wanted)?;
+        backend.linear_backward(&self.output, adapters, input, output_s, dy, gradients, wanted)?;
         if !needs_dx(OUTPUT) {
             return Ok(());
         }
@@ -497,7 +402,7 @@ impl<B: Backend> Block<B> {
         }
         let attention = self.attention(pass.rotations);
         let layer = SelfAttention { projection: &self.qkv, attention: &attention };
-        let results = AttentionResults { s: &mut s[QKV], qkv, log_sum, out: attended };
+        let results = AttentionResults { s: qkv_s, qkv, log_sum, out: attended };
         let wanted = needs_dx(QKV).then_some(&mut *dnormed);
         let gradients_of = AttentionGradients { dout: dattended, dqkv, adapters: gradients, dx: wanted };
         backend.self_attention_backward(&layer, adapters, pass.input(normed_input), results, gradients_of)?;

@@ -11,6 +11,7 @@ mod elementwise;
 mod head;
 mod invariance;
 mod linear;
+mod mlp;
 mod optimizer;
 mod self_attention;
 
@@ -97,6 +98,7 @@ pub fn run<B: Backend>(backend: &B, precision: Precision) -> Record {
     let mut record = Record { precision, outputs: Vec::new() };
     elementwise::run(backend, &mut record);
     linear::run(backend, &mut record);
+    mlp::run(backend, &mut record);
     attention::run(backend, &mut record);
     self_attention::run(backend, &record);
     head::run(backend, &mut record);
