@@ -31,6 +31,7 @@ const KERNELS: &[&str] = &[
     "linear_sm90a",
     "lora",
     "lora_back",
+    "mlp_back",
     "rms_norm",
     "rope",
     "rows",

@@ -42,11 +42,7 @@ DEVICE void gated_backward(const T* __restrict__ dact, T* __restrict__ gate_up, 
     load8(u, g_address + width);
     load8(gradient, dact + row * width + column);
 #pragma unroll
-    for (int i = 0; i < vector_width; i++) {
-        const Activation activation = F::at(g[i]);
-        g[i] = gradient[i] * u[i] * activation.slope;
-        u[i] = gradient[i] * activation.value;
-    }
+    for (int i = 0; i < vector_width; i++) gated_gradient<F>(g[i], u[i], gradient[i]);
     store8(g_address, g);
     store8(g_address + width, u);
 }

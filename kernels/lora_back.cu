@@ -1,8 +1,8 @@
 // One pass over dy for what the adapters of a group take from it.
 //
 //   back     ds = dy · B̂ and dB = dyᵀ · s, both as partial sums                         B̂ holds α/r (linear.cu)
-//   sum_ds   ds [T, R] of its partial sums
-//   add_b    dB of its partial sums, times α/r, added to the flat f32 gradients
+//   sum_ds   ds [T, R] of its partial sums, of these or of those of mlp_back.cu
+//   add_b    dB of its partial sums, likewise, times α/r, added to the flat f32 gradients
 //
 // dy [T, O], B̂ [O, R] and s, ds [T, R] in T (f16 or bf16); R̄, slots and b_offsets as in lora.cu. A block takes one adapter's
 // rows of B̂, up to back_outputs of them, over a stretch of tokens, and at most N of its ranks:
@@ -16,49 +16,9 @@
 //
 // Each tile of dy is read from memory once and used by both products. Partial sums are in f32 and are added in order, as
 // shapes alone say: the result depends on no schedule. Up to 64 ranks dy is read once, beyond once for every 64.
-#include "common/halves.h"
-#include "ptx/cp_async.h"
-#include "ptx/ldmatrix.h"
-#include "ptx/mma.h"
+#include "common/back_tile.h"
 
-constexpr int back_threads = 256, back_outputs = 1024, side = 64, back_stages = 4, element_threads = 256;
-constexpr int lanes_wide = 8;  // halves in 16 bytes: the unit of copies and of the swizzle
-
-// Rows of WIDTH halves, swizzled by 16-byte chunks so that eight rows' chunks of one column fall into different banks.
-template <int WIDTH>
-struct SwizzledRows {
-    static constexpr int chunks = WIDTH / lanes_wide;
-    static constexpr int shift = chunks == 8 ? 0 : chunks == 4 ? 1 : 2;
-    static constexpr int row_bytes = WIDTH * 2, tile_bytes = side * row_bytes;
-
-    static __device__ __forceinline__ int offset(int row, int chunk) {
-        return row * row_bytes + ((chunk ^ (row >> shift & (chunks - 1))) << 4);
-    }
-
-    // Starts the copies of `rows` rows from (first_row, first_column) on; outside [0, end_row) × [0, end_column) it is zero.
-    template <class T>
-    static __device__ __forceinline__ void load(unsigned char* tile, int rows, const T* source, long long leading,
-                                                int first_row, int end_row, int first_column, int end_column) {
-        for (int linear = threadIdx.x; linear < rows * chunks; linear += back_threads) {
-            const int row = linear / chunks, chunk = linear % chunks, column = first_column + chunk * lanes_wide;
-            const bool inside = first_row + row < end_row && column < end_column;
-            cp_async16(tile + offset(row, chunk), inside ? source + (first_row + row) * leading + column : source,
-                       inside ? min(lanes_wide, end_column - column) * 2 : 0);
-        }
-    }
-
-    // Columns first … first + 15 of rows row … row + 15, as the two right operands of k = rows.
-    static __device__ __forceinline__ void load_right(uint32_t (&left)[2], uint32_t (&right)[2], const unsigned char* tile,
-                                                      int row, int first) {
-        const int lane = threadIdx.x % 32;
-        uint32_t both[4];
-        ldmatrix_x4_transposed(both, tile + offset(row + lane % 16, first / lanes_wide + lane / 16));
-        left[0] = both[0];
-        left[1] = both[1];
-        right[0] = both[2];
-        right[1] = both[3];
-    }
-};
+constexpr int back_threads = 256, back_outputs = 1024, back_stages = 4, element_threads = 256;
 
 // The adapter, of its outputs, and of its ranks, that a block takes.
 struct BackPlace {
@@ -84,24 +44,6 @@ DEVICE BackPlace find_back_place(const int* slots, int adapters, int ranks_wide)
     return {};
 }
 
-// Calls store(row, column, value) for what a warp holds of 16 rows.
-template <int N, class Store>
-DEVICE void for_each_sum(const float (&sums)[1][N / 8][4], const Store& store) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int j = 0; j < N / 8; j++)
-#pragma unroll
-        for (int q = 0; q < 4; q++) store(lane / 4 + q / 2 * 8, j * 8 + lane % 4 * 2 + q % 2, sums[0][j][q]);
-}
-
-template <int N>
-DEVICE void clear_sums(float (&sums)[1][N / 8][4]) {
-#pragma unroll
-    for (int j = 0; j < N / 8; j++)
-#pragma unroll
-        for (int q = 0; q < 4; q++) sums[0][j][q] = 0.f;
-}
-
 // Tiles of tokens in a stretch: as many as 64 accumulators a thread allow.
 template <int N>
 constexpr int token_tiles = 128 / N;
@@ -113,12 +55,11 @@ DEVICE void lora_back(const T* __restrict__ dy, const T* __restrict__ b_hat, con
                       const int* __restrict__ slots, float* __restrict__ ds_partials, float* __restrict__ b_partials,
                       int tokens, int out_features, int adapters, int rank_leading, int rank_width,
                       long long b_elements) {
-    using Wide = SwizzledRows<side>;
     using Narrow = SwizzledRows<N>;
     DYNAMIC_SHARED(shared, 128);
     const BackPlace place = find_back_place(slots, adapters, N);
     if (place.first_rank >= place.rank_end) return;
-    unsigned char* s_tile = shared + back_stages * Wide::tile_bytes;
+    unsigned char* s_tile = shared + back_stages * WideRows::tile_bytes;
     unsigned char* b_tiles = s_tile + token_tiles<N> * Narrow::tile_bytes;
 
     const int first_token = blockIdx.x * token_tiles<N> * side;
@@ -126,28 +67,29 @@ DEVICE void lora_back(const T* __restrict__ dy, const T* __restrict__ b_hat, con
     const int out_tiles = (place.out_end - place.out_begin + side - 1) / side, total = out_tiles * live;
     const auto load = [&](int step) {
         const int out = place.out_begin + step / live * side, token = first_token + step % live * side;
-        Wide::load(shared + step % back_stages * Wide::tile_bytes, side, dy, out_features, token, tokens, out,
-                   place.out_end);
+        WideRows::load<side, back_threads>(shared + step % back_stages * WideRows::tile_bytes, dy, out_features, token, tokens,
+                                           out, place.out_end);
         // At most three tiles of outputs ahead, so that four buffers suffice.
         if (step % live == 0)
-            Narrow::load(b_tiles + step / live % back_stages * Narrow::tile_bytes, side, b_hat, rank_leading, out,
-                         place.out_end, place.first_rank, rank_leading);
+            Narrow::template load<side, back_threads>(b_tiles + step / live % back_stages * Narrow::tile_bytes, b_hat,
+                                                      rank_leading, out, place.out_end, place.first_rank, rank_leading);
     };
-    Narrow::load(s_tile, token_tiles<N> * side, s, rank_leading, first_token, tokens, place.first_rank, place.rank_end);
+    Narrow::template load<token_tiles<N> * side, back_threads>(s_tile, s, rank_leading, first_token, tokens, place.first_rank,
+                                                               place.rank_end);
 #pragma unroll
     for (int step = 0; step < back_stages - 1; step++) {
         if (step < total) load(step);
         cp_async_commit();
     }
 
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int warp = threadIdx.x / 32;
     // ds of every tile of tokens, or, in the other four warps, dB of the tile of outputs at hand in the first.
     float sums[token_tiles<N>][1][N / 8][4];
 #pragma unroll
-    for (int tile = 0; tile < token_tiles<N>; tile++) clear_sums<N>(sums[tile]);
+    for (int tile = 0; tile < token_tiles<N>; tile++) clear_sums(sums[tile]);
     int step = 0;
     for (int out_tile = 0; out_tile < out_tiles; out_tile++) {
-        if (warp >= 4) clear_sums<N>(sums[0]);
+        if (warp >= 4) clear_sums(sums[0]);
         const unsigned char* b_tile = b_tiles + out_tile % back_stages * Narrow::tile_bytes;
 #pragma unroll
         for (int tile = 0; tile < token_tiles<N>; tile++) {
@@ -156,33 +98,18 @@ DEVICE void lora_back(const T* __restrict__ dy, const T* __restrict__ b_hat, con
             __syncthreads();  // the tile has landed for everybody, and everybody is done with the one that is overwritten
             if (step + back_stages - 1 < total) load(step + back_stages - 1);
             cp_async_commit();
-            const unsigned char* dy_tile = shared + step % back_stages * Wide::tile_bytes;
-#pragma unroll
-            for (int k = 0; k < side; k += 16) {
-                uint32_t a[1][4], b[N / 8][2];
-                if (warp < 4) {
-                    ldmatrix_x4(a[0], dy_tile + Wide::offset(warp * 16 + lane % 16, k / lanes_wide + lane / 16));
-#pragma unroll
-                    for (int j = 0; j < N / 8; j += 2) Narrow::load_right(b[j], b[j + 1], b_tile, k, j * 8);
-                    mma_tile<T>(sums[tile], a, b);
-                } else {
-                    ldmatrix_x4_transposed(
-                        a[0], dy_tile + Wide::offset(k + lane / 16 * 8 + lane % 8, (warp - 4) * 2 + lane / 8 % 2));
-#pragma unroll
-                    for (int j = 0; j < N / 8; j += 2)
-                        Narrow::load_right(b[j], b[j + 1], s_tile, tile * side + k, j * 8);
-                    mma_tile<T>(sums[0], a, b);
-                }
-            }
+            const unsigned char* dy_tile = shared + step % back_stages * WideRows::tile_bytes;
+            if (warp < 4) multiply_rows<T, Narrow>(sums[tile], dy_tile, warp * 16, b_tile, 0);
+            else multiply_columns<T, Narrow>(sums[0], dy_tile, (warp - 4) * 16, s_tile + tile * Narrow::tile_bytes, 0);
             step++;
         }
         if (warp >= 4) {
             float* partial = b_partials + blockIdx.x * b_elements + place.b_start;
             const int first = place.out_begin + out_tile * side + (warp - 4) * 16, ranks = place.rank_end - place.rank_begin;
-            for_each_sum<N>(sums[0], [&](int row, int column, float value) {
+            for_each_sum(sums[0], [&](int row, int column, float value) {
                 const int out = first + row, rank = place.first_rank + column - place.rank_begin;
                 if (out < place.out_end && rank >= 0 && rank < ranks)
-                    partial[static_cast<long long>(out - place.first_out) * ranks + rank] = value;
+                    partial[(out - place.first_out) * ranks + rank] = value;
             });
         }
     }
@@ -191,7 +118,7 @@ DEVICE void lora_back(const T* __restrict__ dy, const T* __restrict__ b_hat, con
     float* partial = ds_partials + static_cast<long long>(blockIdx.y) * tokens * rank_width;
 #pragma unroll
     for (int tile = 0; tile < token_tiles<N>; tile++)
-        for_each_sum<N>(sums[tile], [&](int row, int column, float value) {
+        for_each_sum(sums[tile], [&](int row, int column, float value) {
             const int token = first_token + tile * side + warp * 16 + row;
             const int rank = place.first_rank + column - place.rank_begin;
             if (token < tokens && rank >= 0 && rank < place.rank_end - place.rank_begin)
@@ -214,10 +141,10 @@ EXPORT_LORA_BACK(lora_back_16, 16)
 EXPORT_LORA_BACK(lora_back_32, 32)
 EXPORT_LORA_BACK(lora_back_64, 64)
 
-// ds of one token and rank a thread. Grid: ceil(T · R / 256) blocks.
+// ds of one token and rank a thread, of partial sums over block_outputs outputs. Grid: ceil(T · R / 256) blocks.
 template <class T>
 DEVICE void lora_sum_ds(const float* __restrict__ partials, const int* __restrict__ slots, T* __restrict__ ds, int tokens,
-                        int adapters, int rank, int rank_leading, int rank_width) {
+                        int adapters, int rank, int rank_leading, int rank_width, int block_outputs) {
     const long long i = static_cast<long long>(blockIdx.x) * element_threads + threadIdx.x;
     if (i >= static_cast<long long>(tokens) * rank) return;
     const long long token = i / rank;
@@ -225,7 +152,7 @@ DEVICE void lora_sum_ds(const float* __restrict__ partials, const int* __restric
     int chunk = 0;
     for (int adapter = 0; adapter < adapters; adapter++) {
         const int* slot = slots + adapter * 4;
-        const int end = chunk + (slot[1] - slot[0] + back_outputs - 1) / back_outputs;
+        const int end = chunk + (slot[1] - slot[0] + block_outputs - 1) / block_outputs;
         if (column >= slot[2] && column < slot[3]) {
             float sum = 0.f;
             for (int at = chunk; at < end; at++) sum += partials[(at * static_cast<long long>(tokens) + token) * rank_width + column - slot[2]];
@@ -237,8 +164,8 @@ DEVICE void lora_sum_ds(const float* __restrict__ partials, const int* __restric
 }
 EXPORT_HALF_KERNELS(lora_sum_ds, element_threads,
                     (const float* partials, const int* slots, T* ds, int tokens, int adapters, int rank, int rank_leading,
-                     int rank_width),
-                    (partials, slots, ds, tokens, adapters, rank, rank_leading, rank_width))
+                     int rank_width, int block_outputs),
+                    (partials, slots, ds, tokens, adapters, rank, rank_leading, rank_width, block_outputs))
 
 // One element of the B matrices a thread, which stand one after the other in a stretch's partial sums. Grid:
 // ceil(elements / 256) blocks.

@@ -48,6 +48,8 @@ fn every_operation_is_right_and_timed_on_the_cpu() {
         "scatter_labelled",
         "linear",
         "linear backward",
+        "mlp",
+        "mlp backward",
         "attention",
         "attention backward",
         "attention over a cache",

@@ -13,7 +13,7 @@ struct Activation {
 
 struct Silu {
     static __device__ __forceinline__ Activation at(float g) {
-        const float s = 1.f / (1.f + exp_fast(-g));
+        const float s = reciprocal_fast(1.f + exp_fast(-g));
         return {g * s, s * (1.f + g * (1.f - s))};
     }
 };
@@ -25,3 +25,13 @@ struct GeluTanh {
         return {0.5f * g * (1.f + t), 0.5f * (1.f + t) + 0.5f * g * (1.f - t * t) * c * (1.f + 3.f * a * g * g)};
     }
 };
+
+// Turns g and u of act = f(g) · u into their gradients; returns act.
+template <class F>
+DEVICE float gated_gradient(float& g, float& u, float dact) {
+    const Activation activation = F::at(g);
+    const float act = activation.value * u;
+    g = dact * u * activation.slope;
+    u = dact * activation.value;
+    return act;
+}

@@ -50,6 +50,8 @@ pub struct OperationShapes {
     pub head_dim: usize,
     /// Every linear group.
     pub groups: Vec<GroupShape>,
+    /// Of them those of the MLPs: gate and up, and down.
+    pub mlps: Vec<[GroupShape; 2]>,
     /// Whether adapters' inputs pass through dropout.
     pub has_dropout: bool,
     /// Whether there is a backward.

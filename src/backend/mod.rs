@@ -29,7 +29,7 @@ pub use operands::{
     RmsNorm, Rotations, SelfAttention,
 };
 pub use weight::{MatrixWeight, VectorWeight, Weight};
-pub use work::{LinearShape, Work, attention_pairs};
+pub use work::{LinearGradients, LinearShape, Work, attention_pairs};
 
 use crate::batch::Batch;
 use crate::error::{Error, Result};

@@ -9,6 +9,14 @@ pub struct Work {
     pub bytes: f64,
 }
 
+impl std::ops::Add for Work {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self { flops: self.flops + other.flops, bytes: self.bytes + other.bytes }
+    }
+}
+
 /// A group of linears with adapters on some rows.
 #[derive(Clone, Copy, Debug)]
 pub struct LinearShape {
@@ -26,6 +34,24 @@ pub struct LinearShape {
     pub weight_bytes: usize,
 }
 
+/// Which gradients of a linear are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinearGradients {
+    /// Of every `A`.
+    pub a: bool,
+    /// Of every `B`, and `ds` on the way.
+    pub b: bool,
+    /// Of the input.
+    pub dx: bool,
+}
+
+impl LinearGradients {
+    /// Of the adapters, and of the input where it is wanted.
+    pub fn with_dx(dx: bool) -> Self {
+        Self { a: true, b: true, dx }
+    }
+}
+
 impl Work {
     /// `y = x · Wᵀ + s · Bᵀ`, `s = x · Aᵀ`, with activations of `element` bytes.
     pub fn of_linear(shape: LinearShape, element: usize) -> Self {
@@ -37,17 +63,19 @@ impl Work {
         }
     }
 
-    /// The gradients of `A` and `B`, f32, and, where it is wanted, `dx`.
-    pub fn of_linear_backward(shape: LinearShape, element: usize, with_dx: bool) -> Self {
+    /// The gradients of `A` and `B`, f32, and `dx`, or some of them.
+    pub fn of_linear_backward(shape: LinearShape, element: usize, wanted: LinearGradients) -> Self {
         let LinearShape { rows, inputs, outputs, rank, b_elements, weight_bytes } = shape;
-        let a_elements = rank * inputs;
-        let dx = if with_dx { inputs * outputs + a_elements } else { 0 };
-        // x and dy are read, s as well; dx is written; gradients are added to.
-        let activations = if with_dx { 2 * inputs } else { inputs } + outputs + rank;
-        let weight_bytes = if with_dx { weight_bytes } else { 0 };
+        let only = |wanted: bool, size: usize| if wanted { size } else { 0 };
+        let (a_elements, b_elements) = (only(wanted.a, rank * inputs), only(wanted.b, b_elements));
+        let dx = only(wanted.dx, inputs * (outputs + rank));
+        // x, dy and s or ds are read; dx is written; gradients are added to.
+        let activations = only(wanted.a, inputs) + only(wanted.b || wanted.dx, outputs) + rank;
+        let (dx_width, weight_bytes) = (only(wanted.dx, inputs), only(wanted.dx, weight_bytes));
+        let gradients = 8 * (a_elements + b_elements);
         Self {
             flops: 2.0 * rows as f64 * (dx + a_elements + 2 * b_elements) as f64,
-            bytes: (weight_bytes + element * rows * activations + 8 * (a_elements + b_elements)) as f64,
+            bytes: (weight_bytes + element * rows * (activations + dx_width) + gradients) as f64,
         }
     }
 
@@ -80,6 +108,19 @@ impl Work {
     pub fn of_gated(elements: usize, element: usize, is_backward: bool) -> Self {
         let (passes, flops) = if is_backward { (5, 12) } else { (3, 6) };
         Self { flops: (flops * elements) as f64, bytes: (passes * elements * element) as f64 }
+    }
+
+    /// The way back through the gates of `rows` rows of `width`, with what the adapters take from it: `ds` and the gradients
+    /// of the `B`s of gate and up, whose ranks are `ranks[0]` together, and that of the `A` of down, of rank `ranks[1]`.
+    pub fn of_mlp_middle_backward(rows: usize, width: usize, ranks: [usize; 2], element: usize) -> Self {
+        let [gate_up, down] = ranks;
+        let gates = Self::of_gated(rows * width, element, true);
+        // s and ds of gate and up, ds of down.
+        let narrow = element * rows * (2 * gate_up + down);
+        Self {
+            flops: gates.flops + 2.0 * (rows * width) as f64 * (2 * gate_up + down) as f64,
+            bytes: gates.bytes + (narrow + 8 * width * (gate_up + down)) as f64,
+        }
     }
 
     /// Rows that are read or written, `elements` in all.

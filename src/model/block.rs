@@ -23,8 +23,9 @@ use super::lora::AdaptedLinear;
 use super::weights::NormWeight;
 use super::whole::BlockNorm;
 use crate::backend::{
-    Activation, Attention, AttentionGradients, AttentionResults, Backend, KvCache, LinearGroup, LinearInput, Mlp,
-    MlpGradient, MlpReach, MlpSaved, Projection, RmsNorm, Rotations, SelfAttention, VectorWeight, Weight,
+    Activation, Attention, AttentionGradients, AttentionResults, Backend, KvCache, LinearGroup, LinearInput,
+    Mlp, MlpGradient, MlpReach, MlpSaved, Projection, RmsNorm, Rotations, SelfAttention, VectorWeight,
+    Weight,
 };
 use crate::checkpoint::base::BaseModel;
 use crate::error::Result;
@@ -33,8 +34,8 @@ use crate::tensor::WeightTensor;
 /// Places of the four linear groups within a block, in the order of the forward.
 const QKV: usize = 0;
 const OUTPUT: usize = 1;
-const GATE_UP: usize = 2;
-const DOWN: usize = 3;
+pub(super) const GATE_UP: usize = 2;
+pub(super) const DOWN: usize = 3;
 
 /// Weights of one block, and which of its linears have adapters.
 pub(super) struct Block<B: Backend> {

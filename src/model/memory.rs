@@ -4,7 +4,7 @@ use std::fmt;
 
 use indicatif::HumanBytes;
 
-use super::block::BlockShape;
+use super::block::{BlockShape, DOWN, GATE_UP};
 use super::config::{GROUP_COUNT, ModelConfig};
 use super::layout::AdapterLayout;
 use super::lora::{AdaptedLinear, LoraConfig, adapted_linears, layer_groups};
@@ -177,6 +177,11 @@ impl ModelShape {
             key_value_heads: self.block.key_value_heads,
             head_dim: self.block.head_dim,
             groups: self.groups.clone(),
+            mlps: self
+                .groups
+                .chunks(GROUP_COUNT)
+                .map(|of_layer| [of_layer[GATE_UP].clone(), of_layer[DOWN].clone()])
+                .collect(),
             has_dropout,
             is_training: purpose == Purpose::Training,
         }

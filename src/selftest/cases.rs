@@ -1,6 +1,6 @@
 //! The one table of cases: small awkward shapes for every backend, and the shapes of real models.
 
-use super::operations::{AttentionCase, CachedCase, Case, LinearCase};
+use super::operations::{AttentionCase, CachedCase, Case, LinearCase, MlpCase};
 use crate::backend::Activation;
 
 /// How much a backend is asked to do.
@@ -34,6 +34,11 @@ const QUICK: &[Case] = &[
     }),
     linear(&[65], 1536, [(264, 256), (0, 0), (0, 0)]),
     linear(&[520], 64, [(64, 16), (0, 0), (0, 0)]),
+    mlp(&[1], 64, 72, [1, 1, 1]),
+    Case::Mlp(MlpCase { dropout: 0.3, ..plain_mlp(&[100, 1, 29], 64, 200, [16, 3, 8]) }),
+    Case::Mlp(MlpCase { activation: Activation::GeluTanh, ..plain_mlp(&[70], 136, 264, [0, 33, 20]) }),
+    // More ranks than CUDA's fused kernels hold.
+    mlp(&[40], 64, 72, [80, 4, 0]),
     attention(&[1], [1, 1, 64]),
     attention(&[70, 3, 49], [4, 2, 64]),
     Case::Attention(AttentionCase { window: Some(5), ..AttentionCase::plain(&[66, 64], [3, 3, 80]) }),
@@ -68,6 +73,14 @@ const LARGE: &[Case] = &[
 
 const fn linear(lengths: &'static [usize], in_features: usize, projections: [(usize, usize); 3]) -> Case {
     Case::Linear(LinearCase { lengths, in_features, projections, bias: false, dropout: 0.0 })
+}
+
+const fn plain_mlp(lengths: &'static [usize], hidden: usize, width: usize, ranks: [usize; 3]) -> MlpCase {
+    MlpCase { lengths, hidden, width, ranks, activation: Activation::Silu, dropout: 0.0 }
+}
+
+const fn mlp(lengths: &'static [usize], hidden: usize, width: usize, ranks: [usize; 3]) -> Case {
+    Case::Mlp(plain_mlp(lengths, hidden, width, ranks))
 }
 
 const fn attention(lengths: &'static [usize], heads: [usize; 3]) -> Case {
@@ -152,6 +165,7 @@ impl ModelShape {
             Case::Rows { lengths, width: hidden, vocabulary },
             Case::RmsNorm { rows: tokens, width: hidden },
             Case::Gated { activation: Activation::Silu, rows: tokens, width: intermediate },
+            mlp(lengths, hidden, intermediate, [rank; 3]),
             attention(lengths, heads),
             Case::Cached(CachedCase { position: tokens - 1, rows: 1, heads }),
             Case::Head { tokens, vocabulary, width: hidden, soft_cap: None },

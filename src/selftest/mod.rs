@@ -29,7 +29,7 @@ pub use inputs::values;
 pub use measure::{
     Measurable, MultiplyAddChains, ROTATED_BYTES, Rates, copies_of, seconds_of_passes, seconds_of_run,
 };
-pub use operations::{AttentionCase, CachedCase, Case, LinearCase, Operation, Prepared, Work};
+pub use operations::{AttentionCase, CachedCase, Case, LinearCase, MlpCase, Operation, Prepared, Work};
 pub use precision::{Precision, Tolerance, rounding_unit, underflow};
 
 use crate::dtype::DType;

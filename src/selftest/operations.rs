@@ -3,12 +3,14 @@
 mod attention;
 mod head;
 mod linear;
+mod mlp;
 mod optimizer;
 mod rows;
 
 pub use attention::{AttentionCase, CachedCase};
 pub use linear::LinearCase;
 pub(super) use linear::large_product;
+pub use mlp::MlpCase;
 
 use super::comparison::Outcome;
 use super::precision::Precision;
@@ -128,6 +130,8 @@ pub enum Case {
     },
     /// A linear group with adapters, forward and backward.
     Linear(LinearCase),
+    /// A gated MLP, forward and backward.
+    Mlp(MlpCase),
     /// Attention over packed samples, forward and backward.
     Attention(AttentionCase),
     /// Attention of new rows over a cache.
@@ -158,6 +162,7 @@ impl Case {
             Case::Gated { activation, rows, width } => rows::gated(precision, activation, rows, width),
             Case::Rows { lengths, width, vocabulary } => rows::moves(precision, lengths, width, vocabulary),
             Case::Linear(case) => linear::operations(precision, case),
+            Case::Mlp(case) => mlp::operations(precision, case),
             Case::Attention(case) => attention::operations(precision, case),
             Case::Cached(case) => attention::cached(precision, case),
             Case::Head { tokens, vocabulary, width, soft_cap } => {
@@ -195,6 +200,16 @@ fn read_floats<B: Backend>(backend: &B, floats: &B::Floats, elements: usize) -> 
     let mut values = vec![0.0; elements];
     backend.read_floats(floats, &mut values)?;
     Ok(values)
+}
+
+/// A group's `s [T, R]` without what stands between its rows.
+fn read_s<B: Backend>(backend: &B, s: &B::Buffer, rows: usize, ranks: usize) -> Result<Vec<f32>> {
+    if ranks == 0 {
+        return Ok(Vec::new());
+    }
+    let stride = backend.low_rank_stride(ranks);
+    let padded = read(backend, s, rows * stride)?;
+    Ok(padded.chunks(stride).flat_map(|row| &row[..ranks]).copied().collect())
 }
 
 /// A batch on the backend.

@@ -106,6 +106,9 @@ pub fn run<B: Backend>(backend: &B, record: &mut Record) {
             check(backend, record, Case { ranks, activation, dropout, has_residual: present % 3 == 0 });
         }
     }
+    // More ranks than CUDA's fused kernels hold.
+    let (activation, dropout) = (Activation::Silu, None);
+    check(backend, record, Case { ranks: [2, 70, 3], activation, dropout, has_residual: true });
 }
 
 fn check<B: Backend>(backend: &B, record: &mut Record, case: Case) {

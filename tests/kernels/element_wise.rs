@@ -3,46 +3,8 @@
 use fastlora::backend::EmbeddingNoise;
 use fastlora::device::Argument;
 
+use crate::activation::Activation;
 use crate::harness::*;
-
-#[derive(Clone, Copy, PartialEq)]
-enum Activation {
-    Silu,
-    GeluTanh,
-}
-
-impl Activation {
-    fn kernel(self) -> &'static str {
-        match self {
-            Activation::Silu => "gated_silu",
-            Activation::GeluTanh => "gated_gelu",
-        }
-    }
-
-    /// f(g), f'(g), and the magnitudes of what they are sums of: 1 − σ and 1 + t lose their relative precision where they
-    /// are small.
-    fn at(self, g: f64) -> ([f64; 2], [f64; 2]) {
-        match self {
-            Activation::Silu => {
-                let s = 1.0 / (1.0 + (-g).exp());
-                ([g * s, s * (1.0 + g * (1.0 - s))], [(g * s).abs(), s * (1.0 + g.abs())])
-            }
-            Activation::GeluTanh => {
-                let (c, a) = ((2.0 / std::f64::consts::PI).sqrt(), 0.044715);
-                let t = (c * (g + a * g.powi(3))).tanh();
-                let slope = c * (1.0 + 3.0 * a * g * g) * 0.5;
-                let value = [0.5 * g * (1.0 + t), 0.5 * (1.0 + t) + g * (1.0 - t * t) * slope];
-                (value, [g.abs(), 1.0 + 2.0 * (g * slope).abs()])
-            }
-        }
-    }
-
-    /// f32 error relative to those magnitudes: the exponent's argument is rounded, so e^x errs by up to |x| roundings, and
-    /// the special-function unit adds 2 ulp; a tanh errs by a few ulp and by its argument's rounding, times at most 1.
-    fn error(self, g: f64) -> f64 {
-        F32_ROUNDOFF * (2.0 * g.abs() + 12.0)
-    }
-}
 
 /// (rows, width): one vector, several blocks, a ragged last block.
 const SHAPES: [(usize, usize); 3] = [(1, 8), (5, 104), (33, 256)];
@@ -73,15 +35,8 @@ fn gated(half: Half, activation: Activation, rows: usize, width: usize) {
         for column in 0..width {
             let (g_place, u_place) = (row * 2 * width + column, row * 2 * width + width + column);
             let (g, u, d) = (gate_up[g_place], gate_up[u_place], dact[row * width + column]);
-            let ([value, slope], [value_magnitude, slope_magnitude]) = activation.at(g);
-            let expect = |value: f64, magnitude: f64| {
-                let error = activation.error(g) * magnitude.abs();
-                let rounding = half.unit_roundoff() * (value.abs() + error) + half.underflow();
-                Expected { value, tolerance: error + rounding }
-            };
-            act.push(expect(value * u, value_magnitude * u));
-            gradient[g_place] = expect(d * u * slope, d * u * slope_magnitude);
-            gradient[u_place] = expect(d * value, d * value_magnitude);
+            act.push(activation.act(half, g, u));
+            [gradient[g_place], gradient[u_place]] = activation.gradient(half, g, u, d);
         }
     }
     assert_close(&name, width, &half.decode_all(&outputs[..rows * width]), &act);

@@ -5,6 +5,7 @@
 //! the length of the sums allow: roundings to the half type, and f32 additions against the sum of the terms' magnitudes.
 #![cfg(feature = "emulator")]
 
+mod activation;
 mod adamw;
 mod attention;
 mod attention_cached;
@@ -18,5 +19,6 @@ mod linear_fused;
 mod lora;
 mod lora_back;
 mod lora_group;
+mod mlp_back;
 mod norms;
 mod rope;

@@ -29,8 +29,8 @@ pub use memory::AlignedFloats;
 pub use weights::CpuMatrix;
 
 use crate::backend::{
-    Activation, AdamWStep, Attention, Backend, Embedding, Head, KvCache, LinearGroup, LinearInput,
-    OptimizerState, PassSettings, Projection, RmsNorm, Work,
+    Activation, AdamWStep, Attention, Backend, Embedding, Head, KvCache, LinearGradients, LinearGroup,
+    LinearInput, OptimizerState, PassSettings, Projection, RmsNorm, Work,
 };
 use crate::batch::Batch;
 use crate::error::{Error, Result};
@@ -296,7 +296,8 @@ impl Backend for CpuBackend {
         dx: Option<&mut Self::Buffer>,
     ) -> Result<()> {
         let shape = || group.shape(input.rows, group.weight.bytes());
-        let _range = range!("linear backward"; Work::of_linear_backward(shape(), FLOAT_BYTES, dx.is_some()));
+        let wanted = LinearGradients::with_dx(dx.is_some());
+        let _range = range!("linear backward"; Work::of_linear_backward(shape(), FLOAT_BYTES, wanted));
         self.linear_gradient(group, adapters, input, s, dy, gradients, dx.map(|dx| &mut dx[..]))
     }
 

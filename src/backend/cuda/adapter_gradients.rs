@@ -3,7 +3,7 @@
 use super::CudaBackend;
 use super::launch::{Shape, int};
 use super::linear::{Adapters, ELEMENT_THREADS, Sizes, lora_shape};
-use super::memory::{CudaBuffer, CudaFloats, FLOAT_BYTES, Growing, HALF_BYTES, Region};
+use super::memory::{CudaFloats, FLOAT_BYTES, Growing, HALF_BYTES};
 use super::weights::WIDTH_MULTIPLE;
 use crate::backend::AdapterShape;
 use crate::device::{Argument, Device};
@@ -18,7 +18,7 @@ const STAGES: usize = 4;
 const RANKS_TIMES_TOKENS: usize = 128 * SIDE;
 
 /// Blocks of a product over tokens: enough for every GPU, whatever its size, so that sums do not depend on it.
-const GRADIENT_BLOCKS: usize = 512;
+pub(super) const GRADIENT_BLOCKS: usize = 512;
 /// Tokens of one stretch at least.
 const STRETCH_TOKENS: usize = 256;
 
@@ -101,89 +101,109 @@ impl BackPass {
     }
 }
 
-/// What the gradients of a group are computed from.
-pub(super) struct GradientInputs<'a, D: Device> {
-    /// The adapters, and the call's sizes.
-    pub adapters: &'a Adapters<D>,
-    pub sizes: Sizes,
-    /// `dy [T, O]`.
-    pub dy: Argument,
-    /// `s [T, R̄]`.
-    pub s: &'a CudaBuffer<D>,
-    /// `x̃ [T, I]`: what the adapters read.
-    pub x: Argument,
-    /// `ds [T, R̄]`, written.
-    pub ds: Argument,
+/// Partial sums of `ds` and `dB`, and how they are to be added.
+pub(super) struct BackSums {
+    pub ds_partials: Argument,
+    pub b_partials: Argument,
+    /// Outputs that a partial sum of `ds` covers.
+    pub block_outputs: usize,
+    /// Elements from one row of them to the next.
+    pub rank_width: usize,
+    /// Partial sums of `dB`.
+    pub stretches: usize,
+    /// Elements of all `B`.
+    pub b_elements: usize,
 }
 
 impl<D: Device> CudaBackend<D> {
-    /// Writes `ds = dy · B̂` and adds `dA = dsᵀ · x̃` and `dB = scale · dyᵀ · s`.
-    pub(super) fn adapter_gradients(
+    /// Writes `ds = dy · B̂ [T, R̄]` and adds `dB = scale · dyᵀ · s`, given `dy [T, O]` and `s [T, R̄]`.
+    pub(super) fn back_pass(
         &self,
-        inputs: &GradientInputs<'_, D>,
+        adapters: &Adapters<D>,
+        sizes: Sizes,
+        [dy, s, ds]: [Argument; 3],
         gradients: &CudaFloats<D>,
         partials: &mut Growing<D>,
     ) -> Result<()> {
-        let bytes = partial_bytes(&inputs.adapters.shapes, inputs.sizes.inputs, inputs.sizes.tokens);
-        let partials = partials.reserve(self.device(), bytes)?;
-        self.back_pass(inputs, gradients, partials)?;
-        self.a_gradient(inputs, gradients, partials)
-    }
-
-    fn back_pass(
-        &self,
-        inputs: &GradientInputs<'_, D>,
-        gradients: &CudaFloats<D>,
-        partials: &Region<D>,
-    ) -> Result<()> {
-        let GradientInputs { adapters, sizes, .. } = inputs;
-        let Sizes { tokens, outputs, rank, leading, .. } = *sizes;
+        let Sizes { tokens, outputs, leading, .. } = sizes;
         let pass = BackPass::new(&adapters.shapes, tokens);
-        let ds_partials = partials.first(pass.ds_bytes())?;
-        let b_partials = partials.at(pass.ds_bytes(), pass.b_bytes())?;
-        let [slots, b_offsets, scales] = adapters.tables()?;
-        let (count, width) = (int(adapters.shapes.len())?, int(pass.rank_width)?);
-        let b_elements = Argument::I64(pass.b_elements as i64);
-        let mut arguments = vec![inputs.dy, adapters.b_hat.first(outputs * leading)?];
-        arguments.extend([inputs.s.first(tokens * leading)?, slots, ds_partials, b_partials]);
-        arguments.extend([int(tokens)?, int(outputs)?, count, int(leading)?, width, b_elements]);
+        let partials = partials.reserve(self.device(), pass.bytes())?;
+        let sums = BackSums {
+            ds_partials: partials.first(pass.ds_bytes())?,
+            b_partials: partials.at(pass.ds_bytes(), pass.b_bytes())?,
+            block_outputs: BLOCK_OUTPUTS,
+            rank_width: pass.rank_width,
+            stretches: pass.stretches,
+            b_elements: pass.b_elements,
+        };
+        let [slots, ..] = adapters.tables()?;
+        let mut arguments = vec![dy, adapters.b_hat.first(outputs * leading)?, s, slots];
+        arguments.extend([sums.ds_partials, sums.b_partials, int(tokens)?, int(outputs)?]);
+        arguments.extend([int(adapters.shapes.len())?, int(leading)?, int(pass.rank_width)?]);
+        arguments.push(Argument::I64(pass.b_elements as i64));
         let kernel = format!("lora_back_{}", pass.block_ranks);
         // SAFETY: dy [T, O], B̂ [O, R̄], s [T, R̄]; the partial sums are as large as the pass says.
         unsafe { self.kernels.launch_half(&kernel, pass.shape(), &arguments)? };
+        self.add_back_sums(adapters, sizes, &sums, ds, gradients)
+    }
 
-        let arguments =
-            [ds_partials, slots, inputs.ds, int(tokens)?, count, int(rank)?, int(leading)?, width];
+    /// Writes `ds [T, R̄]` and adds `dB`, of their partial sums.
+    pub(super) fn add_back_sums(
+        &self,
+        adapters: &Adapters<D>,
+        Sizes { tokens, rank, leading, .. }: Sizes,
+        sums: &BackSums,
+        ds: Argument,
+        gradients: &CudaFloats<D>,
+    ) -> Result<()> {
+        let [slots, b_offsets, scales] = adapters.tables()?;
+        let count = int(adapters.shapes.len())?;
+        let mut arguments = vec![sums.ds_partials, slots, ds, int(tokens)?, count];
+        arguments.extend([int(rank)?, int(leading)?, int(sums.rank_width)?, int(sums.block_outputs)?]);
         let shape = Shape::blocks((tokens * rank).div_ceil(ELEMENT_THREADS), ELEMENT_THREADS as u32);
-        // SAFETY: ds [T, R̄].
+        // SAFETY: ds [T, R̄]; the partial sums are as large as `sums` says.
         unsafe { self.kernels.launch_half("lora_sum_ds", shape, &arguments)? };
 
         let target = gradients.first(gradients.elements())?;
-        let arguments =
-            [b_partials, slots, b_offsets, scales, target, int(pass.stretches)?, count, b_elements];
-        let shape = Shape::blocks(pass.b_elements.div_ceil(ELEMENT_THREADS), ELEMENT_THREADS as u32);
+        let (stretches, elements) = (int(sums.stretches)?, Argument::I64(sums.b_elements as i64));
+        let arguments = [sums.b_partials, slots, b_offsets, scales, target, stretches, count, elements];
+        let shape = Shape::blocks(sums.b_elements.div_ceil(ELEMENT_THREADS), ELEMENT_THREADS as u32);
         // SAFETY: the layout places every B inside the flat buffer.
         unsafe { self.kernels.launch("lora_add_b_gradient", shape, &arguments) }
     }
 
-    fn a_gradient(
+    /// Adds `dA = dsᵀ · x̃`, given `ds [T, R̄]` and `x̃ [T, I]`.
+    pub(super) fn a_gradient(
         &self,
-        inputs: &GradientInputs<'_, D>,
+        adapters: &Adapters<D>,
+        Sizes { tokens, inputs: width, rank, leading, .. }: Sizes,
+        [ds, x]: [Argument; 2],
         gradients: &CudaFloats<D>,
-        partials: &Region<D>,
+        partials: &mut Growing<D>,
     ) -> Result<()> {
-        let GradientInputs { adapters, sizes, .. } = inputs;
-        let Sizes { tokens, inputs: width, rank, leading, .. } = *sizes;
         let stretches = stretch_count(rank, width, tokens);
-        let elements = rank * width;
-        let partials = partials.first(stretches * elements * FLOAT_BYTES)?;
-        let mut arguments = vec![inputs.ds, inputs.x, partials];
+        let bytes = stretches * rank * width * FLOAT_BYTES;
+        let partials = partials.reserve(self.device(), bytes)?.first(bytes)?;
+        let mut arguments = vec![ds, x, partials];
         arguments.extend([int(tokens)?, int(rank)?, int(width)?, int(leading)?, int(width)?]);
         // SAFETY: ds [T, R̄] and x̃ [T, I].
         unsafe { self.kernels.launch_half("lora_gradient", lora_shape(rank, width, stretches), &arguments)? };
+        self.add_a_sums(adapters, rank * width, partials, stretches, gradients)
+    }
+
+    /// Adds the `elements` of `dA` of their partial sums.
+    pub(super) fn add_a_sums(
+        &self,
+        adapters: &Adapters<D>,
+        elements: usize,
+        partials: Argument,
+        stretches: usize,
+        gradients: &CudaFloats<D>,
+    ) -> Result<()> {
         let target = gradients.at(adapters.a_offset, elements)?;
         let arguments = [partials, target, int(stretches)?, Argument::I64(elements as i64)];
         let shape = Shape::blocks(elements.div_ceil(ELEMENT_THREADS), ELEMENT_THREADS as u32);
-        // SAFETY: the target holds A's gradient.
+        // SAFETY: the target holds A's gradient, and there are as many partial sums of it.
         unsafe { self.kernels.launch("lora_add_a_gradient", shape, &arguments) }
     }
 }

@@ -4,6 +4,7 @@ use super::adapter_gradients::partial_bytes;
 use super::head::chunk_rows;
 use super::linear::rank_leading;
 use super::memory::{FLOAT_BYTES, HALF_BYTES, Region};
+use super::mlp::MiddlePass;
 use super::recordings::bucket_of;
 use super::{CudaBackend, Scratch, lock};
 use crate::backend::{Footprint, GroupShape, OperationShapes};
@@ -44,7 +45,12 @@ impl ScratchSizes {
         let dropped = largest(&|group| {
             if group.adapters.is_empty() { 0 } else { tokens * group.in_features * HALF_BYTES }
         });
-        let partials = largest(&|group| partial_bytes(&group.adapters, group.in_features, tokens));
+        let of_middle = |[gate_up, down]: &[GroupShape; 2]| {
+            let pass = MiddlePass::new(&gate_up.adapters, &down.adapters, down.in_features, tokens);
+            pass.map_or(0, |pass| pass.bytes())
+        };
+        let partials = largest(&|group| partial_bytes(&group.adapters, group.in_features, tokens))
+            .max(shapes.mlps.iter().map(of_middle).max().unwrap_or(0));
         let only = |wanted: bool, size: usize| if wanted { size } else { 0 };
         Self {
             dropped: only(shapes.has_dropout && shapes.is_training, dropped),

@@ -1,6 +1,5 @@
 //! Linear groups with adapters (linear.cu, lora.cu).
 
-use super::adapter_gradients::GradientInputs;
 use super::launch::{NULL, Shape, int};
 use super::memory::{CudaBuffer, CudaFloats, FLOAT_BYTES, HALF_BYTES, Region};
 use super::products::{BackwardProduct, ForwardProduct, NO_MASK};
@@ -26,7 +25,7 @@ pub(super) fn lora_shape(rows: usize, columns: usize, stretches: usize) -> Shape
 
 /// What the adapters of a group need on the device.
 pub struct CudaGroup<D: Device> {
-    adapters: Option<Adapters<D>>,
+    pub(super) adapters: Option<Adapters<D>>,
 }
 
 pub(super) struct Adapters<D: Device> {
@@ -68,7 +67,7 @@ pub(super) struct Sizes {
 }
 
 impl Sizes {
-    fn of<D: Device>(group: &LinearGroup<CudaBackend<D>>, tokens: usize) -> Self {
+    pub fn of<D: Device>(group: &LinearGroup<CudaBackend<D>>, tokens: usize) -> Self {
         let rank = group.total_rank();
         Self {
             tokens,
@@ -93,7 +92,7 @@ pub(super) fn upload<D: Device, T: bytemuck::NoUninit>(device: &D, values: &[T])
 }
 
 /// Positions, samples, seed, epoch, input, threshold and factor: `DropoutMask` in philox.h.
-fn mask_arguments<D: Device>(batch: &CudaBatch<D>, input_index: u32) -> Result<[Argument; 8]> {
+pub(super) fn mask_arguments<D: Device>(batch: &CudaBatch<D>, input_index: u32) -> Result<[Argument; 8]> {
     let Some(given) = batch.dropout else { return Ok(NO_MASK) };
     let probability = f64::from(given.probability);
     Ok([
@@ -254,27 +253,76 @@ impl<D: Device> CudaBackend<D> {
         gradients: &CudaFloats<D>,
         dx: Option<&CudaBuffer<D>>,
     ) -> Result<()> {
-        let sizes @ Sizes { tokens, inputs, outputs, rank, leading } = Sizes::of(group, input.rows);
-        let dy = dy.first(tokens * outputs)?;
         let mut scratch = super::lock(&self.scratch);
-        let (mut ds, mut a) = (NULL, NULL);
-        if let Some(adapters) = &group.prepared.adapters {
-            let bytes = tokens * leading * HALF_BYTES;
-            ds = scratch.ds.reserve(self.device(), bytes)?.first(bytes)?;
-            a = self.half_copy(parameters)?.at(adapters.a_offset, rank * inputs)?;
-            let x = self.adapter_input(group, &input, &mut scratch)?;
-            let inputs = GradientInputs { adapters, sizes, dy, s, x, ds };
-            self.adapter_gradients(&inputs, gradients, &mut scratch.partials)?;
+        let ds = self.output_gradient(group, input.rows, s, dy, gradients, &mut scratch)?;
+        self.adapter_input_gradient(group, &input, ds, gradients, &mut scratch)?;
+        match dx {
+            Some(dx) => self.input_gradient(group, parameters, input.rows, input.batch, [dy, dx], ds),
+            None => Ok(()),
         }
-        let Some(dx) = dx else { return Ok(()) };
+    }
+
+    /// `ds [T, R̄]`, which it writes, and adds the gradients of every `B`; NULL without adapters.
+    pub(super) fn output_gradient(
+        &self,
+        group: &LinearGroup<Self>,
+        rows: usize,
+        s: &CudaBuffer<D>,
+        dy: &CudaBuffer<D>,
+        gradients: &CudaFloats<D>,
+        scratch: &mut Scratch<D>,
+    ) -> Result<Argument> {
+        let Some(adapters) = &group.prepared.adapters else { return Ok(NULL) };
+        let sizes @ Sizes { tokens, outputs, leading, .. } = Sizes::of(group, rows);
+        let ds = self.ds_scratch(tokens * leading, scratch)?;
+        let inputs = [dy.first(tokens * outputs)?, s.first(tokens * leading)?, ds];
+        self.back_pass(adapters, sizes, inputs, gradients, &mut scratch.partials)?;
+        Ok(ds)
+    }
+
+    /// Room for `elements` of `ds`.
+    pub(super) fn ds_scratch(&self, elements: usize, scratch: &mut Scratch<D>) -> Result<Argument> {
+        let bytes = elements * HALF_BYTES;
+        scratch.ds.reserve(self.device(), bytes)?.first(bytes)
+    }
+
+    /// Adds the gradients of every `A`, given `ds [T, R̄]`.
+    pub(super) fn adapter_input_gradient(
+        &self,
+        group: &LinearGroup<Self>,
+        input: &LinearInput<'_, Self>,
+        ds: Argument,
+        gradients: &CudaFloats<D>,
+        scratch: &mut Scratch<D>,
+    ) -> Result<()> {
+        let Some(adapters) = &group.prepared.adapters else { return Ok(()) };
+        let x = self.adapter_input(group, input, scratch)?;
+        self.a_gradient(adapters, Sizes::of(group, input.rows), [ds, x], gradients, &mut scratch.partials)
+    }
+
+    /// `dx = dy · W + mask ∘ (ds · A)`, given `ds [T, R̄]`.
+    pub(super) fn input_gradient(
+        &self,
+        group: &LinearGroup<Self>,
+        parameters: &CudaFloats<D>,
+        rows: usize,
+        batch: &CudaBatch<D>,
+        [dy, dx]: [&CudaBuffer<D>; 2],
+        ds: Argument,
+    ) -> Result<()> {
+        let sizes @ Sizes { tokens, inputs, outputs, rank, .. } = Sizes::of(group, rows);
+        let a = match &group.prepared.adapters {
+            Some(adapters) => self.half_copy(parameters)?.at(adapters.a_offset, rank * inputs)?,
+            None => NULL,
+        };
         let product = BackwardProduct {
-            dy,
+            dy: dy.first(tokens * outputs)?,
             weight: group.weight.shaped(outputs, inputs)?,
             ds,
             a,
             dx: dx.first(tokens * inputs)?,
             sizes,
-            mask: mask_arguments(input.batch, group.input_index)?,
+            mask: mask_arguments(batch, group.input_index)?,
         };
         // SAFETY: every stretch was asked for by its shape.
         unsafe { self.kernels.linear_backward_input(&product) }

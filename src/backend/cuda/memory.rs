@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
+use super::CudaBackend;
 use crate::device::{Argument, Device, Memory};
 use crate::error::{Error, Result};
 
@@ -170,6 +171,22 @@ impl<D: Device> CudaFloats<D> {
     /// Values that fit.
     pub(super) fn elements(&self) -> usize {
         self.region.bytes() / FLOAT_BYTES
+    }
+}
+
+impl<D: Device> CudaBackend<D> {
+    pub(super) fn zero(&self, buffer: &CudaBuffer<D>, elements: usize) -> Result<()> {
+        buffer.region.zero(self.device(), elements * HALF_BYTES)
+    }
+
+    /// The first `into.len()` elements of the compute type, as f32.
+    pub(super) fn download_halves(&self, region: &Region<D>, into: &mut [f32]) -> Result<()> {
+        let mut bytes = vec![0; into.len() * HALF_BYTES];
+        region.download(self.device(), &mut bytes)?;
+        for (value, bytes) in into.iter_mut().zip(bytes.chunks_exact(HALF_BYTES)) {
+            *value = self.compute().decode([bytes[0], bytes[1]]);
+        }
+        Ok(())
     }
 }
 

@@ -13,6 +13,7 @@ mod head;
 mod launch;
 mod linear;
 mod memory;
+mod mlp;
 mod optimizer;
 mod products;
 mod recordings;
@@ -32,8 +33,8 @@ pub use recordings::CudaRecordings;
 
 use crate::backend::{
     Activation, AdamWStep, Attention, AttentionGradients, AttentionResults, Backend, Embedding, Features,
-    Head, KvCache, LinearGroup, LinearInput, OptimizerState, PassSettings, Projection, RmsNorm,
-    SelfAttention, Work,
+    Head, KvCache, LinearGradients, LinearGroup, LinearInput, Mlp, MlpGradient, MlpSaved, OptimizerState,
+    PassSettings, Projection, RmsNorm, SelfAttention, Work,
 };
 use crate::batch::Batch;
 use crate::device::Device;
@@ -132,20 +133,6 @@ impl<D: Device> CudaBackend<D> {
 
     fn is_profiled(&self) -> bool {
         self.is_profiled.load(Ordering::Relaxed)
-    }
-
-    fn zero(&self, buffer: &CudaBuffer<D>, elements: usize) -> Result<()> {
-        buffer.region.zero(self.device(), elements * HALF_BYTES)
-    }
-
-    /// The first `into.len()` elements of the compute type, as f32.
-    fn download_halves(&self, region: &Region<D>, into: &mut [f32]) -> Result<()> {
-        let mut bytes = vec![0; into.len() * HALF_BYTES];
-        region.download(self.device(), &mut bytes)?;
-        for (value, bytes) in into.iter_mut().zip(bytes.chunks_exact(HALF_BYTES)) {
-            *value = self.compute().decode([bytes[0], bytes[1]]);
-        }
-        Ok(())
     }
 }
 
@@ -350,7 +337,8 @@ impl<D: Device> Backend for CudaBackend<D> {
         dx: Option<&mut Self::Buffer>,
     ) -> Result<()> {
         let shape = || group.shape(input.rows, group.weight.bytes());
-        let _range = range!("linear backward"; Work::of_linear_backward(shape(), HALF_BYTES, dx.is_some()));
+        let wanted = LinearGradients::with_dx(dx.is_some());
+        let _range = range!("linear backward"; Work::of_linear_backward(shape(), HALF_BYTES, wanted));
         self.linear_gradient(group, adapters, input, s, dy, gradients, dx.map(|dx| &*dx))
     }
 
@@ -437,6 +425,18 @@ impl<D: Device> Backend for CudaBackend<D> {
     ) -> Result<()> {
         let _range = range!("gated backward"; Work::of_gated(rows * width, HALF_BYTES, true));
         self.gated_gradient(activation, rows, width, dact, gate_up)
+    }
+
+    fn mlp_backward(
+        &self,
+        mlp: Mlp<'_, Self>,
+        adapters: &Self::Floats,
+        input: LinearInput<'_, Self>,
+        saved: MlpSaved<'_, Self>,
+        gradient: MlpGradient<'_, Self>,
+        gradients: &mut Self::Floats,
+    ) -> Result<()> {
+        self.mlp_gradient(mlp, adapters, input, saved, gradient, gradients)
     }
 
     fn gather_labelled(

@@ -6,11 +6,11 @@ use super::super::precision::{Precision, Tolerance};
 use super::super::reference::{self, dot, dropout_factors};
 use super::rows::stored_half;
 use super::{
-    Operation, Prepared, Work, expect, poisoned, read, read_floats, ready, resident, upload, wide_row,
+    Operation, Prepared, Work, expect, poisoned, read, read_floats, read_s, ready, resident, upload, wide_row,
 };
 use crate::backend::{
-    Backend, Dropout, LinearGroup, LinearInput, LinearShape, LoraSlot, PassSettings, PlacedAdapter,
-    Projection, placed_adapters,
+    Backend, Dropout, LinearGradients, LinearGroup, LinearInput, LinearShape, LoraSlot, PassSettings,
+    PlacedAdapter, Projection, placed_adapters,
 };
 use crate::batch::Batch;
 use crate::dtype::DType;
@@ -246,16 +246,6 @@ impl<B: Backend> State<B> {
         let input = LinearInput { x: &self.x, rows: operation.rows(), batch: &self.batch };
         backend.linear_backward(&self.group, &self.adapters, input, &self.s, dy, gradients, Some(dx))
     }
-
-    /// `s [T, R]` without what stands between its rows.
-    fn read_s(&self, backend: &B, rows: usize, ranks: usize) -> Result<Vec<f32>> {
-        if ranks == 0 {
-            return Ok(Vec::new());
-        }
-        let stride = backend.low_rank_stride(ranks);
-        let padded = read(backend, &self.s, rows * stride)?;
-        Ok(padded.chunks(stride).flat_map(|row| &row[..ranks]).copied().collect())
-    }
 }
 
 impl<B: Backend + 'static> Operation<B> for Linear {
@@ -289,7 +279,7 @@ impl<B: Backend + 'static> Operation<B> for Linear {
         let element = self.precision.compute.bytes();
         match self.is_backward {
             false => Work::of_linear(shape, element),
-            true => Work::of_linear_backward(shape, element, true),
+            true => Work::of_linear_backward(shape, element, LinearGradients::with_dx(true)),
         }
     }
 
@@ -332,7 +322,7 @@ impl<B: Backend + 'static> Operation<B> for Linear {
             state,
             move |backend: &B, state: &mut State<B>| state.run(backend, self),
             move |backend: &B, state: &State<B>| {
-                let s = state.read_s(backend, rows, ranks)?;
+                let s = read_s(backend, &state.s, rows, ranks)?;
                 let Some(Backward { dx, gradients, .. }) = &state.backward else {
                     return Ok(self.check_forward(&s, &read(backend, &state.y, rows * outs)?));
                 };

@@ -1,0 +1,248 @@
+//! The gated MLP: its middle in one pass with what the adapters take from it (mlp_back.cu).
+
+use super::adapter_gradients::{BackSums, GRADIENT_BLOCKS};
+use super::launch::{NULL, Shape, int};
+use super::linear::{Sizes, mask_arguments};
+use super::memory::{CudaBuffer, CudaFloats, FLOAT_BYTES, HALF_BYTES};
+use super::products::NO_MASK;
+use super::weights::WIDTH_MULTIPLE;
+use super::{CudaBackend, CudaBatch, Scratch, lock};
+use crate::backend::{
+    Activation, AdapterShape, LinearGradients, LinearGroup, LinearInput, Mlp, MlpGradient, MlpReach,
+    MlpSaved, Work, mlp,
+};
+use crate::device::{Argument, Device};
+use crate::error::Result;
+use crate::range;
+
+/// Side of a tile, as in back_tile.h.
+const SIDE: usize = 64;
+/// Columns of a block: halved from the most until there are enough blocks, or the fewest are reached. Each block leaves
+/// partial sums of `ds`, which `256/columns` of the bytes that the pass moves anyway would be for 32 ranks.
+const MOST_COLUMNS: usize = 1024;
+const FEWEST_COLUMNS: usize = 256;
+
+/// Ranks that a block holds, its threads, and the tiles of tokens of its stretch: `MlpCut` in mlp_back.cu.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Cut {
+    ranks: usize,
+    threads: u32,
+    token_tiles: usize,
+}
+
+const CUTS: [Cut; 3] = [
+    Cut { ranks: 16, threads: 256, token_tiles: 7 },
+    Cut { ranks: 32, threads: 256, token_tiles: 3 },
+    Cut { ranks: 64, threads: 512, token_tiles: 3 },
+];
+
+/// The pass over the middle of an MLP: how it is cut, and what it leaves.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct MiddlePass {
+    tokens: usize,
+    /// `F`.
+    width: usize,
+    cut: Cut,
+    stretches: usize,
+    block_columns: usize,
+    /// Adapters of gate and up, their ranks together, and the larger rank.
+    adapters: usize,
+    gate_up_rank: usize,
+    rank_width: usize,
+    down_rank: usize,
+}
+
+impl MiddlePass {
+    /// None where there is no adapter, or one of more ranks than a block's registers hold, or one of gate and up together
+    /// (Phi-3): there the operations run one by one.
+    pub fn new(gate_up: &[AdapterShape], down: &[AdapterShape], width: usize, tokens: usize) -> Option<Self> {
+        if gate_up.iter().any(|adapter| adapter.out_features != width) {
+            return None;
+        }
+        let ranks = |adapters: &[AdapterShape]| adapters.iter().map(|adapter| adapter.rank).sum::<usize>();
+        let (gate_up_rank, down_rank) = (ranks(gate_up), ranks(down));
+        // The second adapter's are read from the multiple of 8 at or before its first.
+        let widest = match gate_up {
+            [first, second] => first.rank.max(first.rank % WIDTH_MULTIPLE + second.rank),
+            _ => gate_up_rank,
+        };
+        let widest = widest.max(down_rank);
+        let cut = CUTS.into_iter().find(|cut| (1..=cut.ranks).contains(&widest))?;
+        let stretches = tokens.div_ceil(cut.token_tiles * SIDE);
+        let mut block_columns = MOST_COLUMNS;
+        while block_columns > FEWEST_COLUMNS && stretches * width.div_ceil(block_columns) < GRADIENT_BLOCKS {
+            block_columns /= 2;
+        }
+        Some(Self {
+            tokens,
+            width,
+            cut,
+            stretches,
+            block_columns,
+            adapters: gate_up.len(),
+            gate_up_rank,
+            rank_width: gate_up.iter().map(|adapter| adapter.rank).max().unwrap_or(0),
+            down_rank,
+        })
+    }
+
+    fn column_blocks(&self) -> usize {
+        self.width.div_ceil(self.block_columns)
+    }
+
+    fn ds_bytes(&self) -> usize {
+        self.adapters * self.column_blocks() * self.tokens * self.rank_width * FLOAT_BYTES
+    }
+
+    fn b_bytes(&self) -> usize {
+        self.stretches * self.width * self.gate_up_rank * FLOAT_BYTES
+    }
+
+    fn a_bytes(&self) -> usize {
+        self.stretches * self.width * self.down_rank * FLOAT_BYTES
+    }
+
+    /// Bytes of its partial sums.
+    pub fn bytes(&self) -> usize {
+        self.ds_bytes() + self.b_bytes() + self.a_bytes()
+    }
+
+    /// Two stages of `dact`, `g` and `u`, and five narrow matrices.
+    fn shape(&self) -> Shape {
+        Shape {
+            grid: [self.stretches, self.column_blocks(), 1],
+            threads: self.cut.threads,
+            shared_bytes: (6 * SIDE + 5 * self.cut.ranks) * SIDE * HALF_BYTES,
+        }
+    }
+}
+
+/// The adapters of a group; none.
+fn shapes_of<D: Device>(group: &LinearGroup<CudaBackend<D>>) -> &[AdapterShape] {
+    group.prepared.adapters.as_ref().map_or(&[], |adapters| &adapters.shapes)
+}
+
+impl<D: Device> CudaBackend<D> {
+    pub(super) fn mlp_gradient(
+        &self,
+        mlp: Mlp<'_, Self>,
+        parameters: &CudaFloats<D>,
+        input: LinearInput<'_, Self>,
+        saved: MlpSaved<'_, Self>,
+        gradient: MlpGradient<'_, Self>,
+        gradients: &mut CudaFloats<D>,
+    ) -> Result<()> {
+        let LinearInput { rows, batch, .. } = input;
+        let pass = match mlp.gate_up.projections[..] {
+            [_, _] => MiddlePass::new(shapes_of(mlp.gate_up), shapes_of(mlp.down), mlp.width(), rows),
+            _ => None,
+        };
+        let (Some(pass), MlpReach::GateUp | MlpReach::Input(_)) = (pass, &gradient.reach) else {
+            return mlp::backward(self, mlp, parameters, input, saved, gradient, gradients);
+        };
+        let MlpSaved { gate_up, gate_up_s, down_s, .. } = saved;
+        let MlpGradient { dy, dact, reach, .. } = gradient;
+        let mut scratch = lock(&self.scratch);
+        let down_ds = {
+            let _range = linear_range(mlp.down, rows, LinearGradients { a: false, b: true, dx: true });
+            let ds = self.output_gradient(mlp.down, rows, down_s, dy, gradients, &mut scratch)?;
+            self.input_gradient(mlp.down, parameters, rows, batch, [dy, dact], ds)?;
+            ds
+        };
+        let ds = {
+            let ranks = [pass.gate_up_rank, pass.down_rank];
+            let _range =
+                range!("gated backward"; Work::of_mlp_middle_backward(rows, pass.width, ranks, HALF_BYTES));
+            let buffers = MiddleBuffers { dact, gate_up, gate_up_s, down_ds };
+            self.middle_gradient(mlp, pass, batch, buffers, gradients, &mut scratch)?
+        };
+        let dx = match reach {
+            MlpReach::Input(dx) => Some(&*dx),
+            MlpReach::Down | MlpReach::GateUp => None,
+        };
+        let wanted = LinearGradients { a: true, b: false, dx: dx.is_some() };
+        let _range = linear_range(mlp.gate_up, rows, wanted);
+        self.adapter_input_gradient(mlp.gate_up, &input, ds, gradients, &mut scratch)?;
+        match dx {
+            Some(dx) => self.input_gradient(mlp.gate_up, parameters, rows, batch, [gate_up, dx], ds),
+            None => Ok(()),
+        }
+    }
+
+    /// Replaces `gate_up` by its gradient, adds the gradients of the `B`s of gate and up and of the `A` of down, and returns
+    /// `ds` of gate and up.
+    fn middle_gradient(
+        &self,
+        mlp: Mlp<'_, Self>,
+        pass: MiddlePass,
+        batch: &CudaBatch<D>,
+        buffers: MiddleBuffers<'_, D>,
+        gradients: &CudaFloats<D>,
+        scratch: &mut Scratch<D>,
+    ) -> Result<Argument> {
+        let MiddleBuffers { dact, gate_up, gate_up_s, down_ds } = buffers;
+        let MiddlePass { tokens, width, .. } = pass;
+        let (sizes, down_sizes) = (Sizes::of(mlp.gate_up, tokens), Sizes::of(mlp.down, tokens));
+        let partials = scratch.partials.reserve(self.device(), pass.bytes())?;
+        let ds_partials = partials.first(pass.ds_bytes())?;
+        let b_partials = partials.at(pass.ds_bytes(), pass.b_bytes())?;
+        let a_partials = partials.at(pass.ds_bytes() + pass.b_bytes(), pass.a_bytes())?;
+        let (mut s, mut b_hat) = (NULL, NULL);
+        if let Some(adapters) = &mlp.gate_up.prepared.adapters {
+            s = gate_up_s.first(tokens * sizes.leading)?;
+            b_hat = adapters.b_hat.first(2 * width * sizes.leading)?;
+        }
+        let mut arguments = vec![dact.first(tokens * width)?, gate_up.first(tokens * 2 * width)?, s, b_hat];
+        arguments.extend([down_ds, ds_partials, b_partials, a_partials]);
+        arguments.extend([int(tokens)?, int(width)?, int(pass.block_columns)?]);
+        // Of gate, up and down.
+        for projection in mlp.gate_up.projections.iter().chain(&mlp.down.projections) {
+            arguments.push(int(projection.lora.map_or(0, |slot| slot.rank))?);
+        }
+        arguments.extend([int(sizes.leading)?, int(down_sizes.leading)?, int(pass.rank_width)?]);
+        let has_down = mlp.down.prepared.adapters.is_some();
+        arguments.extend(if has_down { mask_arguments(batch, mlp.down.input_index)? } else { NO_MASK });
+        let activation = match mlp.activation {
+            Activation::Silu => "silu",
+            Activation::GeluTanh => "gelu",
+        };
+        let kernel = format!("mlp_back_{activation}_{}", pass.cut.ranks);
+        // SAFETY: dact [T, F], gate_up [T, 2F], s [T, R̄], B̂ [2F, R̄], ds of down [T, r̄]; the partial sums are as large as the pass
+        // says.
+        unsafe { self.kernels.launch_half(&kernel, pass.shape(), &arguments)? };
+        if let Some(adapters) = &mlp.down.prepared.adapters {
+            self.add_a_sums(adapters, width * pass.down_rank, a_partials, pass.stretches, gradients)?;
+        }
+        let Some(adapters) = &mlp.gate_up.prepared.adapters else { return Ok(NULL) };
+        let sums = BackSums {
+            ds_partials,
+            b_partials,
+            block_outputs: pass.block_columns,
+            rank_width: pass.rank_width,
+            stretches: pass.stretches,
+            b_elements: width * pass.gate_up_rank,
+        };
+        // The pass has read the ds of down that was here.
+        let ds = self.ds_scratch(tokens * sizes.leading, scratch)?;
+        self.add_back_sums(adapters, sizes, &sums, ds, gradients)?;
+        Ok(ds)
+    }
+}
+
+/// What the pass over the middle reads and writes.
+struct MiddleBuffers<'a, D: Device> {
+    dact: &'a CudaBuffer<D>,
+    gate_up: &'a CudaBuffer<D>,
+    gate_up_s: &'a CudaBuffer<D>,
+    down_ds: Argument,
+}
+
+/// The range of a part of a linear's backward.
+fn linear_range<D: Device>(
+    group: &LinearGroup<CudaBackend<D>>,
+    rows: usize,
+    wanted: LinearGradients,
+) -> tracing::span::EnteredSpan {
+    let shape = || group.shape(rows, group.weight.bytes());
+    range!("linear backward"; Work::of_linear_backward(shape(), HALF_BYTES, wanted))
+}
