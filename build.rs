@@ -10,7 +10,7 @@ mod nvcc;
 #[path = "build/toolkit.rs"]
 mod toolkit;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Every kernel file, `kernels/NAME.cu`.
 const KERNELS: &[&str] = &[
@@ -47,6 +47,9 @@ fn main() {
         println!("cargo:rerun-if-env-changed={variable}");
     }
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    // Measurements of the products' tiles hold for these sources alone.
+    let products = compile::kernel_inputs(Path::new("kernels/linear_sm90a.cu"));
+    println!("cargo:rustc-env=FASTLORA_PRODUCT_KERNELS={}", compile::fingerprint("", &products));
     nvcc::build(KERNELS, &out);
     if std::env::var_os("CARGO_FEATURE_EMULATOR").is_some() {
         emulator::build(KERNELS, &out);

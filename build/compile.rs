@@ -25,15 +25,7 @@ fn log_path(output: &Path) -> PathBuf {
 
 impl Job {
     fn fingerprint(&self) -> String {
-        let mut hasher = DefaultHasher::new();
-        format!("{:?}", self.command).hash(&mut hasher);
-        for input in &self.inputs {
-            input.hash(&mut hasher);
-            std::fs::read(input)
-                .unwrap_or_else(|error| panic!("{}: {error}", input.display()))
-                .hash(&mut hasher);
-        }
-        format!("{:016x}", hasher.finish())
+        fingerprint(&format!("{:?}", self.command), &self.inputs)
     }
 
     /// Compiles unless the output is up to date; returns what the compiler printed.
@@ -58,6 +50,17 @@ impl Job {
         }
         Ok(log.into_owned())
     }
+}
+
+/// A hash of a command line and of files' names and contents.
+pub fn fingerprint(command: &str, files: &[PathBuf]) -> String {
+    let mut hasher = DefaultHasher::new();
+    command.hash(&mut hasher);
+    for file in files {
+        file.hash(&mut hasher);
+        std::fs::read(file).unwrap_or_else(|error| panic!("{}: {error}", file.display())).hash(&mut hasher);
+    }
+    format!("{:016x}", hasher.finish())
 }
 
 /// Runs the jobs, as many at a time as cargo allows, and returns their logs in order.

@@ -107,6 +107,47 @@ fn fault_58_the_doctor_names_what_is_wrong_with_the_driver() {
     }
 }
 
+/// On a made-up Hopper, whose every run takes 1.5 ms.
+#[test]
+fn the_doctor_tells_whether_a_gpu_is_tuned() {
+    if !driver::is_compiled_in() {
+        println!("skipped: built without nvcc");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    fake_cuda::build_library(folder.path(), false);
+    let path = folder.path().to_str().unwrap();
+    let variables = [
+        ("FAKE_CUDA", "Hopper"),
+        ("LD_LIBRARY_PATH", path),
+        ("XDG_CACHE_HOME", path),
+        ("FASTLORA_TILES", ""),
+    ];
+    let tiles = || report(&variables)["gpus"][0]["tiles"].clone();
+    let file = folder.path().join("fastlora/tiles/fake-gpu-132.json");
+    assert_eq!((&tiles()["file"], &tiles()["tuned_at"]), (&file.to_str().unwrap().into(), &Value::Null));
+
+    let tune = ["tune", "--shapes", "64x128", "--rows", "64,1048576", "--device", "cuda:0", "--json"];
+    let output = Command::new(cargo_bin("fastlora")).args(tune).envs(variables).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let measured: Value = serde_json::from_slice(&output.stdout).unwrap();
+    // The million rows do not fit.
+    assert_eq!(measured["products"].as_array().unwrap().len(), 2, "{measured:#}");
+    assert_eq!(measured["is_real"], true);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("is left out"));
+    assert_eq!(tiles()["products"], 2);
+    let text = doctor(&[], &variables).stdout;
+    assert!(String::from_utf8_lossy(&text).contains("tiles tuned 2"));
+
+    std::fs::write(&file, "{").unwrap();
+    let report = report(&variables);
+    assert!(
+        has_finding(&report, &["advice", "fake-gpu-132.json: no table of tiles", "tune` again"]),
+        "{report:#}"
+    );
+    assert!(report["gpus"][0]["tiles"]["tuned_at"].is_null());
+}
+
 #[test]
 fn a_cache_that_cannot_be_written_is_a_problem_and_no_failure() {
     let report = report(&[("HF_HOME", "/dev/null/cache"), ("HF_HUB_CACHE", "")]);

@@ -12,8 +12,11 @@ use serde_json::{Value, json};
 
 use super::Cli;
 use super::output::{for_terminal, print_line};
+use super::tiles;
 use crate::backend::cpu::CpuBackend;
+use crate::backend::cuda::tiles::{DeviceKind, TileTable, Unusable};
 use crate::checkpoint::hub::{CacheUsage, HubSettings, cache_usage};
+use crate::config::TileSource;
 use crate::device::driver::{Driver, GpuSummary, KernelBuild, Survey, kernel_build, survey};
 use crate::error::{Error, Result};
 use findings::{Finding, Weight, findings};
@@ -43,6 +46,44 @@ struct Report {
 struct Gpu {
     summary: GpuSummary,
     free_bytes: Result<u64>,
+    /// Where its products have a choice of tiles.
+    tiles: Option<TilesFound>,
+}
+
+/// What training would find of measured tiles.
+struct TilesFound {
+    path: Option<PathBuf>,
+    table: Result<Option<TileTable>, Unusable>,
+}
+
+impl TilesFound {
+    fn look(summary: &GpuSummary) -> Option<Self> {
+        let limits = summary.limits;
+        if !limits.is_hopper() {
+            return None;
+        }
+        let device = DeviceKind::new(summary.name.clone(), limits);
+        let path = tiles::resolve(&TileSource::Auto).ok().and_then(|source| tiles::path_of(source, &device));
+        let table = path.as_ref().map_or(Ok(None), |path| tiles::read(path, &device));
+        Some(Self { path, table })
+    }
+
+    fn to_json(&self) -> Value {
+        let table = self.table.as_ref().ok().and_then(Option::as_ref);
+        json!({
+            "file": self.path,
+            "tuned_at": table.map(|table| table.tuned_at),
+            "products": table.map(|table| table.products.len()),
+        })
+    }
+
+    fn to_text(&self) -> String {
+        match &self.table {
+            Ok(Some(table)) => tiles::summary(table),
+            Ok(None) => "by rule; `fastlora tune` measures them".to_owned(),
+            Err(unusable) => format!("by rule; the measured ones are of no use: {unusable}"),
+        }
+    }
 }
 
 impl Gpu {
@@ -79,6 +120,7 @@ impl Report {
                 None => error.at(format!("cuda:{index}")),
             };
             Gpu {
+                tiles: TilesFound::look(summary),
                 summary: summary.clone(),
                 free_bytes: free_bytes.map(|(free, _)| free as u64).map_err(place),
             }
@@ -123,7 +165,7 @@ impl Report {
     }
 
     fn to_json(&self, findings: &[Finding]) -> Value {
-        let gpus = self.gpus.iter().enumerate().map(|(index, Gpu { summary, free_bytes })| {
+        let gpus = self.gpus.iter().enumerate().map(|(index, Gpu { summary, free_bytes, tiles })| {
             let (major, minor) = summary.limits.compute_capability;
             json!({
                 "device": format!("cuda:{index}"),
@@ -132,6 +174,7 @@ impl Report {
                 "multiprocessors": summary.limits.multiprocessor_count,
                 "memory_total_bytes": summary.limits.total_memory_bytes,
                 "memory_free_bytes": free_bytes.as_ref().ok(),
+                "tiles": tiles.as_ref().map(TilesFound::to_json),
             })
         });
         let nvcc = self.nvcc.as_ref().ok().and_then(Option::as_ref);
@@ -188,6 +231,9 @@ impl Report {
         line("driver", self.driver_text());
         for (index, gpu) in self.gpus.iter().enumerate() {
             line(&format!("cuda:{index}"), gpu.to_text());
+            if let Some(tiles) = &gpu.tiles {
+                line("", format!("tiles {}", tiles.to_text()));
+            }
         }
         line(
             "nvcc",

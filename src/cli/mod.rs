@@ -21,8 +21,11 @@ mod output;
 mod runs;
 mod schema;
 mod selftest;
+mod tiles;
 mod tokenizer;
 mod train;
+mod tune;
+mod user_cache;
 mod verify;
 
 use std::path::PathBuf;
@@ -81,6 +84,8 @@ pub enum Command {
     Doctor(doctor::DoctorArgs),
     /// Compare every operation with float64 on this machine's device, and its speed with the device's limits.
     Selftest(selftest::SelftestArgs),
+    /// Measure which tiles of Hopper's products are the fastest on this device, for every later run.
+    Tune(tune::TuneArgs),
     /// Print the JSON Schema of the configuration, from which editors complete and check.
     Schema(schema::SchemaArgs),
     /// Print completions for a shell.
@@ -111,6 +116,7 @@ impl Cli {
             Command::Import(args) => import::run(args, self),
             Command::Doctor(args) => doctor::run(args, self),
             Command::Selftest(args) => selftest::run(args, self),
+            Command::Tune(args) => tune::run(args, self),
             Command::Schema(args) => schema::run(args),
             Command::Completions(args) => manual::completions(args),
             Command::Man(args) => manual::man(args),

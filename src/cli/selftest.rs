@@ -5,11 +5,12 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Value, json};
 
 use super::Cli;
-use super::device::gpu_backend;
+use super::device::{gpu_backend, open_gpu};
 use super::output::print_line;
+use super::tiles::with_tiles;
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::{ComputeType, CudaBackend};
-use crate::config::{DeviceName, check_compute_choices};
+use crate::config::{DeviceName, TileSource, check_compute_choices};
 use crate::device::driver::Driver;
 #[cfg(feature = "emulator")]
 use crate::device::emulator::Emulator;
@@ -58,15 +59,13 @@ impl SelftestArgs {
         let scale = |full| if self.quick { Scale::Quick } else { full };
         let on_gpu = |driver: Driver, is_portable| -> Result<Vec<Section>> {
             let section = |compute| {
-                examine(&gpu_backend(driver.clone(), compute, is_portable), scale(Scale::Gpu), true)
+                let backend = gpu_backend(driver.clone(), compute, is_portable);
+                examine(&with_tiles(backend, &TileSource::Auto)?, scale(Scale::Gpu), true)
             };
             COMPUTE_TYPES.into_iter().map(section).collect()
         };
         match DeviceName::parse(&self.device)? {
-            DeviceName::Cuda { index, is_portable } => {
-                let driver = Driver::new(index).map_err(|error| error.at(format!("device cuda:{index}")))?;
-                on_gpu(driver, is_portable)
-            }
+            DeviceName::Cuda { index, is_portable } => on_gpu(open_gpu(index)?, is_portable),
             #[cfg(feature = "emulator")]
             DeviceName::Emulator { is_hopper, is_checked } => {
                 let emulator = Emulator::of(is_hopper, is_checked)?;

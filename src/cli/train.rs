@@ -40,7 +40,7 @@ use self::signals::Interrupts;
 use super::Cli;
 use super::cases::read_cases;
 use super::conditioning::Conditioning;
-use super::device::{choose_backend, on_backend};
+use super::device::{DeviceArgs, on_backend};
 use super::model::resolve_model;
 use super::tokenizer::tokenizer_for;
 use crate::checkpoint::adapter::{Adapter, AdapterConfig, read_adapter};
@@ -94,6 +94,7 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     let interrupts = Interrupts::install()?;
     let Resolved { mut config, init_adapter, resume } = resolve_config(args)?;
     info!("configuration:\n{:#}", json!(config));
+    DeviceArgs::from(&config).validate()?;
     let earlier = match &resume {
         _ if args.dry_run => Earlier::Ignore,
         Some(_) => Earlier::Resume,
@@ -241,7 +242,7 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
                 .as_ref()
                 .map(|questions| questions.capacity(base.config().max_positions)),
         };
-        let chosen = choose_backend(&config.device, &config.dtype, config.threads, &base)?;
+        let chosen = DeviceArgs::from(&config).backend(&base)?;
         return plan.describe(&chosen, args.show, cli);
     }
 
@@ -287,7 +288,7 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         validation,
         questions: questions.as_ref(),
     };
-    let chosen = choose_backend(&config.device, &config.dtype, config.threads, &base)?;
+    let chosen = DeviceArgs::from(&config).backend(&base)?;
     on_backend!(chosen, |backend| run.on(backend))
 }
 

@@ -12,6 +12,7 @@ mod save_every;
 mod schema;
 mod starting;
 mod target_modules;
+mod tile_source;
 mod token_cache;
 mod training;
 
@@ -28,5 +29,6 @@ pub use save_every::SaveEvery;
 pub use schema::schema;
 pub use starting::{Choice, starting_configuration};
 pub use target_modules::TargetModules;
+pub use tile_source::TileSource;
 pub use token_cache::TokenCache;
 pub use training::{DEFAULT_CONFIG_PATH, TrainingConfig};

@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use super::comments::blank_comments;
 use super::{
     ActivationMemory, DataSource, HashTemplate, InitLoraWeights, LossOn, LrScheduler, OnBadRecord, OnNan,
-    Overlong, PatternMap, ReportFormat, SaveEvery, TargetModules, TokenCache,
+    Overlong, PatternMap, ReportFormat, SaveEvery, TargetModules, TileSource, TokenCache,
 };
 use crate::error::{Error, Result};
 
@@ -210,6 +210,10 @@ pub struct Options {
     /// CPU threads; without it, all cores.
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
+    /// Tiles of Hopper's products: `auto` (as `fastlora tune` measured), `rule`, or a file of its.
+    #[arg(long, value_name = "auto|rule|FILE")]
+    #[schemars(with = "Option<String>")]
+    pub tiles: Option<TileSource>,
     /// How much of a forward's activations is kept for the backward; the rest is computed again.
     #[arg(long, value_enum)]
     pub activation_memory: Option<ActivationMemory>,
@@ -309,7 +313,7 @@ impl Options {
             lora_target_modules use_rslora use_dora init_lora_weights rank_pattern alpha_pattern layers_to_transform modules_to_save
             learning_rate loraplus_lr_ratio lr_scheduler warmup_steps
             weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm val_every
-            early_stopping_patience on_nan save_every keep_checkpoints report test_cases sample_every device dtype threads activation_memory
+            early_stopping_patience on_nan save_every keep_checkpoints report test_cases sample_every device dtype threads tiles activation_memory
         }
     }
 

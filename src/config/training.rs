@@ -7,7 +7,8 @@ use serde::Serialize;
 
 use super::{
     ActivationMemory, DataSource, HashTemplate, InitLoraWeights, LossOn, LrScheduler, OnBadRecord, OnNan,
-    Options, Overlong, PatternMap, ReportFormat, SaveEvery, TargetModules, TokenCache, check_compute_choices,
+    Options, Overlong, PatternMap, ReportFormat, SaveEvery, TargetModules, TileSource, TokenCache,
+    check_compute_choices,
 };
 use crate::error::{Error, Result};
 
@@ -135,6 +136,8 @@ pub struct TrainingConfig {
     pub dtype: String,
     /// CPU threads; none: all cores.
     pub threads: Option<usize>,
+    /// Where the tiles of Hopper's products come from.
+    pub tiles: TileSource,
     /// How much of a forward's activations is kept for the backward.
     pub activation_memory: ActivationMemory,
 }
@@ -212,6 +215,7 @@ impl TrainingConfig {
             device: options.device.unwrap_or_else(|| "auto".into()),
             dtype: options.dtype.unwrap_or_else(|| "auto".into()),
             threads: options.threads,
+            tiles: options.tiles.unwrap_or_default(),
             activation_memory: options.activation_memory.unwrap_or_default(),
         };
         config.check()?;

@@ -322,6 +322,10 @@ impl Device for Emulator {
     type Landing = Vec<u8>;
     const IS_REAL: bool = false;
 
+    fn name(&self) -> String {
+        "emulator".to_owned()
+    }
+
     fn description(&self) -> String {
         let chip = if self.is_hopper { "Hopper, " } else { "" };
         format!("emulator ({chip}{:?}, seed {})", self.flavour, self.seed)

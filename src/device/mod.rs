@@ -120,7 +120,9 @@ pub trait Device: Clone + Send + Sync + 'static {
     /// Whether it is hardware, and not only played.
     const IS_REAL: bool;
 
-    /// The device's name, for the log.
+    /// As its maker calls it: devices of one kind have one name.
+    fn name(&self) -> String;
+    /// The device's name with what sets it apart, for the log.
     fn description(&self) -> String;
     /// What the hardware allows.
     fn limits(&self) -> Limits;

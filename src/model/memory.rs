@@ -167,6 +167,11 @@ impl ModelShape {
         self.parameter_count
     }
 
+    /// Its linear groups, layer by layer.
+    pub fn groups(&self) -> &[GroupShape] {
+        &self.groups
+    }
+
     pub(super) fn operations(&self, needs: Needs) -> OperationShapes {
         let Needs { purpose, limits, has_dropout } = needs;
         OperationShapes {

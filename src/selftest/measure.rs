@@ -73,9 +73,25 @@ const MAX_RESIDENT_BYTES: f64 = (4u64 << 30) as f64;
 
 /// How many copies of an operation a pass should run in turn.
 pub fn copies_of<B: Backend + 'static>(operation: &dyn Operation<B>) -> usize {
-    let wanted = (ROTATED_BYTES / operation.work().bytes.max(1.0)).ceil().min(MAX_COPIES);
-    let fitting = (MAX_RESIDENT_BYTES / operation.resident_bytes().max(1.0)).floor();
+    copies_for(operation.work().bytes, operation.resident_bytes())
+}
+
+/// The same for a run that reads and writes `bytes`, of inputs and outputs that take `resident_bytes`.
+pub(super) fn copies_for(bytes: f64, resident_bytes: f64) -> usize {
+    let wanted = (ROTATED_BYTES / bytes.max(1.0)).ceil().min(MAX_COPIES);
+    let fitting = (MAX_RESIDENT_BYTES / resident_bytes.max(1.0)).floor();
     wanted.min(fitting).max(1.0) as usize
+}
+
+/// How often to repeat what takes `seconds`, within about `budget_seconds`.
+pub(super) fn passes_within(budget_seconds: f64, seconds: f64) -> usize {
+    (budget_seconds / seconds.max(1e-9)).clamp(MIN_PASSES, MAX_PASSES) as usize
+}
+
+/// The median; of an even number the higher of the two in the middle.
+pub(super) fn median(mut times: Vec<f64>) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
 }
 
 /// Seconds of one run, the median over passes through `copies` that take about `budget_seconds` together, after one to warm
@@ -89,11 +105,9 @@ pub fn seconds_of_run<B: Measurable>(
     budget_seconds: f64,
 ) -> Result<f64> {
     let warm_up = seconds_of_passes(backend, copies, 1)?;
-    let passes = (budget_seconds / (warm_up * copies.len() as f64).max(1e-9)).clamp(MIN_PASSES, MAX_PASSES);
-    let times = (0..passes as usize).map(|_| seconds_of_passes(backend, copies, 1));
-    let mut times = times.collect::<Result<Vec<f64>>>()?;
-    times.sort_by(f64::total_cmp);
-    Ok(times[times.len() / 2])
+    let passes = passes_within(budget_seconds, warm_up * copies.len() as f64);
+    let times = (0..passes).map(|_| seconds_of_passes(backend, copies, 1));
+    Ok(median(times.collect::<Result<Vec<f64>>>()?))
 }
 
 /// Mean seconds of a run over `runs` passes through all copies, one after the other.

@@ -22,6 +22,7 @@ mod measure;
 mod operations;
 mod precision;
 pub mod reference;
+mod tuning;
 
 pub use cases::{LLAMA_3_8B, ModelShape, QWEN2_5_1_5B, SMOLLM2_135M, Scale, cases};
 pub use comparison::{Comparison, Outcome, sample_rows};
@@ -31,6 +32,7 @@ pub use measure::{
 };
 pub use operations::{AttentionCase, CachedCase, Case, LinearCase, MlpCase, Operation, Prepared, Work};
 pub use precision::{Precision, Tolerance, rounding_unit, underflow};
+pub use tuning::Tuner;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};

@@ -31,5 +31,7 @@ mod snapshots;
 mod speaking;
 mod storage_faults;
 mod token_cache;
+#[cfg(feature = "emulator")]
+mod tuning;
 mod variants;
 mod workspace;

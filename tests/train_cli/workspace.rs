@@ -120,7 +120,9 @@ impl Workspace {
             .env("HF_HUB_OFFLINE", "1")
             .env_remove("HF_HUB_CACHE")
             .env_remove("HF_ENDPOINT")
+            .env("XDG_CACHE_HOME", self.path("cache"))
             .env_remove("FASTLORA_TOKEN_CACHE")
+            .env_remove("FASTLORA_TILES")
             .env_remove("NO_COLOR");
         command
     }

@@ -27,6 +27,11 @@ pub(super) fn chunk_rows(vocabulary: usize, rows: usize) -> usize {
 }
 
 impl<D: Device> CudaBackend<D> {
+    /// Rows that a product of the output head has at most.
+    pub fn head_rows(&self, vocabulary: usize) -> usize {
+        chunk_rows(vocabulary, usize::MAX)
+    }
+
     pub(super) fn cross_entropy(
         &self,
         head: Head<'_, Self>,

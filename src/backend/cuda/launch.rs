@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::tiles::Tiles;
 use crate::device::{Argument, Device, Launch};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -94,6 +95,8 @@ pub(super) struct Kernels<D: Device> {
     pub compute: ComputeType,
     /// Whether the products run on the kernels for sm_90a.
     pub uses_hopper: bool,
+    /// Chooses their tiles there.
+    pub tiles: Tiles,
 }
 
 impl<D: Device> Kernels<D> {

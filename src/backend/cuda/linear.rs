@@ -3,6 +3,7 @@
 use super::launch::{NULL, Shape, int};
 use super::memory::{CudaBuffer, CudaFloats, FLOAT_BYTES, HALF_BYTES, Region};
 use super::products::{BackwardProduct, ForwardProduct, NO_MASK};
+use super::tiles::{ProductKind, ProductShape};
 use super::weights::{WIDTH_MULTIPLE, check_width};
 use super::{CudaBackend, CudaBatch, Scratch};
 use crate::backend::{
@@ -76,6 +77,18 @@ impl Sizes {
             rank,
             leading: rank_leading(rank),
         }
+    }
+
+    /// `y`, for the choice of its tiles.
+    pub fn forward(self) -> ProductShape {
+        let Self { tokens: rows, inputs: depth, outputs: columns, .. } = self;
+        ProductShape { product: ProductKind::Forward, rows, columns, depth }
+    }
+
+    /// `dx`.
+    pub fn backward_input(self) -> ProductShape {
+        let Self { tokens: rows, inputs: columns, outputs: depth, .. } = self;
+        ProductShape { product: ProductKind::BackwardInput, rows, columns, depth }
     }
 }
 

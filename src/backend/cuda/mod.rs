@@ -18,6 +18,8 @@ mod optimizer;
 mod products;
 mod recordings;
 mod self_attention;
+pub mod tiles;
+mod trial;
 mod weights;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,6 +32,7 @@ pub use linear::CudaGroup;
 pub use memory::{CudaBuffer, CudaFloats, CudaMatrix, Region};
 pub use optimizer::CudaRuns;
 pub use recordings::CudaRecordings;
+pub use trial::Trial;
 
 use crate::backend::{
     Activation, AdamWStep, Attention, AttentionGradients, AttentionResults, Backend, Embedding, Features,
@@ -45,6 +48,7 @@ use attention::Projected;
 use footprint::Arena;
 use launch::Kernels;
 use memory::{FLOAT_BYTES, Growing, HALF_BYTES};
+use tiles::Tiles;
 
 /// The kernels on one device, and scratch memory that grows to the largest shape seen.
 pub struct CudaBackend<D: Device> {
@@ -103,7 +107,7 @@ impl<D: Device> CudaBackend<D> {
     pub fn new(device: D, compute: ComputeType) -> Self {
         let uses_hopper = device.limits().is_hopper();
         Self {
-            kernels: Kernels { device, compute, uses_hopper },
+            kernels: Kernels { device, compute, uses_hopper, tiles: Tiles::default() },
             scratch: Mutex::default(),
             arena: Mutex::new(None),
             is_profiled: AtomicBool::new(false),
@@ -114,6 +118,17 @@ impl<D: Device> CudaBackend<D> {
     pub fn with_portable_kernels(mut self) -> Self {
         self.kernels.uses_hopper = false;
         self
+    }
+
+    /// The tiles of Hopper's products, instead of those by the rule.
+    pub fn with_tiles(mut self, tiles: Tiles) -> Self {
+        self.kernels.tiles = tiles;
+        self
+    }
+
+    /// Whether there are tiles to choose from: on Hopper, with its kernels.
+    pub fn has_choice_of_tiles(&self) -> bool {
+        self.kernels.uses_hopper
     }
 
     /// Where the work runs.

@@ -2,22 +2,19 @@
 
 use super::launch::{Kernels, NULL, Shape, int};
 use super::linear::Sizes;
+use super::tiles::{Choice, ProductShape};
 use crate::device::{Argument, Boxes, Device};
 use crate::error::{Error, Result};
 
 /// Rows of a tile, and columns of the portable one.
-const TILE: usize = 128;
+pub(super) const TILE: usize = 128;
 const PORTABLE_THREADS: u32 = 256;
 const PORTABLE_SHARED_BYTES: usize = 64 << 10;
 
-/// Widths of Hopper's tiles.
-const HOPPER_COLUMNS: [usize; 3] = [128, 192, 256];
 const HOPPER_THREADS: u32 = 384;
 const HOPPER_SHARED_BYTES: usize = 227 << 10;
 /// Widths of heads that the product itself can rotate.
 const ROTATED_HEADS: [usize; 2] = [64, 128];
-/// What a tile costs beside its columns, in columns: filling and draining the pipeline. A guess, not measured.
-const TILE_OVERHEAD_COLUMNS: usize = 16;
 
 /// `y = residual + bias + x · Wᵀ + s · B̂ᵀ`: see linear.cu. Absent parts are [`NULL`].
 pub(super) struct ForwardProduct {
@@ -34,8 +31,8 @@ pub(super) struct ForwardProduct {
 }
 
 impl ForwardProduct {
-    /// x, W, s and B̂ for Hopper's tiles of `width`; whatever stands for absent adapters.
-    fn hopper_operands(&self, width: usize) -> Result<[Argument; 4]> {
+    /// x, W, s and B̂ for Hopper's tiles; whatever stands for absent adapters.
+    fn hopper_operands(&self, Choice { columns: width }: Choice) -> Result<[Argument; 4]> {
         let Sizes { tokens, inputs, outputs, rank, leading } = self.sizes;
         let x = boxes(self.x, [tokens, inputs], inputs, TILE)?;
         let weight = boxes(self.weight, [outputs, inputs], inputs, width / 2)?;
@@ -104,20 +101,6 @@ fn tile_shape(rows: usize, columns: usize) -> Shape {
     Shape { grid: [tiles, 1, 1], threads: PORTABLE_THREADS, shared_bytes: PORTABLE_SHARED_BYTES }
 }
 
-/// The width of Hopper's tiles, one of `widths` in ascending order, for an output `[rows, columns]`: the one whose turns over
-/// the multiprocessors cost the least, the widest of equals.
-fn hopper_columns(
-    [rows, columns]: [usize; 2],
-    multiprocessors: usize,
-    widths: impl DoubleEndedIterator<Item = usize>,
-) -> usize {
-    let cost = |width: &usize| {
-        let tiles = rows.div_ceil(TILE) * columns.div_ceil(*width);
-        tiles.div_ceil(multiprocessors) * (width + TILE_OVERHEAD_COLUMNS)
-    };
-    widths.rev().min_by_key(cost).unwrap_or(TILE)
-}
-
 /// Row-major halves `[rows, columns]` for the TMA.
 pub(super) fn boxes(
     memory: Argument,
@@ -136,7 +119,11 @@ impl<D: Device> Kernels<D> {
         self.device.limits().multiprocessor_count as usize
     }
 
-    /// A launch on Hopper of the kernel `name` for tiles of `width`.
+    fn choose(&self, shape: ProductShape, choices: &[Choice]) -> Choice {
+        self.tiles.choose(shape, self.multiprocessors(), choices)
+    }
+
+    /// A launch on Hopper of the kernel `name` for the tiles that were chosen.
     ///
     /// # Safety
     /// As [`launch`](Self::launch).
@@ -144,7 +131,7 @@ impl<D: Device> Kernels<D> {
         &self,
         name: &str,
         [rows, columns]: [usize; 2],
-        width: usize,
+        Choice { columns: width }: Choice,
         arguments: &[Argument],
     ) -> Result<()> {
         let tiles = rows.div_ceil(TILE) * columns.div_ceil(width);
@@ -166,8 +153,9 @@ impl<D: Device> Kernels<D> {
             // SAFETY: the caller's.
             return unsafe { self.launch_half("linear_forward", tile_shape(tokens, outputs), &arguments) };
         }
+        let choice = self.choose(sizes.forward(), &Choice::ALL);
         // SAFETY: the caller's.
-        unsafe { self.hopper_forward(product, outputs) }
+        unsafe { self.hopper_forward(product, outputs, choice) }
     }
 
     /// [`linear_forward`](Self::linear_forward) by Hopper's kernel into rows of `row_length`, of which the columns behind the
@@ -175,19 +163,23 @@ impl<D: Device> Kernels<D> {
     ///
     /// # Safety
     /// The parts are as large as their sizes say, `y` as `row_length` says.
-    unsafe fn hopper_forward(&self, product: &ForwardProduct, row_length: usize) -> Result<()> {
+    pub unsafe fn hopper_forward(
+        &self,
+        product: &ForwardProduct,
+        row_length: usize,
+        choice: Choice,
+    ) -> Result<()> {
         let &ForwardProduct { bias, residual, slots, adapters, y, sizes, .. } = product;
         let Sizes { tokens, inputs, outputs, .. } = sizes;
-        let width = hopper_columns([tokens, outputs], self.multiprocessors(), HOPPER_COLUMNS.into_iter());
         let has_residual = residual != NULL;
         // Behind the output the rows of W read as zeros, which are written as far as the rows of y go.
         let y = boxes(y, [tokens, row_length], row_length, TILE / 2)?;
         let residual = if has_residual { boxes(residual, [tokens, outputs], outputs, TILE / 2)? } else { y };
-        let mut arguments = product.hopper_operands(width)?.to_vec();
+        let mut arguments = product.hopper_operands(choice)?.to_vec();
         arguments.extend([residual, y, bias, slots, Argument::I32(i32::from(has_residual))]);
         arguments.extend([int(tokens)?, int(inputs)?, int(outputs)?, int(adapters)?]);
         // SAFETY: the caller's.
-        unsafe { self.launch_hopper("linear_forward", [tokens, outputs], width, &arguments) }
+        unsafe { self.launch_hopper("linear_forward", [tokens, outputs], choice, &arguments) }
     }
 
     /// Whether [`rotated_forward`](Self::rotated_forward) rotates heads of `head_dim` columns, `rotated` of them.
@@ -203,15 +195,16 @@ impl<D: Device> Kernels<D> {
         let &ForwardProduct { bias, slots, adapters, y, sizes, .. } = product;
         let Sizes { tokens, inputs, outputs, .. } = sizes;
         let &Rotation { angles, head_dim, rotated_columns } = rotation;
-        let whole_heads = HOPPER_COLUMNS.into_iter().filter(|width| width.is_multiple_of(head_dim));
-        let width = hopper_columns([tokens, outputs], self.multiprocessors(), whole_heads);
-        let mut arguments = product.hopper_operands(width)?.to_vec();
+        let mut whole_heads = Choice::ALL.to_vec();
+        whole_heads.retain(|choice| choice.columns.is_multiple_of(head_dim));
+        let choice = self.choose(sizes.forward(), &whole_heads);
+        let mut arguments = product.hopper_operands(choice)?.to_vec();
         arguments.extend([boxes(y, [tokens, outputs], outputs, TILE / 2)?, bias, slots]);
         arguments.extend(angles);
         arguments.extend([int(head_dim)?, int(rotated_columns)?]);
         arguments.extend([int(tokens)?, int(inputs)?, int(outputs)?, int(adapters)?]);
         // SAFETY: the caller's.
-        unsafe { self.launch_hopper("linear_forward_rotated", [tokens, outputs], width, &arguments) }
+        unsafe { self.launch_hopper("linear_forward_rotated", [tokens, outputs], choice, &arguments) }
     }
 
     /// # Safety
@@ -227,18 +220,23 @@ impl<D: Device> Kernels<D> {
             // SAFETY: the caller's.
             return unsafe { self.launch_half("linear_backward_input", shape, &arguments) };
         }
+        let choice = self.choose(sizes.backward_input(), &Choice::ALL);
         // SAFETY: the caller's.
-        unsafe { self.hopper_backward_input(product, outputs) }
+        unsafe { self.hopper_backward_input(product, outputs, choice) }
     }
 
     /// [`linear_backward_input`](Self::linear_backward_input) by Hopper's kernel from rows of `row_length`.
     ///
     /// # Safety
     /// The parts are as large as their sizes say, `dy` as `row_length` says.
-    unsafe fn hopper_backward_input(&self, product: &BackwardProduct, row_length: usize) -> Result<()> {
+    pub unsafe fn hopper_backward_input(
+        &self,
+        product: &BackwardProduct,
+        row_length: usize,
+        choice: Choice,
+    ) -> Result<()> {
         let &BackwardProduct { dy, weight, ds, a, dx, sizes, mask } = product;
         let Sizes { tokens, inputs, outputs, rank, leading } = sizes;
-        let width = hopper_columns([tokens, inputs], self.multiprocessors(), HOPPER_COLUMNS.into_iter());
         let dy = boxes(dy, [tokens, outputs], row_length, TILE)?;
         let weight = boxes(weight, [outputs, inputs], inputs, TILE / 2)?;
         let (mut ds_boxes, mut a_boxes) = (dy, weight);
@@ -251,7 +249,7 @@ impl<D: Device> Kernels<D> {
         arguments.extend([int(tokens)?, int(inputs)?, int(outputs)?, int(rank)?]);
         arguments.extend(mask);
         // SAFETY: the caller's.
-        unsafe { self.launch_hopper("linear_backward_input", [tokens, inputs], width, &arguments) }
+        unsafe { self.launch_hopper("linear_backward_input", [tokens, inputs], choice, &arguments) }
     }
 }
 
@@ -278,8 +276,9 @@ impl<D: Device> Kernels<D> {
         let [bias, residual, s, b_hat, slots] = [NULL; 5];
         let (adapters, y, sizes) = (0, z, sizes.as_linear());
         let product = ForwardProduct { x, weight, bias, residual, s, b_hat, slots, adapters, y, sizes };
+        let choice = self.choose(sizes.forward(), &Choice::ALL);
         // SAFETY: the caller's.
-        unsafe { self.hopper_forward(&product, leading) }
+        unsafe { self.hopper_forward(&product, leading, choice) }
     }
 
     /// `dx = dz · W`.
@@ -302,25 +301,10 @@ impl<D: Device> Kernels<D> {
             return unsafe { self.launch_half("head_backward_input", tile_shape(rows, width), &arguments) };
         }
         let [ds, a] = [NULL; 2];
-        let product = BackwardProduct { dy: dz, weight, ds, a, dx, sizes: sizes.as_linear(), mask: NO_MASK };
+        let sizes = sizes.as_linear();
+        let product = BackwardProduct { dy: dz, weight, ds, a, dx, sizes, mask: NO_MASK };
+        let choice = self.choose(sizes.backward_input(), &Choice::ALL);
         // SAFETY: the caller's.
-        unsafe { self.hopper_backward_input(&product, leading) }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn tiles_fit_the_width_and_the_waves() {
-        // 576 columns are three times 192: 256 would compute a quarter for nothing.
-        let columns =
-            |shape, multiprocessors| hopper_columns(shape, multiprocessors, HOPPER_COLUMNS.into_iter());
-        assert_eq!(columns([16_384, 576], 132), 192);
-        assert_eq!(columns([16_384, 8960], 132), 256);
-        // One row of tiles: as many multiprocessors as possible.
-        assert_eq!(columns([100, 1536], 132), 128);
-        assert_eq!(columns([1, 8], 4), 128);
+        unsafe { self.hopper_backward_input(&product, leading, choice) }
     }
 }

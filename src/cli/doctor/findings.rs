@@ -2,7 +2,9 @@
 
 use serde_json::{Value, json};
 
-use super::{Gpu, Report};
+use super::super::tiles;
+use super::{Gpu, Report, TilesFound};
+use crate::backend::cuda::tiles::Unusable;
 use crate::error::Error;
 
 /// How much a finding matters.
@@ -114,5 +116,14 @@ fn gpu_findings(report: &Report) -> Vec<Finding> {
         let remedy = "check nvidia-smi; CUDA_VISIBLE_DEVICES may hide them";
         return vec![Finding::problem("the driver shows no GPU", remedy)];
     }
-    report.gpus.iter().filter_map(Gpu::obstacle).map(Finding::of).collect()
+    let obstacles = report.gpus.iter().filter_map(Gpu::obstacle).map(Finding::of);
+    obstacles.chain(report.gpus.iter().filter_map(tile_finding)).collect()
+}
+
+/// A table of tiles that is damaged: training goes on without it.
+fn tile_finding(gpu: &Gpu) -> Option<Finding> {
+    let TilesFound { path, table } = gpu.tiles.as_ref()?;
+    let (Some(path), Err(Unusable::Damaged(reason))) = (path, table) else { return None };
+    let what = format!("{}: no table of tiles: {reason}", path.display());
+    Some(Finding::advice(what, tiles::REMEDY))
 }

@@ -137,7 +137,7 @@ fn finished(config: &TrainingConfig) -> Result<Option<TrainingSummary>> {
 
 /// Keys that a resumed run may change: they say where things are (their contents are compared instead), what computes,
 /// how often the run is saved, and what shows it.
-const FREE_KEYS: [&str; 14] = [
+const FREE_KEYS: [&str; 15] = [
     "model_name",
     "train_data",
     "val_data",
@@ -151,6 +151,7 @@ const FREE_KEYS: [&str; 14] = [
     "sample_every",
     "device",
     "threads",
+    "tiles",
     "activation_memory",
 ];
 

@@ -15,6 +15,7 @@ use serde_json::json;
 use tempfile::NamedTempFile;
 use tracing::{debug, info, warn};
 
+use super::super::user_cache::user_cache;
 use super::data::TextData;
 use crate::checkpoint::atomic::sync_folder;
 use crate::checkpoint::mapped::MappedFile;
@@ -179,12 +180,7 @@ fn folder_of(cache: &TokenCache, sources: &[DataSource]) -> Result<Option<PathBu
         TokenCache::Off => None,
         TokenCache::Folder(folder) => Some(folder),
         TokenCache::Auto if stored_bytes(sources) < LEAST_BYTES => None,
-        TokenCache::Auto => {
-            let folder =
-                |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-            let cache = folder("XDG_CACHE_HOME").or_else(|| Some(folder("HOME")?.join(".cache")));
-            cache.map(|cache| cache.join("fastlora").join("tokens"))
-        }
+        TokenCache::Auto => user_cache("tokens"),
     })
 }
 

@@ -287,6 +287,10 @@ impl Device for Driver {
     type Landing = DriverLanding;
     const IS_REAL: bool = true;
 
+    fn name(&self) -> String {
+        self.inner.name.clone()
+    }
+
     fn description(&self) -> String {
         let (major, minor) = self.inner.limits.compute_capability;
         let gibibytes = self.inner.limits.total_memory_bytes as f64 / (1u64 << 30) as f64;
