@@ -43,6 +43,7 @@ DEVICE void hopper_linear(const HopperOperands& operands, int rows, int columns,
             const int2 stretch = ranks(tile);
             Matmul::load(shared, ring, operands.adapter_a, operands.adapter_b, tile, stretch.x, stretch.y);
             Matmul::load(shared, ring, operands.a, operands.b, tile, 0, depth);
+            epilogue.load(shared, ring, tile);
         }
         return;
     }
@@ -62,7 +63,7 @@ DEVICE void hopper_linear(const HopperOperands& operands, int rows, int columns,
         }
         Matmul::accumulate(sums, shared, ring, consumer.index, 0, depth, any);
         Matmul::finish(sums, shared, ring);
-        epilogue.finish(consumer, tile, sums);
+        epilogue.finish(consumer, ring, tile, sums);
         const int next = index + gridDim.x;
         if (next < tiles) epilogue.begin(consumer, tile_at(next));
     }
@@ -80,6 +81,7 @@ struct PlainEpilogue {
     int rows, columns;
 
     __device__ __forceinline__ int high_half(int n) const { return n + Matmul::tile_n / 2; }
+    __device__ __forceinline__ void load(unsigned char*, typename Matmul::Ring&, const HopperTile&) const {}
     __device__ __forceinline__ void begin(const HopperConsumer<Matmul>&, const HopperTile&) {}
     __device__ __forceinline__ void scale_adapters(const HopperConsumer<Matmul>&, const HopperTile&, Sums&) const {}
 
@@ -96,7 +98,8 @@ struct PlainEpilogue {
         consumer.send(out, 0, Matmul::boxes_of_tile, tile.m, tile.low);
         tma_store_commit();
     }
-    __device__ __forceinline__ void finish(const HopperConsumer<Matmul>& consumer, const HopperTile& tile, Sums& sums) {
+    __device__ __forceinline__ void finish(const HopperConsumer<Matmul>& consumer, typename Matmul::Ring& ring, const HopperTile& tile,
+                                           Sums& sums) {
         consumer.wait_until_free();
         stage(consumer, sums);
         send(consumer, tile);
@@ -135,9 +138,10 @@ struct ResidualEpilogue : PlainEpilogue<Matmul> {
         for (int box = 0; box < Matmul::boxes_of_tile; box++)
             tma_load(consumer.out_box(box), residual, tile.m + consumer.first_row(), tile.low + box * box_columns, landed);
     }
-    __device__ __forceinline__ void finish(const HopperConsumer<Matmul>& consumer, const HopperTile& tile, typename Base::Sums& sums) {
+    __device__ __forceinline__ void finish(const HopperConsumer<Matmul>& consumer, typename Matmul::Ring& ring, const HopperTile& tile,
+                                           typename Base::Sums& sums) {
         add_bias(bias, this->columns, consumer, tile, sums);
-        if (!has_residual) return Base::finish(consumer, tile, sums);
+        if (!has_residual) return Base::finish(consumer, ring, tile, sums);
         mbarrier_wait(&Matmul::barriers(consumer.shared).residual[consumer.index], parity);
         parity ^= 1;
         Matmul::for_each_pair(sums, consumer.index, [&](int row, int column, float& first, float& second) {
@@ -208,34 +212,41 @@ struct RotatedEpilogue : PlainEpilogue<Matmul> {
     Angles angles;
     int rotated_columns;
 
-    __device__ __forceinline__ void finish(const HopperConsumer<Matmul>& consumer, const HopperTile& tile, typename Base::Sums& sums) {
+    __device__ __forceinline__ void finish(const HopperConsumer<Matmul>& consumer, typename Matmul::Ring& ring, const HopperTile& tile,
+                                           typename Base::Sums& sums) {
         add_bias(bias, this->columns, consumer, tile, sums);
         if (angles.half_rotated == 32)
             rotate_heads<Matmul, 64>(angles, this->rows, rotated_columns, consumer, tile, sums);
         else if constexpr (Matmul::tile_n % 128 == 0)
             rotate_heads<Matmul, 128>(angles, this->rows, rotated_columns, consumer, tile, sums);
-        Base::finish(consumer, tile, sums);
+        Base::finish(consumer, ring, tile, sums);
     }
 };
 
 // A tile's low half is of the gate, its high half the same columns of up. Both leave first; from where they stand act is
-// computed, eight columns of a row at a time, and it leaves from the gate's place.
+// computed, eight columns of a row at a time, and it leaves from the gate's place. There its share of s for the adapter of down is
+// taken: partial sums [ceil(F / tile_columns)][T][R̄], R̄ the adapter's leading dimension. None are wanted without s_partials.
 template <class Matmul>
 struct GatedEpilogue {
     using T = typename Matmul::T;
     using Sums = float[Matmul::tile_n / 2];
     static constexpr int half = Matmul::tile_n / 2, tile_columns = half, boxes = Matmul::boxes_of_tile / 2;
     static constexpr bool scales_adapters = false;
-    const TensorMap &gate, &up, &act;
+    const TensorMap &gate, &up, &act, &down_a;
     const T* bias;
-    int width;
+    float* s_partials;
+    int rows, width, down_leading;
     bool is_gelu;
 
     __device__ __forceinline__ int high_half(int n) const { return width + n; }
+    __device__ __forceinline__ void load(unsigned char* shared, typename Matmul::Ring& ring, const HopperTile& tile) const {
+        if (s_partials) Matmul::load_beside(shared, ring, down_a, tile.low, boxes);
+    }
     __device__ __forceinline__ void begin(const HopperConsumer<Matmul>&, const HopperTile&) {}
     __device__ __forceinline__ void scale_adapters(const HopperConsumer<Matmul>&, const HopperTile&, Sums&) const {}
 
-    __device__ __forceinline__ void finish(const HopperConsumer<Matmul>& consumer, const HopperTile& tile, Sums& sums) {
+    __device__ __forceinline__ void finish(const HopperConsumer<Matmul>& consumer, typename Matmul::Ring& ring, const HopperTile& tile,
+                                           Sums& sums) {
         add_bias<Matmul>(bias, 2 * width, consumer, tile, sums);
         consumer.wait_until_free();
         PlainEpilogue<Matmul>::stage(consumer, sums);
@@ -250,9 +261,42 @@ struct GatedEpilogue {
         else activate<Silu>(consumer);
         fence_async_proxy();
         consumer.meet();
-        if (!consumer.is_first()) return;
-        consumer.send(act, 0, boxes, tile.m, tile.low);
-        tma_store_commit();
+        if (consumer.is_first()) {
+            consumer.send(act, 0, boxes, tile.m, tile.low);
+            tma_store_commit();
+        }
+        if (s_partials) multiply_by_down(consumer, ring, tile);
+    }
+
+    // This tile's share of s = act · Aᵀ of down, A [r, F] with r at most 64: act stands where it leaves as wgmma wants it.
+    __device__ __forceinline__ void multiply_by_down(const HopperConsumer<Matmul>& consumer, typename Matmul::Ring& ring,
+                                                     const HopperTile& tile) const {
+        constexpr int ranks = box_columns;
+        float shares[ranks / 2];
+        const uint64_t a = wgmma_operand(Matmul::take_beside(consumer.shared, ring)), own_act = wgmma_operand(consumer.out_box(0));
+        wgmma_fence(shares);
+#pragma unroll
+        for (int box = 0; box < boxes; box++)
+#pragma unroll
+            for (int step = 0; step < box_columns / 16; step++)
+                wgmma<T, ranks, false>(shares, wgmma_operand_after(own_act, box * Matmul::out_box_bytes + step * 32),
+                                       wgmma_operand_after(a, box * box_columns * box_row_bytes + step * 32), box + step > 0);
+        wgmma_commit();
+        wgmma_wait<0>(shares);
+        Matmul::release_beside(consumer.shared, ring);
+        float* partial = s_partials + static_cast<long long>(tile.low / tile_columns) * rows * down_leading;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = tile.m + Matmul::own_row(consumer.index) + half * 8;
+            if (row >= rows) continue;
+#pragma unroll
+            for (int j = 0; j < ranks / 8; j++) {
+                const int rank = j * 8 + threadIdx.x % 4 * 2;
+                if (rank < down_leading)
+                    *reinterpret_cast<float2*>(partial + static_cast<long long>(row) * down_leading + rank) =
+                        make_float2(shares[j * 4 + half * 2], shares[j * 4 + half * 2 + 1]);
+            }
+        }
     }
 
     template <class F>
@@ -300,8 +344,9 @@ DEVICE void linear_forward_rotated_sm90a(const HopperOperands& operands, const T
 
 template <class T, int TILE_N>
 DEVICE void linear_forward_gated_sm90a(const HopperOperands& operands, const TensorMap& gate, const TensorMap& up,
-                                       const TensorMap& act, const T* bias, const int* slots, int tokens, int in_features,
-                                       int width, int adapters, int is_gelu) {
+                                       const TensorMap& act, const TensorMap& down_a, const T* bias, const int* slots,
+                                       float* s_partials, int tokens, int in_features, int width, int adapters,
+                                       int down_leading, int is_gelu) {
     using Matmul = HopperMatmul<T, false, TILE_N>;
     hopper_linear<Matmul>(
         operands, tokens, width, in_features,
@@ -310,7 +355,7 @@ DEVICE void linear_forward_gated_sm90a(const HopperOperands& operands, const Ten
             const int2 high = rank_range(slots, adapters, tile.high, tile.high + TILE_N / 2);
             return make_int2(min(low.x, high.x), max(low.y, high.y));
         },
-        GatedEpilogue<Matmul>{gate, up, act, bias, width, is_gelu != 0});
+        GatedEpilogue<Matmul>{gate, up, act, down_a, bias, s_partials, tokens, width, down_leading, is_gelu != 0});
 }
 
 template <class T, int TILE_N>
@@ -326,7 +371,12 @@ DEVICE void linear_backward_input_sm90a(const HopperOperands& operands, const Te
 // Rotated: heads of 64 or, where TILE_N is a multiple of it, 128, rotated whole.
 #define MAP const __grid_constant__ TensorMap
 #define EXPORT_FORWARD(TILE_N, type)     EXPORT_KERNEL_AS(linear_forward_sm90a_n##TILE_N##_##type, type, (hopper_threads, 1),                      (MAP x, MAP w, MAP s, MAP b_hat, MAP residual, MAP y, const T* bias, const int* slots, int has_residual,                       int tokens, int in_features, int out_features, int adapters),                      (linear_forward_sm90a<T, TILE_N>({x, w, s, b_hat}, residual, y, bias, slots, has_residual, tokens,                                                       in_features, out_features, adapters)))     EXPORT_KERNEL_AS(linear_forward_rotated_sm90a_n##TILE_N##_##type, type, (hopper_threads, 1),                      (MAP x, MAP w, MAP s, MAP b_hat, MAP y, const T* bias, const int* slots, const float* table,                       const unsigned* positions, const unsigned* lengths, int first_row, int longer_than, int long_first_row,                       int head_dim, int rotated_columns, int tokens, int in_features, int out_features, int adapters),                      (linear_forward_rotated_sm90a<T, TILE_N>(                          {x, w, s, b_hat}, y, bias, slots,                          Angles{table, positions, lengths, first_row, longer_than, long_first_row, head_dim / 2},                          rotated_columns, tokens, in_features, out_features, adapters)))
-#define EXPORT_GATED_FORWARD(TILE_N, type)     EXPORT_KERNEL_AS(linear_forward_gated_sm90a_n##TILE_N##_##type, type, (hopper_threads, 1),                      (MAP x, MAP w, MAP s, MAP b_hat, MAP gate, MAP up, MAP act, const T* bias, const int* slots, int tokens,                       int in_features, int width, int adapters, int is_gelu),                      (linear_forward_gated_sm90a<T, TILE_N>({x, w, s, b_hat}, gate, up, act, bias, slots, tokens,                                                             in_features, width, adapters, is_gelu)))
+#define EXPORT_GATED_FORWARD(TILE_N, type) \
+    EXPORT_KERNEL_AS(linear_forward_gated_sm90a_n##TILE_N##_##type, type, (hopper_threads, 1), \
+                     (MAP x, MAP w, MAP s, MAP b_hat, MAP gate, MAP up, MAP act, MAP down_a, const T* bias, const int* slots, \
+                      float* s_partials, int tokens, int in_features, int width, int adapters, int down_leading, int is_gelu), \
+                     (linear_forward_gated_sm90a<T, TILE_N>({x, w, s, b_hat}, gate, up, act, down_a, bias, slots, s_partials, \
+                                                            tokens, in_features, width, adapters, down_leading, is_gelu)))
 #define EXPORT_BACKWARD_INPUT(TILE_N, type)     EXPORT_KERNEL_AS(linear_backward_input_sm90a_n##TILE_N##_##type, type, (hopper_threads, 1),                      (MAP dy, MAP w, MAP ds, MAP a, MAP dx, int tokens, int in_features, int out_features, int rank,                       const unsigned* positions, const unsigned* samples, unsigned seed_low, unsigned seed_high,                       const unsigned* epoch, unsigned input, unsigned threshold, float keep_scale),                      (linear_backward_input_sm90a<T, TILE_N>(                          {dy, w, ds, a}, dx, tokens, in_features, out_features, rank,                          DropoutMask{positions, samples, seed_low, seed_high, epoch, input, threshold, keep_scale})))
 #define EXPORT_FOR(type)     EXPORT_FORWARD(128, type)     EXPORT_FORWARD(192, type)     EXPORT_FORWARD(256, type)     EXPORT_GATED_FORWARD(128, type)     EXPORT_GATED_FORWARD(256, type)     EXPORT_BACKWARD_INPUT(128, type)     EXPORT_BACKWARD_INPUT(192, type)     EXPORT_BACKWARD_INPUT(256, type)
 EXPORT_FOR(f16)

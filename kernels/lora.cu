@@ -2,6 +2,7 @@
 //
 //   dropout     x̃ = mask ∘ x / (1 − p)
 //   down        s = x̃ · Aᵀ                                                  forward
+//   sum_s       s of partial sums, where the product in front took them
 //   gradient    dA = dsᵀ · x̃                                                added to the flat f32 gradients
 //   pack        B̂ from the f32 parameters                                   B̂ holds α/r (linear.cu)
 //
@@ -85,6 +86,25 @@ extern "C" __global__ void __launch_bounds__(element_threads)
     if (i < elements) gradients[i] += sum_of_partials(partials, stretches, elements, i);
 }
 REGISTER_KERNEL(lora_add_a_gradient);
+
+// s [T, R̄] of its partial sums (linear_sm90a.cu), four elements a thread. Grid: ceil(elements / 4 / 256) blocks.
+template <class T>
+DEVICE void lora_sum_s(const float* __restrict__ partials, T* __restrict__ s, int tiles, long long elements) {
+    const long long i = (static_cast<long long>(blockIdx.x) * element_threads + threadIdx.x) * 4;
+    if (i >= elements) return;
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+    for (int tile = 0; tile < tiles; tile++) {
+        const float4 share = *reinterpret_cast<const float4*>(partials + tile * elements + i);
+        sum.x += share.x;
+        sum.y += share.y;
+        sum.z += share.z;
+        sum.w += share.w;
+    }
+    store2(s + i, sum.x, sum.y);
+    store2(s + i + 2, sum.z, sum.w);
+}
+EXPORT_HALF_KERNELS(lora_sum_s, element_threads, (const float* partials, T* s, int tiles, long long elements),
+                    (partials, s, tiles, elements))
 
 // B̂ [O, R̄], zeros included. Grid: ceil(O · R̄ / 256) blocks.
 template <class T>

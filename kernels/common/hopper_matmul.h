@@ -100,6 +100,32 @@ struct HopperMatmul {
         }
     }
 
+    // Another operand through the ring, as a stage of its own: `boxes` boxes of 64 rows, from row 0 and `column` on, where B
+    // stands. Each block loads its own.
+    static __device__ __forceinline__ void load_beside(unsigned char* shared, Ring& ring, const TensorMap& map, int column, int boxes) {
+        static_assert(2 * box_columns * box_row_bytes <= b_bytes, "two boxes stand where B stands");
+        Barriers& all = barriers(shared);
+        Mbarrier* full = &all.full[ring.index];
+        mbarrier_wait(&all.empty[ring.index], ring.parity ^ 1);
+        mbarrier_arrive_expecting(full, boxes * box_columns * box_row_bytes);
+        unsigned char* tile = stage(shared, ring.index) + a_bytes;
+        for (int box = 0; box < boxes; box++)
+            tma_load(tile + box * box_columns * box_row_bytes, map, 0, column + box * box_columns, full);
+        ring.advance();
+    }
+    // Waits for it.
+    static __device__ __forceinline__ const unsigned char* take_beside(unsigned char* shared, Ring& ring) {
+        mbarrier_wait(&barriers(shared).full[ring.index], ring.parity);
+        return stage(shared, ring.index) + a_bytes;
+    }
+    // Behind the wait for what read it.
+    static __device__ __forceinline__ void release_beside(unsigned char* shared, Ring& ring) {
+        ring.unreleased = ring.index;
+        release(barriers(shared), ring);
+        ring.unreleased = -1;
+        ring.advance();
+    }
+
     // The consumers' half, for accumulators of wgmma.h. `any`: whether the accumulators hold a sum already.
     static __device__ __forceinline__ void accumulate(float (&sums)[TILE_N / 2], unsigned char* shared, Ring& ring,
                                                       int consumer, int k_begin, int k_end, bool& any) {

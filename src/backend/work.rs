@@ -63,6 +63,14 @@ impl Work {
         }
     }
 
+    /// [`of_linear`](Self::of_linear) for gate and up, and the activation of what it gives.
+    pub fn of_gated_linear(shape: LinearShape, element: usize) -> Self {
+        let (linear, elements) = (Self::of_linear(shape, element), shape.rows * shape.outputs / 2);
+        // Gate and up are not read again.
+        let gated = Self::of_gated(elements, element, false);
+        Self { flops: linear.flops + gated.flops, bytes: linear.bytes + (elements * element) as f64 }
+    }
+
     /// The gradients of `A` and `B`, f32, and `dx`, or some of them.
     pub fn of_linear_backward(shape: LinearShape, element: usize, wanted: LinearGradients) -> Self {
         let LinearShape { rows, inputs, outputs, rank, b_elements, weight_bytes } = shape;

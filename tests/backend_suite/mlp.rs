@@ -126,6 +126,9 @@ fn check<B: Backend>(backend: &B, record: &mut Record, case: Case) {
     let batch = resident_with(backend, &host_batch, settings);
     let parameters = values(end + MARGIN, 61);
     let adapters = backend.floats(&parameters).unwrap();
+    for group in [mlp.gate_up, mlp.down] {
+        backend.renew_group(group, &adapters).unwrap();
+    }
     let [x, residual, dy] = [62, 63, 64].map(|seed| precision.values(rows * hidden, seed));
     let (x_buffer, dy_buffer) = (buffer(backend, &x), buffer(backend, &dy));
     let residual_buffer = case.has_residual.then(|| buffer(backend, &residual));

@@ -52,6 +52,7 @@ fn compare<B: Backend>(backend: &B, precision: Precision, shape: attention::Case
     let x = buffer(backend, &precision.values(rows * width, 61));
     let dout = buffer(backend, &inputs.dout);
     let adapters = backend.floats(&setup.adapters).unwrap();
+    backend.renew_group(&setup.group, &adapters).unwrap();
     let input = || LinearInput { x: &x, rows, batch: &resident };
 
     let results = |is_one: bool| {

@@ -10,8 +10,8 @@ const NULL: Argument = Argument::Address(0);
 /// What follows the product.
 #[derive(Clone, Copy, Debug)]
 enum Rest {
-    /// Of gate and up.
-    Gated { is_gelu: bool },
+    /// Of gate and up; with the `s` of down's adapter, if it has a rank.
+    Gated { is_gelu: bool, down_rank: usize },
     /// Of queries, keys and values with heads of so many columns.
     Rotated { head_dim: usize, rotated_heads: usize },
 }
@@ -23,7 +23,13 @@ const LONG_FIRST_ROW: usize = 9;
 const LONGER_THAN: u32 = 20;
 const ROWS: usize = 17;
 
-/// Everything that the product wrote, by the fused kernel if `is_fused`, else by the plain one and the one behind it.
+/// `A [rank, width]` of down.
+fn down_a(half: Half, rank: usize, width: usize) -> Vec<u16> {
+    Random(width as u64).halves(half, rank * width, 1.0)
+}
+
+/// Everything that the product wrote, by the fused kernel if `is_fused`, else by the plain one and the one behind it; at the
+/// end the `s` of down where it is asked for.
 fn outputs(place: &Place, half: Half, group: &Group, columns: usize, rest: Rest, is_fused: bool) -> Vec<u16> {
     let (tokens, inputs, outputs) = (group.tokens, group.in_features, group.out_features());
     let (rank, leading, suffix) = (group.rank(), group.rank_leading(), half.suffix());
@@ -65,21 +71,37 @@ fn outputs(place: &Place, half: Half, group: &Group, columns: usize, rest: Rest,
         let kernel = format!("linear_forward{name}_sm90a_n{columns}_{suffix}");
         launch_grid(place, &kernel, [2, 1, 1], 384, 227 << 10, arguments);
     };
+    let mut s_of_down = poisoned::<u16>(place, 0);
     if !is_fused {
         arguments.extend([whole_y, whole_y, bias, slots, Argument::I32(0)]);
         arguments.extend(sizes);
         product("", &arguments);
     }
     match rest {
-        Gated { is_gelu } if is_fused => {
+        Gated { is_gelu, down_rank } if is_fused => {
             for (memory, first, stride) in [(&y, 0, outputs), (&y, width, outputs), (&second, 0, width)] {
                 arguments.push(boxes_from(memory, first, [tokens, width], stride, 64));
             }
-            arguments.extend([bias, slots, sizes[0], sizes[1], i32_of(width), sizes[3]]);
-            arguments.push(Argument::I32(i32::from(is_gelu)));
+            let (a, leading) = (down_a(half, down_rank, width), down_rank.next_multiple_of(8));
+            let a = upload(place, &a);
+            let elements = tokens * leading;
+            let tiles = width.div_ceil(columns / 2);
+            let partials = poisoned::<f32>(place, tiles * elements);
+            let (down, partials) = match down_rank {
+                0 => (x, NULL),
+                _ => (boxes(&a, [down_rank, width], width, 64), Argument::of(&partials)),
+            };
+            arguments.extend([down, bias, slots, partials, sizes[0], sizes[1], i32_of(width), sizes[3]]);
+            arguments.extend([i32_of(leading), Argument::I32(i32::from(is_gelu))]);
             product("_gated", &arguments);
+            if down_rank > 0 {
+                s_of_down = poisoned::<u16>(place, elements);
+                let arguments =
+                    [partials, Argument::of(&s_of_down), i32_of(tiles), Argument::I64(elements as i64)];
+                launch(place, &format!("lora_sum_s_{suffix}"), elements.div_ceil(1024), 256, &arguments);
+            }
         }
-        Gated { is_gelu } => {
+        Gated { is_gelu, .. } => {
             let name = if is_gelu { "gelu" } else { "silu" };
             let arguments = [Argument::of(&y), Argument::of(&second), i32_of(tokens), i32_of(width)];
             let blocks = (tokens * width / 8).div_ceil(256);
@@ -111,7 +133,10 @@ fn outputs(place: &Place, half: Half, group: &Group, columns: usize, rest: Rest,
     }
     let (mut y, second): (Vec<u16>, Vec<u16>) = (download(place, &y), download(place, &second));
     match rest {
-        Gated { .. } => y.extend(second),
+        Gated { .. } => {
+            y.extend(second);
+            y.extend(download::<u16>(place, &s_of_down));
+        }
         // Where queries and keys stand in y.
         Rotated { head_dim, rotated_heads } if !is_fused => {
             let rotated = rotated_heads * head_dim;
@@ -132,10 +157,30 @@ fn check(group: &Group, columns: usize, rest: Rest) {
         let name = format!("{rest:?} n{columns} {} {}", half.suffix(), group.name);
         let fused = run_everywhere(&name, |place| outputs(place, half, group, columns, rest, true));
         let separate = run_everywhere(&name, |place| outputs(place, half, group, columns, rest, false));
+        let (fused, s) = fused.split_at(separate.len());
         let first = fused.iter().zip(&separate).position(|(fused, separate)| fused != separate);
-        assert_eq!((first, fused.len()), (None, separate.len()), "{name}: first element that differs");
+        assert_eq!(first, None, "{name}: first element that differs");
         assert!(fused.iter().all(|&bits| half.decode(bits).is_finite()), "{name}: something was not written");
+        if let Gated { down_rank: rank @ 1.., .. } = rest {
+            check_s(&name, half, rank, &fused[group.tokens * group.out_features()..], s);
+        }
     }
+}
+
+/// `s = act · Aᵀ`, zero behind its ranks.
+fn check_s(name: &str, half: Half, rank: usize, act: &[u16], s: &[u16]) {
+    let leading = rank.next_multiple_of(8);
+    let width = act.len() * leading / s.len();
+    let [a, act] = [&down_a(half, rank, width)[..], act].map(|values| half.decode_all(values));
+    let mut expected = Vec::new();
+    for row in act.chunks(width) {
+        for r in 0..leading {
+            let terms = (0..width).map(|k| if r < rank { row[k] * a[r * width + k] } else { 0.0 });
+            let (sum, magnitude) = sum_and_magnitude(terms);
+            expected.push(Expected::rounded_sum(half, sum, magnitude, width));
+        }
+    }
+    assert_close(&format!("{name}, s of down"), leading, &half.decode_all(s), &expected);
 }
 
 /// Widths beside the tile's, ranks that only one half has, and more tiles than blocks.
@@ -143,10 +188,14 @@ fn check(group: &Group, columns: usize, rest: Rest) {
 fn gated_products_have_the_bits_of_two_kernels() {
     for columns in [128, 256] {
         for (tokens, width, ranks) in
-            [(1, 8, [1, 1]), (140, 72, [0, 4]), (300, 264, [40, 3]), (70, 128, [0, 0])]
+            [(1, 8, [1, 1]), (140, 72, [0, 4]), (300, 264, [40, 3]), (70, 128, [0, 0]), (11, 200, [3, 0])]
         {
             let group = Group::new(tokens, 72, &ranks.map(|rank| (width, rank)));
-            check(&group, columns, Gated { is_gelu: tokens % 100 == 0 });
+            check(
+                &group,
+                columns,
+                Gated { is_gelu: tokens % 100 == 0, down_rank: [0, 5, 64, 16][tokens % 4] },
+            );
         }
     }
 }

@@ -4,7 +4,7 @@ use super::adapter_gradients::partial_bytes;
 use super::head::chunk_rows;
 use super::linear::rank_leading;
 use super::memory::{FLOAT_BYTES, HALF_BYTES, Region};
-use super::mlp::MiddlePass;
+use super::mlp::{MiddlePass, share_bytes};
 use super::recordings::bucket_of;
 use super::{CudaBackend, Scratch, lock};
 use crate::backend::{Footprint, GroupShape, OperationShapes};
@@ -37,7 +37,7 @@ struct ScratchSizes {
 }
 
 impl ScratchSizes {
-    fn new(shapes: &OperationShapes) -> Self {
+    fn new(shapes: &OperationShapes, uses_hopper: bool) -> Self {
         let OperationShapes {
             tokens, labelled_rows, vocabulary, query_heads, key_value_heads, head_dim, ..
         } = *shapes;
@@ -49,13 +49,15 @@ impl ScratchSizes {
             let pass = MiddlePass::new(&gate_up.adapters, &down.adapters, down.in_features, tokens);
             pass.map_or(0, |pass| pass.bytes())
         };
-        let partials = largest(&|group| partial_bytes(&group.adapters, group.in_features, tokens))
+        let gradients = largest(&|group| partial_bytes(&group.adapters, group.in_features, tokens))
             .max(shapes.mlps.iter().map(of_middle).max().unwrap_or(0));
+        let of_share = |[_, down]: &[GroupShape; 2]| share_bytes(&down.adapters, down.in_features, tokens);
+        let shares = shapes.mlps.iter().map(of_share).max().unwrap_or(0);
         let only = |wanted: bool, size: usize| if wanted { size } else { 0 };
         Self {
             dropped: only(shapes.has_dropout && shapes.is_training, dropped),
             ds: only(shapes.is_training, largest(&|group| tokens * rank_leading(group.rank()) * HALF_BYTES)),
-            partials: only(shapes.is_training, partials),
+            partials: only(shapes.is_training, gradients).max(only(uses_hopper, shares)),
             rotated: tokens * (query_heads + key_value_heads) * head_dim * HALF_BYTES,
             delta: only(shapes.is_training, tokens * query_heads * FLOAT_BYTES),
             logits: chunk_rows(vocabulary, labelled_rows.max(1))
@@ -97,11 +99,11 @@ impl<D: Device> Footprint for CudaBackend<D> {
     }
 
     fn scratch_bytes(&self, shapes: &OperationShapes) -> u64 {
-        ScratchSizes::new(shapes).total() as u64
+        ScratchSizes::new(shapes, self.kernels.uses_hopper).total() as u64
     }
 
     fn reserve_scratch(&self, shapes: &OperationShapes) -> Result<()> {
-        let sizes = ScratchSizes::new(shapes);
+        let sizes = ScratchSizes::new(shapes, self.kernels.uses_hopper);
         let mut scratch = lock(&self.scratch);
         let Scratch { dropped, ds, partials, rotated, delta, logits, .. } = &mut *scratch;
         for (growing, bytes) in [

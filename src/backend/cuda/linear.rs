@@ -35,7 +35,7 @@ pub(super) struct Adapters<D: Device> {
     b_offsets: Region<D>,
     scales: Region<D>,
     pub shapes: Vec<AdapterShape>,
-    /// `B̂ [O, R̄]`: packed by the forward, read by the backward too.
+    /// `B̂ [O, R̄]`: packed whenever the adapters have changed.
     pub b_hat: CudaBuffer<D>,
     /// First element of `A [R, I]` in the flat buffer.
     pub a_offset: usize,
@@ -175,24 +175,65 @@ impl<D: Device> CudaBackend<D> {
         s: &CudaBuffer<D>,
         y: &CudaBuffer<D>,
     ) -> Result<()> {
-        let product = self.forward_product(group, parameters, input, residual, s, y)?;
+        self.adapter_down(group, parameters, &input, s)?;
+        let product = self.forward_product(group, input.rows, input.x, residual, s, y)?;
         // SAFETY: every stretch was asked for by its shape.
         unsafe { self.kernels.linear_forward(&product) }
     }
 
-    /// Computes what the product needs of the adapters, `s` and `B̂`; what is left is the product.
-    pub(super) fn forward_product(
+    /// `s = x̃ · Aᵀ`; nothing without adapters.
+    pub(super) fn adapter_down(
         &self,
         group: &LinearGroup<Self>,
         parameters: &CudaFloats<D>,
-        input: LinearInput<'_, Self>,
+        input: &LinearInput<'_, Self>,
+        s: &CudaBuffer<D>,
+    ) -> Result<()> {
+        if group.prepared.adapters.is_none() {
+            return Ok(());
+        }
+        let Sizes { tokens, inputs, rank, leading, .. } = Sizes::of(group, input.rows);
+        let mut scratch = super::lock(&self.scratch);
+        let x = self.adapter_input(group, input, &mut scratch)?;
+        let arguments = [
+            x,
+            self.adapter_a(group, parameters)?,
+            s.first(tokens * leading)?,
+            int(tokens)?,
+            int(inputs)?,
+            int(rank)?,
+            int(leading)?,
+        ];
+        // SAFETY: x [T, I], A [R, I], s [T, R̄].
+        unsafe { self.kernels.launch_half("lora_down", lora_shape(tokens, rank, 1), &arguments) }
+    }
+
+    /// `A [R, I]` of all adapters; NULL without.
+    pub(super) fn adapter_a(
+        &self,
+        group: &LinearGroup<Self>,
+        parameters: &CudaFloats<D>,
+    ) -> Result<Argument> {
+        let elements = group.total_rank() * group.in_features;
+        match &group.prepared.adapters {
+            Some(adapters) => self.half_copy(parameters)?.at(adapters.a_offset, elements),
+            None => Ok(NULL),
+        }
+    }
+
+    /// The forward's product, given `s`.
+    pub(super) fn forward_product(
+        &self,
+        group: &LinearGroup<Self>,
+        rows: usize,
+        x: &CudaBuffer<D>,
         residual: Option<&CudaBuffer<D>>,
         s: &CudaBuffer<D>,
         y: &CudaBuffer<D>,
     ) -> Result<ForwardProduct> {
-        let sizes @ Sizes { tokens, inputs, outputs, rank, leading } = Sizes::of(group, input.rows);
+        let sizes @ Sizes { tokens, inputs, outputs, leading, .. } = Sizes::of(group, rows);
         let mut product = ForwardProduct {
-            x: input.x.first(tokens * inputs)?,
+            x: x.first(tokens * inputs)?,
             weight: group.weight.shaped(outputs, inputs)?,
             bias: group.bias.as_ref().map_or(Ok(NULL), |bias| bias.first(outputs))?,
             residual: residual.map_or(Ok(NULL), |residual| residual.first(tokens * outputs))?,
@@ -204,14 +245,8 @@ impl<D: Device> CudaBackend<D> {
             sizes,
         };
         if let Some(adapters) = &group.prepared.adapters {
-            let mut scratch = super::lock(&self.scratch);
-            let x = self.adapter_input(group, &input, &mut scratch)?;
-            let a = self.half_copy(parameters)?.at(adapters.a_offset, rank * inputs)?;
             product.s = s.first(tokens * leading)?;
-            let arguments = [x, a, product.s, int(tokens)?, int(inputs)?, int(rank)?, int(leading)?];
-            // SAFETY: x [T, I], A [R, I], s [T, R̄].
-            unsafe { self.kernels.launch_half("lora_down", lora_shape(tokens, rank, 1), &arguments)? };
-            product.b_hat = self.pack(adapters, sizes, parameters)?;
+            product.b_hat = adapters.b_hat.first(outputs * leading)?;
             product.slots = adapters.tables()?[0];
             product.adapters = adapters.shapes.len();
         }
@@ -240,19 +275,25 @@ impl<D: Device> CudaBackend<D> {
         Ok(dropped)
     }
 
-    /// `B̂` from the parameters as they are now.
-    fn pack(&self, adapters: &Adapters<D>, sizes: Sizes, parameters: &CudaFloats<D>) -> Result<Argument> {
-        let elements = sizes.outputs * sizes.leading;
-        let b_hat = adapters.b_hat.first(elements)?;
+    /// Packs `B̂` from the parameters as they are now.
+    pub(super) fn pack(&self, group: &LinearGroup<Self>, parameters: &CudaFloats<D>) -> Result<()> {
+        let Some(adapters) = &group.prepared.adapters else { return Ok(()) };
+        let Sizes { outputs, leading, .. } = Sizes::of(group, 0);
+        let elements = outputs * leading;
         let [slots, b_offsets, scales] = adapters.tables()?;
-        let flat = parameters.first(parameters.elements())?;
-        let count = int(adapters.shapes.len())?;
-        let arguments =
-            [flat, slots, b_offsets, scales, b_hat, count, int(sizes.outputs)?, int(sizes.leading)?];
+        let arguments = [
+            parameters.first(parameters.elements())?,
+            slots,
+            b_offsets,
+            scales,
+            adapters.b_hat.first(elements)?,
+            int(adapters.shapes.len())?,
+            int(outputs)?,
+            int(leading)?,
+        ];
         let shape = Shape::blocks(elements.div_ceil(ELEMENT_THREADS), ELEMENT_THREADS as u32);
         // SAFETY: the layout places every B inside the flat buffer.
-        unsafe { self.kernels.launch_half("lora_pack", shape, &arguments)? };
-        Ok(b_hat)
+        unsafe { self.kernels.launch_half("lora_pack", shape, &arguments) }
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -323,16 +364,12 @@ impl<D: Device> CudaBackend<D> {
         [dy, dx]: [&CudaBuffer<D>; 2],
         ds: Argument,
     ) -> Result<()> {
-        let sizes @ Sizes { tokens, inputs, outputs, rank, .. } = Sizes::of(group, rows);
-        let a = match &group.prepared.adapters {
-            Some(adapters) => self.half_copy(parameters)?.at(adapters.a_offset, rank * inputs)?,
-            None => NULL,
-        };
+        let sizes @ Sizes { tokens, inputs, outputs, .. } = Sizes::of(group, rows);
         let product = BackwardProduct {
             dy: dy.first(tokens * outputs)?,
             weight: group.weight.shaped(outputs, inputs)?,
             ds,
-            a,
+            a: self.adapter_a(group, parameters)?,
             dx: dx.first(tokens * inputs)?,
             sizes,
             mask: mask_arguments(batch, group.input_index)?,

@@ -2,9 +2,9 @@
 
 use super::adapter_gradients::{BackSums, GRADIENT_BLOCKS};
 use super::launch::{NULL, Shape, int};
-use super::linear::{Sizes, mask_arguments};
+use super::linear::{self, ELEMENT_THREADS, Sizes, mask_arguments, rank_leading};
 use super::memory::{CudaBuffer, CudaFloats, FLOAT_BYTES, HALF_BYTES};
-use super::products::NO_MASK;
+use super::products::{DownShare, Gated, NO_MASK};
 use super::weights::WIDTH_MULTIPLE;
 use super::{CudaBackend, CudaBatch, Scratch, lock};
 use crate::backend::{
@@ -122,7 +122,81 @@ fn shapes_of<D: Device>(group: &LinearGroup<CudaBackend<D>>) -> &[AdapterShape] 
     group.prepared.adapters.as_ref().map_or(&[], |adapters| &adapters.shapes)
 }
 
+/// Columns of `act` in a tile of the product that takes it, where it multiplies them by the `A` of down as well, and the ranks
+/// that it has room for: see `GatedEpilogue` in linear_sm90a.cu. One width alone, so that no choice of tiles changes a sum.
+const GATED_TILE_COLUMNS: usize = 128;
+const GATED_RANKS: usize = 64;
+
+/// Bytes of the partial sums of down's `s`; none where it is computed from `act`.
+pub(super) fn share_bytes(down: &[AdapterShape], width: usize, tokens: usize) -> usize {
+    match down {
+        [adapter] if adapter.rank <= GATED_RANKS => {
+            width.div_ceil(GATED_TILE_COLUMNS) * tokens * rank_leading(adapter.rank) * FLOAT_BYTES
+        }
+        _ => 0,
+    }
+}
+
 impl<D: Device> CudaBackend<D> {
+    /// On Hopper the product of gate and up takes the activation before it leaves, and, without dropout, the `s` of down.
+    pub(super) fn mlp_forward(
+        &self,
+        mlp: Mlp<'_, Self>,
+        parameters: &CudaFloats<D>,
+        input: LinearInput<'_, Self>,
+        residual: Option<&CudaBuffer<D>>,
+        saved: MlpSaved<'_, Self>,
+        y: &mut CudaBuffer<D>,
+    ) -> Result<()> {
+        let LinearInput { rows, batch, x } = input;
+        if rows == 0 || !self.kernels.uses_hopper {
+            return mlp::forward(self, mlp, parameters, input, residual, saved, y);
+        }
+        let MlpSaved { gate_up, gate_up_s, act, down_s } = saved;
+        let share = match batch.dropout {
+            None => share_bytes(shapes_of(mlp.down), mlp.width(), rows),
+            Some(_) => 0,
+        };
+        {
+            let shape = || mlp.gate_up.shape(rows, mlp.gate_up.weight.bytes());
+            let _range = range!("linear gated"; Work::of_gated_linear(shape(), HALF_BYTES));
+            self.adapter_down(mlp.gate_up, parameters, &input, gate_up_s)?;
+            let product = self.forward_product(mlp.gate_up, rows, x, None, gate_up_s, gate_up)?;
+            let (elements, width) = (rows * mlp.width(), mlp.width());
+            let mut scratch = lock(&self.scratch);
+            let down = match share {
+                0 => None,
+                _ => Some(DownShare {
+                    a: self.adapter_a(mlp.down, parameters)?,
+                    partials: scratch.partials.reserve(self.device(), share)?.first(share)?,
+                    rank: mlp.down.total_rank(),
+                }),
+            };
+            let up = gate_up.at(width, 2 * elements - width)?;
+            let gated = Gated { activation: mlp.activation, up, act: act.first(elements)?, down };
+            // SAFETY: every stretch was asked for by its shape.
+            unsafe { self.kernels.gated_forward(&product, &gated)? };
+            if let Some(DownShare { partials, rank, .. }) = gated.down {
+                let elements = rows * rank_leading(rank);
+                let s = down_s.first(elements)?;
+                let tiles = width.div_ceil(GATED_TILE_COLUMNS);
+                let arguments = [partials, s, int(tiles)?, Argument::I64(elements as i64)];
+                let threads = elements / 4;
+                let shape = Shape::blocks(threads.div_ceil(ELEMENT_THREADS), ELEMENT_THREADS as u32);
+                // SAFETY: partials [tiles, T, r̄], s [T, r̄].
+                unsafe { self.kernels.launch_half("lora_sum_s", shape, &arguments)? };
+            }
+        }
+        let _range = range!("linear"; linear::work(mlp.down, rows));
+        let input = LinearInput { x: act, rows, batch };
+        if share == 0 {
+            self.adapter_down(mlp.down, parameters, &input, down_s)?;
+        }
+        let product = self.forward_product(mlp.down, rows, act, residual, down_s, y)?;
+        // SAFETY: every stretch was asked for by its shape.
+        unsafe { self.kernels.linear_forward(&product) }
+    }
+
     pub(super) fn mlp_gradient(
         &self,
         mlp: Mlp<'_, Self>,

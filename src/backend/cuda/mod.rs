@@ -217,6 +217,10 @@ impl<D: Device> Backend for CudaBackend<D> {
         self.make_group(in_features, projections)
     }
 
+    fn renew_group(&self, group: &LinearGroup<Self>, adapters: &Self::Floats) -> Result<()> {
+        self.pack(group, adapters)
+    }
+
     fn matrix(&self, parts: &[WeightTensor]) -> Result<Self::Matrix> {
         self.make_matrix(parts)
     }
@@ -440,6 +444,18 @@ impl<D: Device> Backend for CudaBackend<D> {
     ) -> Result<()> {
         let _range = range!("gated backward"; Work::of_gated(rows * width, HALF_BYTES, true));
         self.gated_gradient(activation, rows, width, dact, gate_up)
+    }
+
+    fn mlp(
+        &self,
+        mlp: Mlp<'_, Self>,
+        adapters: &Self::Floats,
+        input: LinearInput<'_, Self>,
+        residual: Option<&Self::Buffer>,
+        saved: MlpSaved<'_, Self>,
+        y: &mut Self::Buffer,
+    ) -> Result<()> {
+        self.mlp_forward(mlp, adapters, input, residual, saved, y)
     }
 
     fn mlp_backward(

@@ -1,9 +1,10 @@
 //! The frozen products with the adapters' share in them: linear.cu everywhere, linear_sm90a.cu on Hopper.
 
 use super::launch::{Kernels, NULL, Shape, int};
-use super::linear::Sizes;
+use super::linear::{Sizes, rank_leading};
 use super::tiles::{Choice, ProductShape};
-use crate::device::{Argument, Boxes, Device};
+use crate::backend::Activation;
+use crate::device::{Argument, BOX_COLUMNS, Boxes, Device};
 use crate::error::{Error, Result};
 
 /// Rows of a tile, and columns of the portable one.
@@ -51,6 +52,27 @@ pub(super) struct Rotation {
     pub head_dim: usize,
     /// Columns of queries and keys side by side.
     pub rotated_columns: usize,
+}
+
+/// What follows the product for gate and up.
+pub(super) struct Gated {
+    pub activation: Activation,
+    /// Where the columns of up begin in its output.
+    pub up: Argument,
+    /// `[T, F]`.
+    pub act: Argument,
+    /// The `s` of down, if it is wanted.
+    pub down: Option<DownShare>,
+}
+
+/// The `s = act · Aᵀ` of down as partial sums.
+pub(super) struct DownShare {
+    /// `[rank, F]`.
+    pub a: Argument,
+    /// `[tiles, T, R̄]`, f32.
+    pub partials: Argument,
+    /// At most 64.
+    pub rank: usize,
 }
 
 /// `dx = dy · W + mask ∘ (ds · A)`.
@@ -205,6 +227,45 @@ impl<D: Device> Kernels<D> {
         arguments.extend([int(tokens)?, int(inputs)?, int(outputs)?, int(adapters)?]);
         // SAFETY: the caller's.
         unsafe { self.launch_hopper("linear_forward_rotated", [tokens, outputs], choice, &arguments) }
+    }
+
+    /// The product for gate and up on Hopper, without residual, and the activation of it.
+    ///
+    /// # Safety
+    /// The parts are as large as `sizes` and their own fields say.
+    pub unsafe fn gated_forward(&self, product: &ForwardProduct, gated: &Gated) -> Result<()> {
+        let &ForwardProduct { bias, slots, adapters, y, sizes, .. } = product;
+        let &Gated { activation, up, act, ref down } = gated;
+        let Sizes { tokens, inputs, outputs, .. } = sizes;
+        let columns = outputs / 2;
+        let mut choices = Choice::ALL.to_vec();
+        choices.retain(|choice| match down {
+            // One alone, so that no choice changes a sum: see GATED_TILE_COLUMNS.
+            Some(_) => choice.columns == 256,
+            None => choice.columns.is_multiple_of(2 * BOX_COLUMNS),
+        });
+        let choice = self.choose(sizes.forward(), &choices);
+        let mut arguments = product.hopper_operands(choice)?.to_vec();
+        for (memory, stride) in [(y, outputs), (up, outputs), (act, columns)] {
+            arguments.push(boxes(memory, [tokens, columns], stride, TILE / 2)?);
+        }
+        let (down_a, partials, rank) = match *down {
+            Some(DownShare { a, partials, rank }) => {
+                (boxes(a, [rank, columns], columns, TILE / 2)?, partials, rank)
+            }
+            None => (arguments[0], NULL, 0),
+        };
+        arguments.extend([down_a, bias, slots, partials]);
+        arguments.extend([
+            int(tokens)?,
+            int(inputs)?,
+            int(columns)?,
+            int(adapters)?,
+            int(rank_leading(rank))?,
+        ]);
+        arguments.push(Argument::I32(i32::from(activation == Activation::GeluTanh)));
+        // SAFETY: the caller's.
+        unsafe { self.launch_hopper("linear_forward_gated", [tokens, outputs], choice, &arguments) }
     }
 
     /// # Safety

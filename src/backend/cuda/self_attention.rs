@@ -41,7 +41,8 @@ impl<D: Device> CudaBackend<D> {
                 head_dim: attention.head_dim,
                 rotated_columns: heads * attention.head_dim,
             };
-            let product = self.forward_product(projection, parameters, input, None, s, qkv)?;
+            self.adapter_down(projection, parameters, &input, s)?;
+            let product = self.forward_product(projection, rows, input.x, None, s, qkv)?;
             // SAFETY: every stretch was asked for by its shape, and the table covers every position.
             unsafe { self.kernels.rotated_forward(&product, &rotation)? };
         }

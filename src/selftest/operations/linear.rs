@@ -315,6 +315,7 @@ impl<B: Backend + 'static> Operation<B> for Linear {
             y: poisoned(backend, rows * outs)?,
             backward,
         };
+        backend.renew_group(&state.group, &state.adapters)?;
         if self.is_backward {
             state.forward(backend, self)?;
         }
