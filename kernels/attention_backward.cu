@@ -138,7 +138,7 @@ DEVICE void attention_backward_keys(const AttentionInputs<T>& in, T* __restrict_
     T* v_tile = k_tile + outer_rows * pitch<D>;
     T* q_tile = v_tile + outer_rows * pitch<D>;
     T* dout_tile = q_tile + queries * pitch<D>;
-    const SampleTile tile = find_sample_tile(in.tiles).mirrored();
+    const SampleTile tile = find_sample_tile(in.tiles).mirrored(outer_rows);
     if (tile.rows() == 0) return;  // fills up the number of tiles
     const int key_head = blockIdx.y, first_column = blockIdx.z * columns;
     const int heads_per_group = in.query_heads / in.key_value_heads;

@@ -49,7 +49,7 @@ struct HopperBackward {
     int window;
 };
 
-// ---- dq: grid: tiles (of 64 rows) in x, query heads in y.
+// ---- dq. Grid: tiles of 128 rows in x, query heads in y.
 template <class T, int D>
 struct BackwardQueries {
     static constexpr int keys = 128, stages = 2, own_bytes = hopper_tile_bytes<D, hopper_rows>;
@@ -70,7 +70,7 @@ DEVICE void attention_backward_queries_sm90a(const TensorMap& q, const TensorMap
     auto& shared = *reinterpret_cast<typename Layout::Shared*>(bytes);
     const SampleTile tile = find_sample_tile(in.tiles);
     const int rows = hopper_tile_rows(tile);
-    if (rows == 0) return;
+    if (rows == 0) return;  // fills up the number of tiles
     const int head = blockIdx.y, key_head = key_head_of(head, in.query_heads, in.key_value_heads);
     const int first_key = in.window ? max(tile.begin, tile.first - in.window + 1) : tile.begin;
     const int end_row = tile.first + rows, blocks = (end_row - first_key + keys - 1) / keys;
@@ -152,7 +152,7 @@ DEVICE void attention_backward_queries_sm90a(const TensorMap& q, const TensorMap
 }
 
 // ---- dk and dv: everything is transposed, so that pᵀ and drᵀ come out of their products as the left operands of the next. Grid:
-// tiles (of 64 rows) in x, key heads in y.
+// tiles of 128 rows in x, key heads in y.
 template <class T, int D>
 struct BackwardKeys {
     static constexpr int queries = 64, stages = 3, own_bytes = hopper_tile_bytes<D, hopper_rows>;
@@ -172,9 +172,9 @@ DEVICE void attention_backward_keys_sm90a(const TensorMap& q, const TensorMap& k
     constexpr int queries = Layout::queries;
     DYNAMIC_SHARED(bytes, 1024);
     auto& shared = *reinterpret_cast<typename Layout::Shared*>(bytes);
-    const SampleTile tile = find_sample_tile(in.tiles).mirrored();
+    const SampleTile tile = find_sample_tile(in.tiles).mirrored(hopper_rows);
     const int rows = hopper_tile_rows(tile);
-    if (rows == 0) return;
+    if (rows == 0) return;  // fills up the number of tiles
     const int key_head = blockIdx.y, heads_per_group = in.query_heads / in.key_value_heads;
     // Behind the last query that sees the last key.
     const int end_query = in.window ? min(tile.end, tile.first + rows - 1 + in.window) : tile.end;

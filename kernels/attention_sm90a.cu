@@ -29,7 +29,7 @@ DEVICE void attention_forward_sm90a(const TensorMap& q, const TensorMap& k, cons
     auto& shared = *reinterpret_cast<typename Layout::Shared*>(bytes);
     const SampleTile tile = find_sample_tile(tiles);
     const int rows = hopper_tile_rows(tile);
-    if (rows == 0) return;
+    if (rows == 0) return;  // fills up the number of tiles
     const int head = blockIdx.y, key_head = key_head_of(head, query_heads, key_value_heads);
     const int first_key = window ? max(tile.begin, tile.first - window + 1) : tile.begin;
     const int end_row = tile.first + rows, blocks = (end_row - first_key + keys - 1) / keys;
@@ -131,7 +131,7 @@ DEVICE void attention_forward_sm90a(const TensorMap& q, const TensorMap& k, cons
     }
 }
 
-// Grid: one block a tile (of 64 rows) in x, the query heads in y. Dynamic shared memory: 5 · 128 · D · 2 bytes and 1 KiB.
+// Grid: one block a tile of 128 rows in x, the query heads in y. Dynamic shared memory: 5 · 128 · D · 2 bytes and 1 KiB.
 #define EXPORT_HOPPER_ATTENTION(D, type) \
     EXPORT_KERNEL_AS(attention_forward_sm90a_d##D##_##type, type, (hopper_attention_threads, 1), \
                      (const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, \

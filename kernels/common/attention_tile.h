@@ -104,9 +104,9 @@ struct Score {
 struct SampleTile {
     int begin, end, first;
     __device__ __forceinline__ int rows() const { return min(outer_rows, end - first); }
-    // The tile with as many tiles behind it as this one has before it: for owners of keys, who meet the queries behind them.
-    __device__ __forceinline__ SampleTile mirrored() const {
-        const int last = begin + (end - begin - 1) / outer_rows * outer_rows;
+    // The tile of `height` rows with as many behind it as this one has before it: for owners of keys, who meet the queries behind.
+    __device__ __forceinline__ SampleTile mirrored(int height) const {
+        const int last = begin + (end - begin - 1) / height * height;
         return {begin, end, begin + last - first};
     }
 };

@@ -13,11 +13,8 @@ constexpr int attention_box_rows = 64;  // of every tensor map
 // of wgmma stay in uniform registers.
 DEVICE int consumer_index() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / hopper_warpgroup, 0) - 1; }
 
-// Of the 128 rows that start at each second tile of 64 of a sample; none for the others.
-DEVICE int hopper_tile_rows(const SampleTile& tile) {
-    const bool is_first = (tile.first - tile.begin) / outer_rows % 2 == 0;
-    return is_first ? min(hopper_rows, tile.end - tile.first) : 0;
-}
+// Rows that a block owns of its tile.
+DEVICE int hopper_tile_rows(const SampleTile& tile) { return min(hopper_rows, tile.end - tile.first); }
 
 template <int D, int ROWS>
 constexpr int hopper_tile_bytes = ROWS * D * 2;

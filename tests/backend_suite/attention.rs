@@ -55,6 +55,7 @@ pub const CASES: &[Case] = &[
     case(&[200], [6, 3, 16], Some(65), true),
     case(&[97], [6, 1, 128], Some(17), false),
     case(&[64, 65, 48, 49], [1, 1, 64], None, true),
+    case(&[40, 300], [2, 1, 64], None, false),
     Case { soft_cap: Some(1.5), ..case(&[9, 4], [4, 2, 16], Some(5), false) },
     Case { soft_cap: Some(0.7), ..case(&[130, 67], [2, 1, 32], None, false) },
     Case { norm_offset: 1.0, ..case(&[7, 3], [4, 1, 16], Some(3), true) },

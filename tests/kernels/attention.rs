@@ -53,8 +53,9 @@ impl Shape {
             begin += length;
         }
         samples.sort_by_key(|(begin, end)| std::cmp::Reverse(end - begin));
+        let rows = if self.is_hopper { 128 } else { 64 };
         let tiles_of = |(begin, end): (usize, usize)| {
-            (begin..end).step_by(64).flat_map(move |first| [begin, end, first]).map(|value| value as i32)
+            (begin..end).step_by(rows).flat_map(move |first| [begin, end, first]).map(|value| value as i32)
         };
         samples.into_iter().flat_map(tiles_of).collect()
     }

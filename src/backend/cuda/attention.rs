@@ -266,7 +266,7 @@ impl<D: Device> CudaBackend<D> {
     /// A block for each tile and head, with `rows` of the head in shared memory.
     fn hopper_shape(batch: &CudaBatch<D>, heads: usize, head_dim: usize, rows: usize) -> Shape {
         let shared_bytes = rows * head_dim * HALF_BYTES + HOPPER_REST_BYTES;
-        Shape { grid: [batch.tiles, heads, 1], threads: HOPPER_THREADS, shared_bytes }
+        Shape { grid: [batch.hopper_tiles, heads, 1], threads: HOPPER_THREADS, shared_bytes }
     }
 
     pub(super) fn attention_forward(
@@ -285,10 +285,11 @@ impl<D: Device> CudaBackend<D> {
         let positions = self.batch_positions(attention, batch)?;
         let operands = self.operands(attention, rows, &positions, projected, &mut scratch)?;
         let out = out.first(rows * widths.query)?;
-        let results = [out, log_sum.first(rows * attention.query_heads)?, batch.sample_tiles()?];
+        let results = [out, log_sum.first(rows * attention.query_heads)?];
         if self.is_for_hopper(attention) {
             let mut arguments = operands.boxes(rows, widths)?.to_vec();
             arguments.extend(results);
+            arguments.push(batch.hopper_sample_tiles()?);
             arguments.extend(self.hopper_shape_arguments(attention)?);
             let shape = Self::hopper_shape(batch, attention.query_heads, dim, HOPPER_FORWARD_ROWS);
             // SAFETY: as below.
@@ -298,6 +299,7 @@ impl<D: Device> CudaBackend<D> {
         }
         let mut arguments = vec![operands.q, operands.k, operands.v];
         arguments.extend(results);
+        arguments.push(batch.sample_tiles()?);
         arguments.extend(self.shape_arguments(attention, &operands)?);
         let grid = [batch.tiles, attention.query_heads, 1];
         let shape = Shape { grid, threads: THREADS, shared_bytes: forward_shared_bytes(dim) };
@@ -334,7 +336,7 @@ impl<D: Device> CudaBackend<D> {
         let column = |first: usize| dqkv.at(first, rows * widths.qkv - first);
         let [dq, dk, dv] = [column(0)?, column(widths.query)?, column(widths.rotated)?];
         let leading = int(widths.qkv)?;
-        let rest = [log_sum.first(heads)?, delta, batch.sample_tiles()?];
+        let statistics = [log_sum.first(heads)?, delta];
         let launch = |owner: &str, shape: Shape, inputs: &[Argument], results: &[Argument]| {
             let name = format!("attention_backward_{owner}_d{dim}");
             // SAFETY: as in the forward.
@@ -344,7 +346,8 @@ impl<D: Device> CudaBackend<D> {
         if self.is_for_hopper(attention) {
             let mut inputs = operands.boxes(rows, widths)?.to_vec();
             inputs.push(boxes(dout, [rows, widths.query], widths.query, HOPPER_BOX_ROWS)?);
-            inputs.extend(rest);
+            inputs.extend(statistics);
+            inputs.push(batch.hopper_sample_tiles()?);
             inputs.extend(self.hopper_shape_arguments(attention)?);
             let shape = Self::hopper_shape(batch, query_heads, dim, HOPPER_QUERIES_ROWS);
             launch("queries_sm90a", shape, &inputs, &[dq, leading])?;
@@ -352,7 +355,8 @@ impl<D: Device> CudaBackend<D> {
             launch("keys_sm90a", shape, &inputs, &[dk, dv, leading])?;
         } else {
             let mut inputs = vec![operands.q, operands.k, operands.v, dout];
-            inputs.extend(rest);
+            inputs.extend(statistics);
+            inputs.push(batch.sample_tiles()?);
             inputs.extend(self.shape_arguments(attention, &operands)?);
             let shared_bytes = backward_shared_bytes(dim);
             let shape = Shape { grid: [batch.tiles, query_heads, 1], threads: THREADS, shared_bytes };

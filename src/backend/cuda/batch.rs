@@ -10,8 +10,9 @@ use crate::batch::{Batch, NO_ROW};
 use crate::device::{Argument, Device};
 use crate::error::{Error, Result};
 
-/// Queries or keys of one tile (`outer_rows` in attention_tile.h).
+/// Queries or keys of one tile: `outer_rows` in attention_tile.h, `hopper_rows` in hopper_attention.h.
 const TILE_ROWS: usize = 64;
+const HOPPER_TILE_ROWS: usize = 128;
 
 /// What stands before the arrays: the gradient's scale and the epochs, which recorded work reads from memory.
 const HEADER: usize = 4;
@@ -27,6 +28,7 @@ struct Places {
     labelled_rows: usize,
     targets: usize,
     tiles: usize,
+    hopper_tiles: usize,
     lengths: usize,
 }
 
@@ -40,6 +42,7 @@ pub struct CudaBatch<D: Device> {
     pub(super) tokens: usize,
     pub(super) labelled: usize,
     pub(super) tiles: usize,
+    pub(super) hopper_tiles: usize,
     pub(super) longest_sample: usize,
     /// The largest id and target with their places: checked against each table, since no kernel does.
     largest_token: Option<(u32, usize)>,
@@ -58,12 +61,22 @@ fn largest<'a>(ids: impl IntoIterator<Item = &'a u32>) -> Option<(u32, usize)> {
 
 /// First row of the sample, its end and the first row owned, of every tile of the samples (start, end). What sees most keys
 /// comes first, so that the last blocks to finish are short.
-fn tiles_of(samples: impl Iterator<Item = (u32, u32)>) -> Vec<[u32; 3]> {
+fn tiles_of(samples: impl Iterator<Item = (u32, u32)>, rows: usize) -> Vec<[u32; 3]> {
     let tiles_of_sample =
-        |(start, end): (u32, u32)| (start..end).step_by(TILE_ROWS).map(move |first| [start, end, first]);
+        |(start, end): (u32, u32)| (start..end).step_by(rows).map(move |first| [start, end, first]);
     let mut tiles: Vec<_> = samples.flat_map(tiles_of_sample).collect();
     tiles.sort_by_key(|&[start, _, first]| (Reverse(first - start), start));
     tiles
+}
+
+/// Appends the tiles, and empty ones, which cost little, so that fewer numbers of tiles come up. Returns their number.
+fn append_tiles(host: &mut Vec<u32>, samples: impl Iterator<Item = (u32, u32)>, rows: usize) -> usize {
+    let tiles = tiles_of(samples, rows);
+    let count = bucket_of_tiles(tiles.len());
+    let end = host.len() + 3 * count;
+    host.extend(tiles.iter().flatten());
+    host.resize(end, 0);
+    count
 }
 
 impl<D: Device> CudaBatch<D> {
@@ -77,6 +90,7 @@ impl<D: Device> CudaBatch<D> {
             tokens: 0,
             labelled: 0,
             tiles: 0,
+            hopper_tiles: 0,
             longest_sample: 0,
             largest_token: None,
             largest_target: None,
@@ -107,11 +121,9 @@ impl<D: Device> CudaBatch<D> {
         self.places.targets = self.host.len();
         self.host.extend_from_slice(&batch.targets);
         self.places.tiles = self.host.len();
-        let tiles = tiles_of(samples());
-        self.host.extend(tiles.iter().flatten());
-        // Empty tiles, which cost nothing, so that fewer numbers of tiles come up.
-        self.tiles = bucket_of_tiles(tiles.len());
-        self.host.resize(self.places.tiles + 3 * self.tiles, 0);
+        self.tiles = append_tiles(&mut self.host, samples(), TILE_ROWS);
+        self.places.hopper_tiles = self.host.len();
+        self.hopper_tiles = append_tiles(&mut self.host, samples(), HOPPER_TILE_ROWS);
         self.places.lengths = self.host.len();
         for (start, end) in samples() {
             self.host.resize(self.host.len() + (end - start) as usize, end - start);
@@ -132,7 +144,8 @@ impl<D: Device> CudaBatch<D> {
         let (alpha, noise_seed) =
             self.embedding_noise.map_or((0, 0), |noise| (noise.alpha.to_bits(), noise.seed));
         let strengths = u64::from(probability) | u64::from(alpha) << 32;
-        [self.tokens as u64, self.labelled as u64, self.tiles as u64, strengths, seed, noise_seed]
+        let tiles = self.tiles as u64 | (self.hopper_tiles as u64) << 32;
+        [self.tokens as u64, self.labelled as u64, tiles, strengths, seed, noise_seed]
     }
 
     fn array(&self, start: usize, count: usize) -> Result<Argument> {
@@ -206,6 +219,11 @@ impl<D: Device> CudaBatch<D> {
     pub(super) fn sample_tiles(&self) -> Result<Argument> {
         self.array(self.places.tiles, 3 * self.tiles)
     }
+
+    /// The same of Hopper's kernels.
+    pub(super) fn hopper_sample_tiles(&self) -> Result<Argument> {
+        self.array(self.places.hopper_tiles, 3 * self.hopper_tiles)
+    }
 }
 
 impl<D: Device> CudaBackend<D> {
@@ -231,7 +249,7 @@ mod tests {
 
     #[test]
     fn tiles_that_see_most_keys_come_first() {
-        let tiles = tiles_of([(0, 130), (130, 140), (140, 205)].into_iter());
+        let tiles = tiles_of([(0, 130), (130, 140), (140, 205)].into_iter(), 64);
         let expected =
             [[0, 130, 128], [0, 130, 64], [140, 205, 204], [0, 130, 0], [130, 140, 130], [140, 205, 140]];
         assert_eq!(tiles, expected);
