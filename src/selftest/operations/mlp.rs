@@ -410,6 +410,9 @@ impl<B: Backend + 'static> Operation<B> for MlpOperation {
             y: poisoned(backend, rows * hidden)?,
             backward: None,
         };
+        for group in [&state.gate_up_group, &state.down_group] {
+            backend.renew_group(group, &state.adapters)?;
+        }
         if !self.is_backward {
             return Ok(ready(
                 state,
