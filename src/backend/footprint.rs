@@ -42,6 +42,8 @@ pub struct OperationShapes {
     pub labelled_rows: usize,
     /// `V`.
     pub vocabulary: usize,
+    /// `H`.
+    pub hidden: usize,
     /// `Q`.
     pub query_heads: usize,
     /// `K`.

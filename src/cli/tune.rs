@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
+use indicatif::HumanBytes;
 use serde_json::{Value, json};
 use tracing::{info, warn};
 
@@ -197,7 +198,11 @@ impl TuneArgs {
         let tuner = Tuner::new(backend);
         let mut measured: Vec<Row> = Vec::new();
         for linear in linears {
-            let most = if linear.is_head { backend.head_rows(linear.size.outputs) } else { usize::MAX };
+            let most = if linear.is_head {
+                backend.head_rows(linear.size.outputs, linear.size.inputs)
+            } else {
+                usize::MAX
+            };
             for rows in self.rows(D::IS_REAL, most) {
                 for (shape, rank) in linear.products(rows) {
                     if measured.iter().any(|row| row.product.shape == shape) {
@@ -206,7 +211,12 @@ impl TuneArgs {
                     let needed = Tuner::<D>::bytes_needed(shape, rank) as u64;
                     let free = backend.device().free_memory_bytes()?;
                     if free.is_some_and(|free| needed > free / 2) {
-                        info!("{} {} is left out: it takes {needed} bytes", linear.name, describe(shape));
+                        info!(
+                            "{} {} is left out: it takes {}",
+                            linear.name,
+                            describe(shape),
+                            HumanBytes(needed)
+                        );
                         continue;
                     }
                     let product = tuner.measure(shape, rank)?;

@@ -178,6 +178,7 @@ impl ModelShape {
             tokens: limits.tokens,
             labelled_rows: limits.labelled_rows,
             vocabulary: self.vocabulary,
+            hidden: self.block.hidden_size,
             query_heads: self.block.query_heads,
             key_value_heads: self.block.key_value_heads,
             head_dim: self.block.head_dim,

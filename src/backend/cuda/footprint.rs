@@ -1,7 +1,7 @@
 //! What things take on a GPU, and one arena for the activations.
 
 use super::adapter_gradients::partial_bytes;
-use super::head::chunk_rows;
+use super::head::logits_bytes;
 use super::linear::rank_leading;
 use super::memory::{FLOAT_BYTES, HALF_BYTES, Region};
 use super::mlp::{MiddlePass, share_bytes};
@@ -37,7 +37,9 @@ struct ScratchSizes {
 }
 
 impl ScratchSizes {
-    fn new(shapes: &OperationShapes, uses_hopper: bool) -> Self {
+    fn new<D: Device>(shapes: &OperationShapes, backend: &CudaBackend<D>) -> Self {
+        let uses_hopper = backend.kernels.uses_hopper;
+        let head_rows = backend.head_rows(shapes.vocabulary, shapes.hidden);
         let OperationShapes {
             tokens, labelled_rows, vocabulary, query_heads, key_value_heads, head_dim, ..
         } = *shapes;
@@ -60,9 +62,7 @@ impl ScratchSizes {
             partials: only(shapes.is_training, gradients).max(only(uses_hopper, shares)),
             rotated: tokens * (query_heads + key_value_heads) * head_dim * HALF_BYTES,
             delta: only(shapes.is_training, tokens * query_heads * FLOAT_BYTES),
-            logits: chunk_rows(vocabulary, labelled_rows.max(1))
-                * vocabulary.next_multiple_of(8)
-                * HALF_BYTES,
+            logits: logits_bytes(vocabulary, labelled_rows.clamp(1, head_rows)),
         }
     }
 
@@ -99,11 +99,11 @@ impl<D: Device> Footprint for CudaBackend<D> {
     }
 
     fn scratch_bytes(&self, shapes: &OperationShapes) -> u64 {
-        ScratchSizes::new(shapes, self.kernels.uses_hopper).total() as u64
+        ScratchSizes::new(shapes, self).total() as u64
     }
 
     fn reserve_scratch(&self, shapes: &OperationShapes) -> Result<()> {
-        let sizes = ScratchSizes::new(shapes, self.kernels.uses_hopper);
+        let sizes = ScratchSizes::new(shapes, self);
         let mut scratch = lock(&self.scratch);
         let Scratch { dropped, ds, partials, rotated, delta, logits, .. } = &mut *scratch;
         for (growing, bytes) in [

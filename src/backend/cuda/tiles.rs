@@ -34,6 +34,11 @@ impl Choice {
     /// Every one that there are kernels for, the widest first.
     pub const ALL: [Self; 3] = [Self { columns: 256 }, Self { columns: 192 }, Self { columns: 128 }];
 
+    /// What the rule takes a product to cost, in columns of a tile for each term of its sums.
+    pub(super) fn guess(self, rows: usize, columns: usize, multiprocessors: usize) -> usize {
+        self.waves(rows, columns, multiprocessors) * (self.columns + OVERHEAD_COLUMNS)
+    }
+
     /// Tiles that a multiprocessor computes, at most.
     fn waves(self, rows: usize, columns: usize, multiprocessors: usize) -> usize {
         (rows.div_ceil(TILE) * columns.div_ceil(self.columns)).div_ceil(multiprocessors)
@@ -65,7 +70,8 @@ impl fmt::Display for ProductKind {
     }
 }
 
-/// What a choice is made for. The adapters' few ranks do not count: they are the same share of every tile.
+/// What a choice is made for. The adapters' few ranks do not count, they are the same share of every tile; nor does what a product
+/// goes on with: it is chosen for as the plain one was measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProductShape {
     /// Which product.
@@ -162,8 +168,7 @@ impl Tiles {
                 return measurement.choice;
             }
         }
-        let cost =
-            |choice: &Choice| waves(*choice, shape.rows) as usize * (choice.columns + OVERHEAD_COLUMNS);
+        let cost = |choice: &Choice| choice.guess(shape.rows, shape.columns, multiprocessors);
         let [widest, ..] = Choice::ALL;
         choices.iter().copied().min_by_key(cost).unwrap_or(widest)
     }
