@@ -102,6 +102,11 @@ fn gemma_trains_as_in_float64() {
     check_tiny("tiny_gemma3", "brand");
 }
 
+#[test]
+fn long_samples_train_as_in_float64() {
+    check_tiny("tiny_llama_long", "brand");
+}
+
 /// In the second, texts of more than 12 tokens are rotated by factors of their own: one of three.
 #[test]
 fn phi3_trains_as_in_float64() {

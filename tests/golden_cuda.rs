@@ -125,6 +125,16 @@ fn gemma_and_phi3_train_on_the_emulator_as_in_float64() {
     }
 }
 
+/// Heads of 64 and samples beyond a tile of 128: attention, rotation and activation run on Hopper's own kernels.
+#[test]
+fn long_samples_train_on_hoppers_kernels_as_in_float64() {
+    let device = Emulator::new(Flavour::Fast, 0).unwrap();
+    for compute in [ComputeType::F16, ComputeType::Bf16] {
+        check(&device.as_hopper(), "tiny_llama_long", "brand", compute);
+    }
+    check(&device, "tiny_llama_long", "brand", ComputeType::Bf16);
+}
+
 #[test]
 fn a_whole_run_is_clean_in_the_checker() {
     let device = Emulator::new(Flavour::Checked, 3).unwrap();
@@ -139,7 +149,7 @@ fn the_tiny_models_train_on_a_gpu_as_in_float64() {
     let name = std::env::var("FASTLORA_TEST_DEVICE").expect("FASTLORA_TEST_DEVICE=cuda:N");
     let index = name.strip_prefix("cuda:").and_then(|index| index.parse().ok()).expect("cuda:N");
     let device = Driver::new(index).unwrap();
-    for name in MODELS.into_iter().chain(FAMILIES) {
+    for name in MODELS.into_iter().chain(FAMILIES).chain(["tiny_llama_long"]) {
         for compute in [ComputeType::F16, ComputeType::Bf16] {
             check(&device, name, "brand", compute);
         }

@@ -11,8 +11,11 @@ use super::{Precision, Record, batch_of, buffer, read, read_floats, resident_wit
 
 const IN_FEATURES: usize = 40;
 
+/// Attention, the width and rank of each projection, and the probability of dropout.
+type Case = (attention::Case, &'static [(usize, usize)], f32);
+
 /// Heads that a product may rotate and others, samples that share tiles, dropout, and ranks that some projections lack.
-const CASES: &[(attention::Case, &[(usize, usize)], f32)] = &[
+const CASES: &[Case] = &[
     (case(&[5, 1, 9], [2, 1, 64], None, false), &[(128, 3), (64, 2), (64, 0)], 0.0),
     (case(&[70, 3, 60], [3, 1, 64], Some(20), false), &[(192, 4), (64, 0), (64, 4)], 0.3),
     (case(&[131], [2, 1, 128], None, false), &[(256, 8), (128, 8), (128, 8)], 0.0),

@@ -1,4 +1,4 @@
-"""Makes tests/fixtures/tiny_gemma* and tiny_phi3*: random models with ten steps of PEFT in float64, and greedy answers.
+"""Makes tests/fixtures/tiny_gemma*, tiny_phi3* and tiny_llama_long: random models with ten steps of PEFT in float64, and greedy answers.
 
     python tests/interop/make_families.py [--out tests/fixtures] [NAME ...]
 
@@ -17,7 +17,15 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig, Phi3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    Phi3Config,
+)
 
 from true_float64 import RefuseFloat32, TrueFloat64
 
@@ -92,8 +100,16 @@ MODELS = {
         {},
         dict(original_max_position_embeddings=60),
     ),
+    "tiny_llama_long": (
+        lambda **o: LlamaConfig(**TINY | dict(head_dim=64, intermediate_size=136, max_position_embeddings=256) | o),
+        ALL,
+        {},
+        None,
+    ),
 }
 LENGTHS = [16, 12, 7]
+# Where they are others: more than a tile of Hopper's attention.
+LONG_LENGTHS = {"tiny_llama_long": [150, 12, 70]}
 RANK, RATE, STEPS = 2, 5e-3, 10
 PROMPT, NEW_TOKENS = 6, 16
 
@@ -146,11 +162,11 @@ def load(config, state: dict) -> torch.nn.Module:
     return model.eval()
 
 
-def batch() -> list:
+def batch(lengths: list) -> list:
     """(ids, labels) of each sample; the first has a prompt without loss."""
     generator = torch.Generator().manual_seed(5)
     samples = []
-    for index, length in enumerate(LENGTHS):
+    for index, length in enumerate(lengths):
         ids = torch.randint(3, TINY["vocab_size"], (1, length), generator=generator)
         labels = ids.clone()
         labels[:, : 5 if index == 0 else 0] = -100
@@ -228,7 +244,7 @@ def greedy(model, prompt: torch.Tensor) -> list:
     return answer[0, prompt.shape[1] :].tolist()
 
 
-def make(folder: Path, make_config, targets: list, old_entries: dict, without: dict | None) -> dict:
+def make(folder: Path, lengths: list, make_config, targets: list, old_entries: dict, without: dict | None) -> dict:
     shutil.rmtree(folder, ignore_errors=True)
     base = random_weights(make_config())
     base.save_pretrained(folder)
@@ -238,7 +254,7 @@ def make(folder: Path, make_config, targets: list, old_entries: dict, without: d
     old = version_4(config, old_entries)
     (folder / "config_v4.json").write_text(json.dumps(old, indent=2) + "\n")
 
-    samples = batch()
+    samples = batch(lengths)
     single = with_adapter(base.train(), targets)
     save_adapter(single, folder / "adapter_init_brand")
     runs = dict(brand_f32=train(single, samples, folder))
@@ -269,10 +285,10 @@ def make(folder: Path, make_config, targets: list, old_entries: dict, without: d
     runs["brand_final_adapter_max_abs_diff_f32_f64"] = drift
 
     def padded(rows: list, filler: int) -> torch.Tensor:
-        wide = [torch.nn.functional.pad(row, (0, LENGTHS[0] - row.shape[-1]), value=filler) for row in rows]
+        wide = [torch.nn.functional.pad(row, (0, lengths[0] - row.shape[-1]), value=filler) for row in rows]
         return torch.cat(wide).to(torch.int32).contiguous()
 
-    all_logits = [torch.nn.functional.pad(z, (0, 0, 0, LENGTHS[0] - z.shape[0])) for z in logits]
+    all_logits = [torch.nn.functional.pad(z, (0, 0, 0, lengths[0] - z.shape[0])) for z in logits]
     save_file(
         dict(
             input_ids=padded([ids for ids, _ in samples], 0),
@@ -303,7 +319,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     torch.use_deterministic_algorithms(True)
     for name in arguments.names:
-        print(name, make(arguments.out / name, *MODELS[name]))
+        print(name, make(arguments.out / name, LONG_LENGTHS.get(name, LENGTHS), *MODELS[name]))
 
 
 if __name__ == "__main__":
