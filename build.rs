@@ -26,6 +26,7 @@ const KERNELS: &[&str] = &[
     "cross_entropy",
     "embedding_noise",
     "gated_activation",
+    "gated_down",
     "layer_norm",
     "linear",
     "linear_sm90a",

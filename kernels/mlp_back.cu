@@ -22,7 +22,6 @@
 // alone say.
 #include "common/back_tile.h"
 #include "common/gated.h"
-#include "common/philox.h"
 
 struct MlpRanks {
     int gate, up, down;
@@ -104,15 +103,7 @@ DEVICE void go_back_through_gate(unsigned char* dact, unsigned char* g, unsigned
         }
         if (!with_act) return;
         Vector8<T>& act = gradients;
-        if (mask.positions && inside) {
-#pragma unroll
-            for (int i = 0; i < vector_width; i += 4) {
-                const PhiloxWords words = mask.words(token, (column + i) / 4);
-#pragma unroll
-                for (int j = 0; j < 4; j++)
-                    act.values[i + j] = from_float<T>(to_float(act.values[i + j]) * mask.factor(words.words[j]));
-            }
-        }
+        if (mask.positions && inside) drop8(act.values, mask, token, column);
         *reinterpret_cast<uint4*>(dact + offset) = act.bits;
     });
 }

@@ -5,6 +5,7 @@
 #include "../ptx/ldmatrix.h"
 #include "../ptx/mma.h"
 #include "halves.h"
+#include "philox.h"
 
 constexpr int side = 64;
 constexpr int lanes_wide = 8;  // halves in 16 bytes: the unit of copies and of the swizzle
@@ -138,4 +139,16 @@ DEVICE void clear_sums(float (&sums)[1][TILES][4]) {
     for (int j = 0; j < TILES; j++)
 #pragma unroll
         for (int q = 0; q < 4; q++) sums[0][j][q] = 0.f;
+}
+
+// Dropout on eight neighbouring features of a token, rounded as they would be stored.
+template <class T>
+DEVICE void drop8(T (&values)[vector_width], const DropoutMask& mask, int token, int column) {
+#pragma unroll
+    for (int i = 0; i < vector_width; i += 4) {
+        const PhiloxWords words = mask.words(token, (column + i) / 4);
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            values[i + j] = from_float<T>(to_float(values[i + j]) * mask.factor(words.words[j]));
+    }
 }

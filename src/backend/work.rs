@@ -63,6 +63,12 @@ impl Work {
         }
     }
 
+    /// [`of_linear`](Self::of_linear) where `s` is there already.
+    pub fn of_linear_given_s(shape: LinearShape, element: usize) -> Self {
+        let (linear, LinearShape { rows, inputs, rank, .. }) = (Self::of_linear(shape, element), shape);
+        Self { flops: linear.flops - 2.0 * (rows * rank) as f64 * inputs as f64, ..linear }
+    }
+
     /// [`of_linear`](Self::of_linear) for gate and up, and the activation of what it gives.
     pub fn of_gated_linear(shape: LinearShape, element: usize) -> Self {
         let (linear, elements) = (Self::of_linear(shape, element), shape.rows * shape.outputs / 2);
@@ -116,6 +122,15 @@ impl Work {
     pub fn of_gated(elements: usize, element: usize, is_backward: bool) -> Self {
         let (passes, flops) = if is_backward { (5, 12) } else { (3, 6) };
         Self { flops: (flops * elements) as f64, bytes: (passes * elements * element) as f64 }
+    }
+
+    /// A gated activation of `rows` rows of `width` with `s = act · Aᵀ` of an adapter of `rank` that reads it.
+    pub fn of_gated_with_s(rows: usize, width: usize, rank: usize, element: usize) -> Self {
+        let gates = Self::of_gated(rows * width, element, false);
+        Self {
+            flops: gates.flops + 2.0 * (rows * rank) as f64 * width as f64,
+            bytes: gates.bytes + (element * rank * (rows + width)) as f64,
+        }
     }
 
     /// The way back through the gates of `rows` rows of `width`, with what the adapters take from it: `ds` and the gradients

@@ -12,6 +12,7 @@ mod attention_cached;
 mod conformance;
 mod cross_entropy;
 mod element_wise;
+mod gated_down;
 mod harness;
 mod layer_norm;
 mod linear;

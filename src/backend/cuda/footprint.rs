@@ -4,7 +4,7 @@ use super::adapter_gradients::partial_bytes;
 use super::head::logits_bytes;
 use super::linear::rank_leading;
 use super::memory::{FLOAT_BYTES, HALF_BYTES, Region};
-use super::mlp::{MiddlePass, share_bytes};
+use super::mlp::{GatePass, MiddlePass, share_bytes};
 use super::recordings::bucket_of;
 use super::{CudaBackend, Scratch, lock};
 use crate::backend::{Footprint, GroupShape, OperationShapes};
@@ -53,13 +53,16 @@ impl ScratchSizes {
         };
         let gradients = largest(&|group| partial_bytes(&group.adapters, group.in_features, tokens))
             .max(shapes.mlps.iter().map(of_middle).max().unwrap_or(0));
-        let of_share = |[_, down]: &[GroupShape; 2]| share_bytes(&down.adapters, down.in_features, tokens);
+        let of_share = |[_, down]: &[GroupShape; 2]| match uses_hopper {
+            true => share_bytes(&down.adapters, down.in_features, tokens),
+            false => GatePass::new(&down.adapters, down.in_features, tokens).map_or(0, |pass| pass.bytes()),
+        };
         let shares = shapes.mlps.iter().map(of_share).max().unwrap_or(0);
         let only = |wanted: bool, size: usize| if wanted { size } else { 0 };
         Self {
             dropped: only(shapes.has_dropout && shapes.is_training, dropped),
             ds: only(shapes.is_training, largest(&|group| tokens * rank_leading(group.rank()) * HALF_BYTES)),
-            partials: only(shapes.is_training, gradients).max(only(uses_hopper, shares)),
+            partials: only(shapes.is_training, gradients).max(shares),
             rotated: tokens * (query_heads + key_value_heads) * head_dim * HALF_BYTES,
             delta: only(shapes.is_training, tokens * query_heads * FLOAT_BYTES),
             logits: logits_bytes(vocabulary, labelled_rows.clamp(1, head_rows)),

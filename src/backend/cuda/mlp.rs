@@ -1,4 +1,4 @@
-//! The gated MLP: its middle in one pass with what the adapters take from it (mlp_back.cu).
+//! The gated MLP: its middle in one pass with what the adapters take from it (gated_down.cu, mlp_back.cu).
 
 use super::adapter_gradients::{BackSums, GRADIENT_BLOCKS};
 use super::launch::{NULL, Shape, int};
@@ -8,7 +8,7 @@ use super::products::{DownShare, Gated, NO_MASK};
 use super::weights::WIDTH_MULTIPLE;
 use super::{CudaBackend, CudaBatch, Scratch, lock};
 use crate::backend::{
-    Activation, AdapterShape, LinearGradients, LinearGroup, LinearInput, Mlp, MlpGradient, MlpReach,
+    Activation, AdapterShape, Backend, LinearGradients, LinearGroup, LinearInput, Mlp, MlpGradient, MlpReach,
     MlpSaved, Work, mlp,
 };
 use crate::device::{Argument, Device};
@@ -17,10 +17,65 @@ use crate::range;
 
 /// Side of a tile, as in back_tile.h.
 const SIDE: usize = 64;
-/// Columns of a block: halved from the most until there are enough blocks, or the fewest are reached. Each block leaves
-/// partial sums of `ds`, which `256/columns` of the bytes that the pass moves anyway would be for 32 ranks.
+/// Columns of a block at most and at least. Each leaves partial sums of `s` or `ds`: for 16 ranks, written and read, 128
+/// bytes a token, as much as 13 to 21 columns take.
 const MOST_COLUMNS: usize = 1024;
 const FEWEST_COLUMNS: usize = 256;
+
+/// Columns of `F` that a block takes where there are `row_blocks` over the tokens: halved until there are enough blocks.
+fn columns_of_blocks(row_blocks: usize, width: usize) -> usize {
+    let mut columns = MOST_COLUMNS;
+    while columns > FEWEST_COLUMNS && row_blocks * width.div_ceil(columns) < GRADIENT_BLOCKS {
+        columns /= 2;
+    }
+    columns
+}
+
+/// The pass over the outputs of gate and up, where their product does not take the activation itself: how it is cut.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct GatePass {
+    tokens: usize,
+    /// `F`.
+    width: usize,
+    rank: usize,
+    /// Ranks that a block holds: 16, 32 or 64.
+    block_ranks: usize,
+    block_columns: usize,
+}
+
+impl GatePass {
+    /// None where down has no adapter, or one of so many ranks that reading its `A` in every block would be most of the
+    /// traffic: there the operations run one by one.
+    pub fn new(down: &[AdapterShape], width: usize, tokens: usize) -> Option<Self> {
+        let [AdapterShape { rank, .. }] = *down else { return None };
+        let block_ranks = [16, 32, 64].into_iter().find(|&ranks| rank <= ranks)?;
+        let block_columns = columns_of_blocks(tokens.div_ceil(SIDE), width);
+        Some(Self { tokens, width, rank, block_ranks, block_columns })
+    }
+
+    fn column_blocks(&self) -> usize {
+        self.width.div_ceil(self.block_columns)
+    }
+
+    /// Elements of `s [T, r̄]`.
+    fn s_elements(&self) -> usize {
+        self.tokens * rank_leading(self.rank)
+    }
+
+    /// Bytes of its partial sums.
+    pub fn bytes(&self) -> usize {
+        self.column_blocks() * self.s_elements() * FLOAT_BYTES
+    }
+
+    /// Two stages of two tiles and of one of `A`.
+    fn shape(&self) -> Shape {
+        Shape {
+            grid: [self.tokens.div_ceil(SIDE), self.column_blocks(), 1],
+            threads: 256,
+            shared_bytes: 2 * (2 * SIDE + self.block_ranks) * SIDE * HALF_BYTES,
+        }
+    }
+}
 
 /// Ranks that a block holds, its threads, and the tiles of tokens of its stretch: `MlpCut` in mlp_back.cu.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,10 +124,7 @@ impl MiddlePass {
         let widest = widest.max(down_rank);
         let cut = CUTS.into_iter().find(|cut| (1..=cut.ranks).contains(&widest))?;
         let stretches = tokens.div_ceil(cut.token_tiles * SIDE);
-        let mut block_columns = MOST_COLUMNS;
-        while block_columns > FEWEST_COLUMNS && stretches * width.div_ceil(block_columns) < GRADIENT_BLOCKS {
-            block_columns /= 2;
-        }
+        let block_columns = columns_of_blocks(stretches, width);
         Some(Self {
             tokens,
             width,
@@ -137,6 +189,14 @@ pub(super) fn share_bytes(down: &[AdapterShape], width: usize, tokens: usize) ->
     }
 }
 
+/// The activation in a kernel's name.
+fn name_of(activation: Activation) -> &'static str {
+    match activation {
+        Activation::Silu => "silu",
+        Activation::GeluTanh => "gelu",
+    }
+}
+
 impl<D: Device> CudaBackend<D> {
     /// On Hopper the product of gate and up takes the activation before it leaves, and, without dropout, the `s` of down.
     pub(super) fn mlp_forward(
@@ -150,7 +210,12 @@ impl<D: Device> CudaBackend<D> {
     ) -> Result<()> {
         let LinearInput { rows, batch, x } = input;
         if rows == 0 || !self.kernels.uses_hopper {
-            return mlp::forward(self, mlp, parameters, input, residual, saved, y);
+            return match GatePass::new(shapes_of(mlp.down), mlp.width(), rows) {
+                Some(pass) if rows > 0 => {
+                    self.mlp_forward_by_pass(mlp, pass, parameters, input, residual, saved, y)
+                }
+                _ => mlp::forward(self, mlp, parameters, input, residual, saved, y),
+            };
         }
         let MlpSaved { gate_up, gate_up_s, act, down_s } = saved;
         let share = match batch.dropout {
@@ -180,11 +245,8 @@ impl<D: Device> CudaBackend<D> {
                 let elements = rows * rank_leading(rank);
                 let s = down_s.first(elements)?;
                 let tiles = width.div_ceil(GATED_TILE_COLUMNS);
-                let arguments = [partials, s, int(tiles)?, Argument::I64(elements as i64)];
-                let threads = elements / 4;
-                let shape = Shape::blocks(threads.div_ceil(ELEMENT_THREADS), ELEMENT_THREADS as u32);
                 // SAFETY: partials [tiles, T, r̄], s [T, r̄].
-                unsafe { self.kernels.launch_half("lora_sum_s", shape, &arguments)? };
+                unsafe { self.sum_s(partials, tiles, s, elements)? };
             }
         }
         let _range = range!("linear"; linear::work(mlp.down, rows));
@@ -195,6 +257,56 @@ impl<D: Device> CudaBackend<D> {
         let product = self.forward_product(mlp.down, rows, act, residual, down_s, y)?;
         // SAFETY: every stretch was asked for by its shape.
         unsafe { self.kernels.linear_forward(&product) }
+    }
+
+    /// The forward of kernels that every GPU runs: the activation with the `s` of down.
+    #[allow(clippy::too_many_arguments)]
+    fn mlp_forward_by_pass(
+        &self,
+        mlp: Mlp<'_, Self>,
+        pass: GatePass,
+        parameters: &CudaFloats<D>,
+        input: LinearInput<'_, Self>,
+        residual: Option<&CudaBuffer<D>>,
+        saved: MlpSaved<'_, Self>,
+        y: &mut CudaBuffer<D>,
+    ) -> Result<()> {
+        let GatePass { tokens, width, rank, .. } = pass;
+        let MlpSaved { gate_up, gate_up_s, act, down_s } = saved;
+        let mask = mask_arguments(input.batch, mlp.down.input_index)?;
+        self.linear(mlp.gate_up, parameters, input, None, gate_up_s, gate_up)?;
+        {
+            let _range = range!("gated"; Work::of_gated_with_s(tokens, width, rank, HALF_BYTES));
+            let mut scratch = lock(&self.scratch);
+            let partials = scratch.partials.reserve(self.device(), pass.bytes())?.first(pass.bytes())?;
+            let mut arguments = vec![gate_up.first(tokens * 2 * width)?, act.first(tokens * width)?];
+            arguments.extend([self.adapter_a(mlp.down, parameters)?, partials, int(tokens)?, int(width)?]);
+            arguments.extend([int(pass.block_columns)?, int(rank)?, int(rank_leading(rank))?]);
+            arguments.extend(mask);
+            let kernel = format!("gated_down_{}_{}", name_of(mlp.activation), pass.block_ranks);
+            let s = down_s.first(pass.s_elements())?;
+            // SAFETY: gate_up [T, 2F], act [T, F], A [r, F]; the partial sums are as large as the pass says, s is [T, r̄].
+            unsafe {
+                self.kernels.launch_half(&kernel, pass.shape(), &arguments)?;
+                self.sum_s(partials, pass.column_blocks(), s, pass.s_elements())?;
+            }
+        }
+        let shape = || mlp.down.shape(tokens, mlp.down.weight.bytes());
+        let _range = range!("linear"; Work::of_linear_given_s(shape(), HALF_BYTES));
+        let product = self.forward_product(mlp.down, tokens, act, residual, down_s, y)?;
+        // SAFETY: every stretch was asked for by its shape.
+        unsafe { self.kernels.linear_forward(&product) }
+    }
+
+    /// Adds up the partial sums of `s`, whose `elements` are a multiple of 8.
+    ///
+    /// # Safety
+    /// There are `parts` of them, f32.
+    unsafe fn sum_s(&self, partials: Argument, parts: usize, s: Argument, elements: usize) -> Result<()> {
+        let arguments = [partials, s, int(parts)?, Argument::I64(elements as i64)];
+        let shape = Shape::blocks((elements / 4).div_ceil(ELEMENT_THREADS), ELEMENT_THREADS as u32);
+        // SAFETY: the caller's.
+        unsafe { self.kernels.launch_half("lora_sum_s", shape, &arguments) }
     }
 
     pub(super) fn mlp_gradient(
@@ -276,11 +388,7 @@ impl<D: Device> CudaBackend<D> {
         arguments.extend([int(sizes.leading)?, int(down_sizes.leading)?, int(pass.rank_width)?]);
         let has_down = mlp.down.prepared.adapters.is_some();
         arguments.extend(if has_down { mask_arguments(batch, mlp.down.input_index)? } else { NO_MASK });
-        let activation = match mlp.activation {
-            Activation::Silu => "silu",
-            Activation::GeluTanh => "gelu",
-        };
-        let kernel = format!("mlp_back_{activation}_{}", pass.cut.ranks);
+        let kernel = format!("mlp_back_{}_{}", name_of(mlp.activation), pass.cut.ranks);
         // SAFETY: dact [T, F], gate_up [T, 2F], s [T, R̄], B̂ [2F, R̄], ds of down [T, r̄]; the partial sums are as large as the pass
         // says.
         unsafe { self.kernels.launch_half(&kernel, pass.shape(), &arguments)? };
@@ -319,4 +427,35 @@ fn linear_range<D: Device>(
 ) -> tracing::span::EnteredSpan {
     let shape = || group.shape(rows, group.weight.bytes());
     range!("linear backward"; Work::of_linear_backward(shape(), HALF_BYTES, wanted))
+}
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn adapters<const N: usize>(out_features: usize, ranks: [usize; N]) -> Vec<AdapterShape> {
+        ranks.map(|rank| AdapterShape { out_features, rank }).into()
+    }
+
+    #[test]
+    fn a_pass_is_made_where_its_ranks_fit() {
+        let pass = |gate_up: &[AdapterShape], down: &[AdapterShape]| {
+            MiddlePass::new(gate_up, down, 8960, 16_384).map(|pass| pass.cut.ranks)
+        };
+        let (gate_up, down) = (adapters(8960, [16, 16]), adapters(1536, [16]));
+        assert_eq!(pass(&gate_up, &down), Some(16));
+        assert_eq!(pass(&[], &adapters(1536, [64])), Some(64));
+        // From the multiple of 8 before its first on, up's take 19.
+        assert_eq!(pass(&adapters(8960, [3, 16]), &[]), Some(32));
+        assert_eq!(pass(&[], &[]), None);
+        assert_eq!(pass(&gate_up, &adapters(1536, [65])), None);
+        // One adapter over gate and up.
+        assert_eq!(pass(&adapters(2 * 8960, [16]), &down), None);
+    }
+
+    #[test]
+    fn blocks_are_enough_or_as_small_as_they_get() {
+        assert_eq!(columns_of_blocks(16_384 / SIDE, 8960), 1024);
+        assert_eq!(columns_of_blocks(16_384_usize.div_ceil(7 * SIDE), 8960), 512);
+        assert_eq!(columns_of_blocks(1, 1536), 256);
+    }
 }
