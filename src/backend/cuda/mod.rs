@@ -17,13 +17,14 @@ mod mlp;
 mod optimizer;
 mod products;
 mod recordings;
+mod scratch;
 mod self_attention;
 pub mod tiles;
 mod trial;
 mod weights;
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub use attention::HEAD_DIMS;
 pub use batch::CudaBatch;
@@ -47,7 +48,8 @@ use crate::tensor::WeightTensor;
 use attention::Projected;
 use footprint::Arena;
 use launch::Kernels;
-use memory::{FLOAT_BYTES, Growing, HALF_BYTES};
+use memory::{FLOAT_BYTES, HALF_BYTES};
+use scratch::{Scratch, lock};
 use tiles::Tiles;
 
 /// The kernels on one device, and scratch memory that grows to the largest shape seen.
@@ -57,49 +59,6 @@ pub struct CudaBackend<D: Device> {
     /// Set while buffers are cut from it.
     arena: Mutex<Option<Arena<D>>>,
     is_profiled: AtomicBool,
-}
-
-/// Memory that one operation uses and the next may overwrite: the stream runs them in turn.
-struct Scratch<D: Device> {
-    /// `dropout(x) [T, I]`.
-    dropped: Growing<D>,
-    /// `ds [T, R̄]`.
-    ds: Growing<D>,
-    /// Partial gradients of A or B, f32.
-    partials: Growing<D>,
-    /// Rotated queries and keys, `[T, (Q + K)·D]`.
-    rotated: Growing<D>,
-    /// `dout · out [T, Q]`, f32.
-    delta: Growing<D>,
-    /// Logits of a chunk of rows.
-    logits: Growing<D>,
-    /// Scalars, flag and partial sums of the optimizer.
-    norm: Growing<D>,
-    /// Where the gradients' norm arrives.
-    norm_landing: D::Landing,
-    /// 0, 1, …
-    counting: Growing<D>,
-}
-
-impl<D: Device> Default for Scratch<D> {
-    fn default() -> Self {
-        Self {
-            dropped: Growing::default(),
-            ds: Growing::default(),
-            partials: Growing::default(),
-            rotated: Growing::default(),
-            delta: Growing::default(),
-            logits: Growing::default(),
-            norm: Growing::default(),
-            norm_landing: D::Landing::default(),
-            counting: Growing::default(),
-        }
-    }
-}
-
-/// Scratch has no invariant that a panic could break.
-fn lock<T>(scratch: &Mutex<T>) -> MutexGuard<'_, T> {
-    scratch.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<D: Device> CudaBackend<D> {

@@ -1,0 +1,49 @@
+//! Memory between the kernels of one operation.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::memory::Growing;
+use crate::device::Device;
+
+/// Memory that one operation uses and the next may overwrite: the stream runs them in turn.
+pub(super) struct Scratch<D: Device> {
+    /// `dropout(x) [T, I]`.
+    pub dropped: Growing<D>,
+    /// `ds [T, R̄]`.
+    pub ds: Growing<D>,
+    /// Partial sums, f32: of s and ds, of the gradients of A and B.
+    pub partials: Growing<D>,
+    /// Rotated queries and keys, `[T, (Q + K)·D]`.
+    pub rotated: Growing<D>,
+    /// `dout · out [T, Q]`, f32.
+    pub delta: Growing<D>,
+    /// Logits of a chunk of rows.
+    pub logits: Growing<D>,
+    /// Scalars, flag and partial sums of the optimizer.
+    pub norm: Growing<D>,
+    /// Where the gradients' norm arrives.
+    pub norm_landing: D::Landing,
+    /// 0, 1, …
+    pub counting: Growing<D>,
+}
+
+impl<D: Device> Default for Scratch<D> {
+    fn default() -> Self {
+        Self {
+            dropped: Growing::default(),
+            ds: Growing::default(),
+            partials: Growing::default(),
+            rotated: Growing::default(),
+            delta: Growing::default(),
+            logits: Growing::default(),
+            norm: Growing::default(),
+            norm_landing: D::Landing::default(),
+            counting: Growing::default(),
+        }
+    }
+}
+
+/// Scratch has no invariant that a panic could break.
+pub(super) fn lock<T>(scratch: &Mutex<T>) -> MutexGuard<'_, T> {
+    scratch.lock().unwrap_or_else(PoisonError::into_inner)
+}
