@@ -1,5 +1,7 @@
-// conformance.cu for what only Hopper has: the TMA's boxes and wgmma, exact on small integers. tests/kernels/conformance.rs.
+// conformance.cu for what only Hopper has: the TMA's boxes, clusters and wgmma, exact on small integers.
+// tests/kernels/conformance.rs.
 #include "common/halves.h"
+#include "ptx/cluster.h"
 #include "ptx/wgmma.h"
 
 constexpr int one_warpgroup = 128;
@@ -32,6 +34,49 @@ extern "C" __global__ void __launch_bounds__(one_warpgroup)
     }
 }
 REGISTER_KERNEL(conformance_tma);
+
+// In clusters of two, boxes of 32 rows of `in`, two on top of each other in shared memory. Of 64 rows from `row` on each block
+// loads half for both; then of those from row + 1 on the other half; then for the other block alone all from row + 2 on, the
+// second block from row + 3 on. Each turn waits until both blocks have read the one before. Shared memory of block b and turn t
+// goes to raw[b][t][8192], the block's number in its cluster and their count to places[b].
+extern "C" __global__ void __launch_bounds__(one_warpgroup)
+    conformance_cluster(const __grid_constant__ TensorMap in, uint4* raw, uint2* places, int row, int column) {
+    DYNAMIC_SHARED(shared, 1024);
+    constexpr int turns = 3, half_rows = 32, half_bytes = half_rows * box_row_bytes, box_bytes = 2 * half_bytes;
+    Mbarrier *full = reinterpret_cast<Mbarrier*>(shared + box_bytes), *empty = full + 1;
+    const int own = cluster_block();
+    if (threadIdx.x == 0) {
+        mbarrier_init(full, 1);
+        mbarrier_init(empty, 2);
+        fence_mbarrier_init();
+        places[blockIdx.x] = make_uint2(own, cluster_block_count());
+    }
+    __syncthreads();
+    cluster_barrier_sync();
+    for (int turn = 0; turn < turns; turn++) {
+        if (threadIdx.x == 0) {
+            if (turn > 0) mbarrier_wait(empty, (turn - 1) & 1);
+            mbarrier_arrive_expecting(full, box_bytes);
+            const auto load = [&](int half, int from, unsigned mask) {
+                tma_load_multicast(shared + half * half_bytes, in, from + half * half_rows, column, full, mask);
+            };
+            if (turn == 0) load(own, row, 3);
+            if (turn == 1) load(own ^ 1, row + 1, 3);
+            if (turn == 2)
+                for (int half = 0; half < 2; half++) load(half, row + 2 + own, 1u << (own ^ 1));
+        }
+        mbarrier_wait(full, turn & 1);
+        for (int i = threadIdx.x; i < box_bytes / 16; i += one_warpgroup)
+            raw[(blockIdx.x * turns + turn) * (box_bytes / 16) + i] = reinterpret_cast<const uint4*>(shared)[i];
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            mbarrier_arrive(empty);
+            mbarrier_arrive_at(own ^ 1, empty);
+        }
+    }
+    cluster_barrier_sync();
+}
+REGISTER_KERNEL(conformance_cluster);
 
 // d[turns][64][N]: A · Bᵀ with B [N][64], and A · B with B [64][N]; A [64][64]; then the same with A in registers where there is
 // such an instruction. Boxes of 64 rows, of N for the first B. The accumulators start as ones, so that adding and replacing both

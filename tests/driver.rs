@@ -106,9 +106,15 @@ fn fault_59_out_of_memory_names_the_bytes() {
 }
 
 fn launch_fill(driver: &Driver, kernel: &str, threads: u32) -> Result<()> {
+    launch_clusters(driver, kernel, 1, threads)
+}
+
+/// Two blocks.
+fn launch_clusters(driver: &Driver, kernel: &str, cluster_blocks: u32, threads: u32) -> Result<()> {
     let memory = driver.allocate(64)?;
-    let arguments = [Argument::of(&memory), Argument::F32(1.0), Argument::I64(16)];
-    let launch = Launch { kernel, grid: [2, 1, 1], threads, dynamic_shared_bytes: 0, arguments: &arguments };
+    let arguments = &[Argument::of(&memory), Argument::F32(1.0), Argument::I64(16)];
+    let grid = [2, 1, 1];
+    let launch = Launch { kernel, grid, cluster_blocks, threads, dynamic_shared_bytes: 0, arguments };
     // SAFETY: the made-up driver runs nothing.
     unsafe { driver.launch(&launch) }
 }
@@ -139,6 +145,18 @@ fn a_launch_that_is_refused_names_the_kernel() {
     };
     if let Some(text) = in_fake("a_launch_that_is_refused_names_the_kernel", "", work) {
         assert!(text.contains("there is no kernel `no_such`; fill_f32<<<(2,1,1), 2048, 0>>>"), "{text}");
+    }
+}
+
+#[test]
+fn the_driver_is_told_of_clusters() {
+    let work = || {
+        let driver = Driver::new(0)?;
+        launch_clusters(&driver, "fill_f32", 2, 256)?;
+        Ok(launch_clusters(&driver, "fill_f32", 4, 256).unwrap_err().to_string())
+    };
+    if let Some(text) = in_fake("the_driver_is_told_of_clusters", "", work) {
+        assert!(text.starts_with("fill_f32<<<(2,1,1) by 4, 256, 0>>>"), "{text}");
     }
 }
 

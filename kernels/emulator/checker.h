@@ -14,11 +14,15 @@ using Clock = std::vector<uint32_t>;
 uint32_t* thread_clock(int thread);
 void release(Thread* thread, Clock& into);
 void acquire(Thread* thread, const Clock& from);
+// For the copies that the thread starts alone.
+void acquire_turn(Thread* thread, const Clock& from);
 void synchronise(Thread* lanes, unsigned mask);
 
 // ---- life
 void reserve_shadow();
-void begin_block();
+void begin_cluster();
+// Its last thread has exited: what another block, or a copy, does to it must be known to be over.
+void end_block(int block);
 void forget(uintptr_t mapping, size_t bytes);
 void initialised_by_host(const void* address, size_t bytes);
 
@@ -26,12 +30,14 @@ void initialised_by_host(const void* address, size_t bytes);
 void shared_read(const Thread& reader, const void* address, size_t bytes, Location where);
 void async_copy_issued(const void* shared, const void* global, int bytes, Location where);
 void async_copy_landed(const void* shared, size_t bytes, Location where);
+// An arrival at an mbarrier of another block.
+void touches_other_block(const Thread& thread, int block, Location where);
 void atomic_access(const void* address, size_t bytes, Location where);
 void plain_write(const void* shared, size_t bytes, Location where);
 
-// ---- the asynchronous proxy: TMA and wgmma. The TMA has a clock entry of its own behind the threads'.
+// ---- the asynchronous proxy: TMA and wgmma. What the TMA does to a block's shared memory has a clock entry behind the threads'.
 void fence_async_proxy(Thread* thread);
-void release_copies(Clock& into);
+void release_copies(int block, Clock& into);
 void async_write_issued(const void* shared, size_t bytes, Location where);
 void async_write_landed(const void* shared, size_t bytes, Location where);
 // A read by wgmma, on behalf of `reader`.

@@ -1,4 +1,4 @@
-// Findings and how a block ends on one: by our own checks, by a fault of the processor (guard pages, stack overflow) or
+// Findings and how a cluster ends on one: by our own checks, by a fault of the processor (guard pages, stack overflow) or
 // by the watchdog. The process never dies of a kernel's mistake.
 #include <csignal>
 #include <cstdarg>
@@ -31,12 +31,26 @@ std::string describe_location(Location where) {
     return std::string(slash ? slash + 1 : where.file) + ":" + std::to_string(where.line);
 }
 
-static std::string describe_thread() {
+std::string describe_block(int block) {
+    const uint3 at = cluster.threads[block * cluster.warps_of_block * 32].block_index;
+    char text[60];
+    snprintf(text, sizeof text, "block (%u,%u,%u)", at.x, at.y, at.z);
+    return text;
+}
+
+static int thread_in_block(int thread) { return thread % (cluster.warps_of_block * 32); }
+
+std::string describe_thread(int thread) {
+    const std::string text = "thread " + std::to_string(thread_in_block(thread));
+    return cluster.block_count > 1 ? text + " of " + describe_block(cluster.block_of(thread)) : text;
+}
+
+static std::string describe_running_thread() {
     if (!current) return "";
-    const Indices& t = *current;
+    const int thread = thread_in_block(current->linear);
     char text[200];
-    snprintf(text, sizeof text, " [%s, block (%u,%u,%u), thread %d, warp %d, lane %d]", block.launch->kernel->name,
-             t.block_index.x, t.block_index.y, t.block_index.z, t.linear, t.warp, t.lane);
+    snprintf(text, sizeof text, " [%s, %s, thread %d, warp %d, lane %d]", cluster.launch->kernel->name,
+             describe_block(current->block).c_str(), thread, thread / 32, current->lane);
     return text;
 }
 
@@ -49,21 +63,21 @@ static std::string formatted(const char* format, va_list arguments) {
 void fail(const char* format, ...) {
     va_list arguments;
     va_start(arguments, format);
-    add_message(formatted(format, arguments) + describe_thread());
+    add_message(formatted(format, arguments) + describe_running_thread());
     va_end(arguments);
-    abandon_block();
+    abandon_cluster();
 }
 
 void report(const char* format, ...) {
     va_list arguments;
     va_start(arguments, format);
-    add_message(formatted(format, arguments) + describe_thread());
+    add_message(formatted(format, arguments) + describe_running_thread());
     va_end(arguments);
-    if (message_count > findings_before_abandoning) abandon_block();
+    if (message_count > findings_before_abandoning) abandon_cluster();
 }
 
 // ---- faults. The handler runs on its own stack, notes what happened and rewrites the interrupted context so that
-// returning from the signal lands in end_faulted_block.
+// returning from the signal lands in end_faulted_cluster.
 
 static pid_t launching_thread = 0;
 static char signal_stack[64 << 10] __attribute__((aligned(64)));
@@ -76,16 +90,16 @@ static struct {
     uintptr_t address, program_counter;
 } fault;
 
-static bool kernel_is_running() { return block.running && syscall(SYS_gettid) == launching_thread; }
+static bool kernel_is_running() { return cluster.running && syscall(SYS_gettid) == launching_thread; }
 
-static void end_faulted_block();
+static void end_faulted_cluster();
 
 static void leave_kernel(int signal_number, const siginfo_t* info, void* interrupted) {
     auto* context = static_cast<ucontext_t*>(interrupted);
     fault.signal_number = signal_number;
     fault.address = reinterpret_cast<uintptr_t>(info->si_addr);
     fault.program_counter = context->uc_mcontext.gregs[REG_RIP];
-    context->uc_mcontext.gregs[REG_RIP] = reinterpret_cast<greg_t>(end_faulted_block);
+    context->uc_mcontext.gregs[REG_RIP] = reinterpret_cast<greg_t>(end_faulted_cluster);
     // 8 below a 16-byte boundary, as if a call had pushed its return address.
     context->uc_mcontext.gregs[REG_RSP] = reinterpret_cast<greg_t>(fault_stack + sizeof fault_stack - 64 - 8);
 }
@@ -99,10 +113,12 @@ static std::string describe_fault(int signal_number, uintptr_t address) {
                  near ? static_cast<long long>(address - near->address) : -1LL, near ? near->bytes : 0,
                  near && near->freed ? ", already freed" : "");
     } else if (is_shared(address)) {
-        const long long offset = address - reinterpret_cast<uintptr_t>(shared_arena);
+        const size_t in_arenas = address - reinterpret_cast<uintptr_t>(shared_arena);
+        const long long offset = static_cast<long long>(shared_place(in_arenas));
+        const uint32_t dynamic_shared_offset = cluster.blocks[shared_owner(in_arenas)].dynamic_shared_offset;
         snprintf(text, sizeof text, "shared access out of bounds: byte %lld of the dynamic shared memory of %u bytes",
                  offset - (dynamic_shared_offset ? dynamic_shared_offset : static_shared_begin),
-                 block.launch->dynamic_shared_bytes);
+                 cluster.launch->dynamic_shared_bytes);
     } else if (is_stack(address)) {
         snprintf(text, sizeof text, "a thread's stack overflowed: its local variables are too large");
     } else {
@@ -113,10 +129,10 @@ static std::string describe_fault(int signal_number, uintptr_t address) {
 }
 
 // Outside the signal handler, where allocating and starting addr2line are allowed.
-static void end_faulted_block() {
+static void end_faulted_cluster() {
     add_message(describe_fault(fault.signal_number, fault.address) + " at " +
-                checker::describe_code(fault.program_counter) + describe_thread());
-    abandon_block();
+                checker::describe_code(fault.program_counter) + describe_running_thread());
+    abandon_cluster();
 }
 
 static void on_fault(int signal_number, siginfo_t* info, void* context) {
@@ -127,14 +143,14 @@ static void on_fault(int signal_number, siginfo_t* info, void* context) {
     sigaction(signal_number, &previous, nullptr);
 }
 
-// A block that burns CPU time without one switch between threads spins on something that nobody else can set.
+// A cluster that burns CPU time without one switch between threads spins on something that nobody else can set.
 static uint64_t switches_at_last_tick = 0;
 static int idle_ticks = 0;
 constexpr int idle_ticks_allowed = 6;
 static void on_tick(int signal_number, siginfo_t* info, void* context) {
     if (!kernel_is_running()) return;
-    if (block.switches != switches_at_last_tick) {
-        switches_at_last_tick = block.switches;
+    if (cluster.switches != switches_at_last_tick) {
+        switches_at_last_tick = cluster.switches;
         idle_ticks = 0;
     } else if (++idle_ticks >= idle_ticks_allowed) {
         leave_kernel(signal_number, info, context);

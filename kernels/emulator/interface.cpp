@@ -23,6 +23,12 @@ static bool is_valid(const Launch& launch) {
            launch.dynamic_shared_bytes <= max_shared_bytes;
 }
 
+static bool has_whole_clusters(const Launch& launch) {
+    return launch.cluster_blocks && launch.cluster_blocks <= unsigned(max_cluster_blocks) &&
+           launch.grid.x % launch.cluster_blocks == 0 &&
+           launch.cluster_blocks * warps_of_block(launch) <= unsigned(max_warps);
+}
+
 }  // namespace emulator
 
 using namespace emulator;
@@ -95,24 +101,29 @@ INTERFACE bool emulator_encode_boxes(uint64_t* map, uint64_t address, uint64_t r
     return encode_boxes(map, address, rows, columns, row_bytes, box_rows);
 }
 
-// Runs every block of the grid, one after the other, in an order that depends on the seed. False: `message` holds what
+// Runs every cluster of the grid, one after the other, in an order that depends on the seed. False: `message` holds what
 // was found, cut to its length.
 INTERFACE bool emulator_launch(const Kernel* kernel, const unsigned* grid, const unsigned* block_dim,
-                               unsigned dynamic_shared_bytes, uint64_t seed, void** arguments, char* message,
+                               unsigned cluster_blocks, unsigned dynamic_shared_bytes, uint64_t seed, void** arguments, char* message,
                                size_t message_bytes) {
     std::lock_guard lock(one_at_a_time);
     reserve_memory();
     clear_messages();
     const Launch launch{kernel, arguments, dim3(grid[0], grid[1], grid[2]),
-                        dim3(block_dim[0], block_dim[1], block_dim[2]), dynamic_shared_bytes, ++launch_count, seed};
-    if (is_valid(launch)) {
+                        dim3(block_dim[0], block_dim[1], block_dim[2]), cluster_blocks, dynamic_shared_bytes, ++launch_count,
+                        seed};
+    if (!is_valid(launch)) {
+        add_message("invalid launch: grid, block or shared memory out of the hardware's limits");
+    } else if (!has_whole_clusters(launch)) {
+        add_message("invalid launch: the grid in x is no multiple of a cluster, or the cluster larger than 8 blocks or 64 warps");
+    } else {
         install_signal_handlers();
         start_watchdog();
         const uint64_t blocks = uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z;
-        for (uint64_t i = 0; i < blocks && !any_message(); i++) run_block(launch, (i + seed) % blocks);
+        const uint64_t clusters = blocks / cluster_blocks;
+        for (uint64_t i = 0; i < clusters && !any_message(); i++)
+            run_cluster(launch, (i + seed) % clusters * cluster_blocks);
         stop_watchdog();
-    } else {
-        add_message("invalid launch: grid, block or shared memory out of the hardware's limits");
     }
     snprintf(message, message_bytes, "%s", messages());
     return !any_message();

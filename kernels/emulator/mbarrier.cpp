@@ -1,5 +1,5 @@
 // mbarrier: barriers in shared memory that count arrivals and the bytes of asynchronous copies (PTX ISA, "mbarrier"). Their
-// eight bytes stay opaque; the counts live here.
+// eight bytes stay opaque; the counts live here. Offsets go through the shared memory of all blocks of the cluster.
 #include "block.h"
 #include "checker.h"
 
@@ -7,10 +7,23 @@ namespace emulator {
 
 std::vector<MemoryBarrier> memory_barriers;
 
-MemoryBarrier& find_memory_barrier(const void* address, Location where) {
-    const uint32_t offset = shared_offset(address);
-    for (MemoryBarrier& barrier : memory_barriers)
-        if (barrier.offset == offset) return barrier;
+// Who may not know of the initialisation yet must not touch the barrier.
+static void check_is_known(const MemoryBarrier& barrier, const Thread& thread, Location where) {
+    if constexpr (checked)
+        if (barrier.initialised_by != thread.linear && thread.clock[barrier.initialised_by] < barrier.initialised_at)
+            report("mbarrier used at %s without a barrier since %s initialised it", describe_location(where).c_str(),
+                   describe_thread(barrier.initialised_by).c_str());
+}
+
+MemoryBarrier& find_memory_barrier(uint32_t offset, Location where) {
+    const int owner = shared_owner(offset);
+    if (cluster.blocks[owner].alive == 0)
+        fail("mbarrier of %s, which has ended, used at %s", describe_block(owner).c_str(), describe_location(where).c_str());
+    for (MemoryBarrier& barrier : memory_barriers) {
+        if (barrier.offset != offset) continue;
+        check_is_known(barrier, *self(), where);
+        return barrier;
+    }
     fail("mbarrier used before mbarrier.init at %s", describe_location(where).c_str());
 }
 
@@ -39,20 +52,20 @@ void fence_mbarrier_init() {
         if (barrier.initialised_by == self()->linear) barrier.visible_to_copies = true;
 }
 
-// Who may not know of the initialisation yet must not touch the barrier.
-static void check_is_known(const MemoryBarrier& barrier, const Thread& thread, Location where) {
-    if constexpr (checked)
-        if (barrier.initialised_by != thread.linear && thread.clock[barrier.initialised_by] < barrier.initialised_at)
-            report("mbarrier used at %s without a barrier since thread %d initialised it", describe_location(where).c_str(),
-                   barrier.initialised_by);
+// What a completed phase orders before the thread that waited for it.
+static void acquire_phase(const MemoryBarrier& barrier, Thread* thread) {
+    if constexpr (checked) {
+        checker::acquire(thread, barrier.completed.own);
+        checker::acquire_turn(thread, barrier.completed.other);
+    }
 }
 
 static void complete_phase_if_done(MemoryBarrier& barrier) {
     if (barrier.pending || barrier.bytes) return;
     const unsigned completed = barrier.phase++ & 1;
     barrier.pending = barrier.expected;
-    barrier.completed_clock = std::move(barrier.arriving_clock);
-    barrier.arriving_clock.clear();
+    barrier.completed = std::move(barrier.arriving);
+    barrier.arriving = {};
     std::vector<Thread*> still_waiting;
     for (Thread* waiter : barrier.waiting) {
         if (waiter->mbarrier_parity != completed) {
@@ -60,40 +73,50 @@ static void complete_phase_if_done(MemoryBarrier& barrier) {
             continue;
         }
         make_runnable(waiter);
-        if constexpr (checked) checker::acquire(waiter, barrier.completed_clock);
+        acquire_phase(barrier, waiter);
     }
     barrier.waiting = std::move(still_waiting);
 }
 
-void mbarrier_arrive(uint64_t* address, unsigned bytes, Location where) {
-    MemoryBarrier& barrier = find_memory_barrier(address, where);
+static void arrive(uint32_t offset, unsigned bytes, Location where) {
+    MemoryBarrier& barrier = find_memory_barrier(offset, where);
     Thread* thread = self();
-    check_is_known(barrier, *thread, where);
+    const bool is_own = shared_owner(offset) == thread->block;
     if (barrier.pending == 0)
         fail("mbarrier: more than the %d arrivals of a phase at %s", barrier.expected, describe_location(where).c_str());
-    if constexpr (checked) checker::release(thread, barrier.arriving_clock);
+    if constexpr (checked) {
+        if (!is_own) checker::touches_other_block(*thread, shared_owner(offset), where);
+        checker::release(thread, is_own ? barrier.arriving.own : barrier.arriving.other);
+    }
     barrier.bytes += bytes;
     barrier.pending--;
     complete_phase_if_done(barrier);
     maybe_yield(8);
 }
 
+void mbarrier_arrive(uint64_t* address, unsigned bytes, Location where) {
+    arrive(own_shared_offset(address, where), bytes, where);
+}
+
+void mbarrier_arrive_at(unsigned block, uint64_t* address, Location where) {
+    arrive(shared_offset_in(block, own_shared_offset(address, where), where), 0, where);
+}
+
 void mbarrier_bytes_landed(uint32_t offset, unsigned bytes) {
     for (MemoryBarrier& barrier : memory_barriers) {
         if (barrier.offset != offset) continue;
         barrier.bytes -= bytes;
-        if constexpr (checked) checker::release_copies(barrier.arriving_clock);
+        if constexpr (checked) checker::release_copies(shared_owner(offset), barrier.arriving.own);
         complete_phase_if_done(barrier);
     }
 }
 
 void mbarrier_wait(uint64_t* address, unsigned parity, Location where) {
     if (parity > 1) fail("mbarrier parity %u at %s", parity, describe_location(where).c_str());
-    MemoryBarrier& barrier = find_memory_barrier(address, where);
+    MemoryBarrier& barrier = find_memory_barrier(own_shared_offset(address, where), where);
     Thread* thread = self();
-    check_is_known(barrier, *thread, where);
     if ((barrier.phase & 1) != parity) {
-        if constexpr (checked) checker::acquire(thread, barrier.completed_clock);
+        acquire_phase(barrier, thread);
         return maybe_yield(4);
     }
     thread->where = where;
@@ -108,8 +131,8 @@ std::string describe_memory_barrier(uint32_t offset) {
         if (barrier.offset != offset) continue;
         char text[160];
         snprintf(text, sizeof text, "the mbarrier at shared byte %u (phase %llu: %d of %d arrivals and %lld bytes missing)",
-                 offset, static_cast<unsigned long long>(barrier.phase), barrier.pending, barrier.expected,
-                 static_cast<long long>(barrier.bytes));
+                 static_cast<unsigned>(shared_place(offset)), static_cast<unsigned long long>(barrier.phase),
+                 barrier.pending, barrier.expected, static_cast<long long>(barrier.bytes));
         return text;
     }
     return "an mbarrier";

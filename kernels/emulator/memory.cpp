@@ -1,6 +1,6 @@
 // Device memory: every allocation ends at a guard page, starts as 0xFF (NaN in f16, bf16 and f32) and its addresses are
 // never used again, so that reading too far, reading what nobody wrote and reading what was freed all show.
-// Shared memory: one arena, static variables from the bottom, dynamic ones ending at a guard page.
+// Shared memory: one arena a block of the cluster, static variables from the bottom, dynamic ones ending at a guard page.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -12,13 +12,10 @@ namespace emulator {
 
 uintptr_t global_range = 0;
 unsigned char* shared_arena = nullptr;
-std::vector<SharedVariable> shared_variables;
-uint32_t dynamic_shared_offset = 0;
 
 constexpr size_t page_bytes = 4096, address_alignment = 16;
 static std::vector<Allocation> allocations;  // ascending addresses
 static uintptr_t next_mapping;
-static uint32_t static_shared_top;
 
 static size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -28,9 +25,12 @@ void reserve_memory() {
     global_range = reinterpret_cast<uintptr_t>(mmap(nullptr, global_range_bytes, PROT_NONE, flags, -1, 0));
     next_mapping = global_range + page_bytes;
     shared_arena = static_cast<unsigned char*>(
-        mmap(nullptr, shared_arena_bytes, PROT_READ | PROT_WRITE, flags, -1, 0));
-    mprotect(shared_arena, static_shared_begin, PROT_NONE);
-    mprotect(shared_arena + shared_end, shared_arena_bytes - shared_end, PROT_NONE);
+        mmap(nullptr, max_cluster_blocks * shared_arena_bytes, PROT_READ | PROT_WRITE, flags, -1, 0));
+    for (int block = 0; block < max_cluster_blocks; block++) {
+        unsigned char* arena = shared_arena + block * shared_arena_bytes;
+        mprotect(arena, static_shared_begin, PROT_NONE);
+        mprotect(arena + shared_end, shared_arena_bytes - shared_end, PROT_NONE);
+    }
     if constexpr (checked) checker::reserve_shadow();
 }
 
@@ -73,16 +73,18 @@ bool is_inside_allocation(const void* pointer, size_t bytes) {
 // ---- shared memory
 
 static uint32_t dynamic_begin(uint32_t alignment) {
-    return static_cast<uint32_t>((shared_end - block.launch->dynamic_shared_bytes) & ~size_t{alignment - 1});
+    return static_cast<uint32_t>((shared_end - cluster.launch->dynamic_shared_bytes) & ~size_t{alignment - 1});
 }
 
-void begin_shared_memory(uint32_t dynamic_bytes) {
-    shared_variables.clear();
-    static_shared_top = static_shared_begin;
-    dynamic_shared_offset = 0;
+void begin_shared_memory(int index) {
+    Block& block = cluster.blocks[index];
+    block.shared_variables.clear();
+    block.static_shared_top = static_shared_begin;
+    block.dynamic_shared_offset = 0;
     constexpr uint32_t largest_alignment = 1024;
-    if (dynamic_bytes) memset(shared_arena + dynamic_begin(largest_alignment), 0xFF,
-                              shared_end - dynamic_begin(largest_alignment));
+    if (cluster.launch->dynamic_shared_bytes)
+        memset(shared_arena + index * shared_arena_bytes + dynamic_begin(largest_alignment), 0xFF,
+               shared_end - dynamic_begin(largest_alignment));
 }
 
 uint32_t shared_offset(const void* pointer) {
@@ -91,26 +93,40 @@ uint32_t shared_offset(const void* pointer) {
     return static_cast<uint32_t>(address - reinterpret_cast<uintptr_t>(shared_arena));
 }
 
+uint32_t own_shared_offset(const void* address, Location where) {
+    const uint32_t offset = shared_offset(address);
+    if (shared_owner(offset) != current->block)
+        fail("shared memory of another block of the cluster at %s", describe_location(where).c_str());
+    return offset;
+}
+
+uint32_t shared_offset_in(unsigned block, uint32_t offset, Location where) {
+    if (block >= unsigned(cluster.block_count))
+        fail("block %u of a cluster of %d at %s", block, cluster.block_count, describe_location(where).c_str());
+    return static_cast<uint32_t>(block * shared_arena_bytes + shared_place(offset));
+}
+
 unsigned char* dynamic_shared(size_t alignment) {
-    if (!block.launch->dynamic_shared_bytes) fail("the kernel uses dynamic shared memory and was launched with none");
-    dynamic_shared_offset = dynamic_begin(static_cast<uint32_t>(alignment));
-    return shared_arena + dynamic_shared_offset;
+    if (!cluster.launch->dynamic_shared_bytes) fail("the kernel uses dynamic shared memory and was launched with none");
+    own_block().dynamic_shared_offset = dynamic_begin(static_cast<uint32_t>(alignment));
+    return own_shared() + own_block().dynamic_shared_offset;
 }
 
 void* static_shared(const void* key, size_t bytes, size_t alignment) {
-    for (const SharedVariable& variable : shared_variables)
-        if (variable.key == key) return shared_arena + variable.offset;
-    const uint32_t offset = round_up(static_shared_top, alignment);
+    Block& block = own_block();
+    for (const SharedVariable& variable : block.shared_variables)
+        if (variable.key == key) return own_shared() + variable.offset;
+    const uint32_t offset = round_up(block.static_shared_top, alignment);
     constexpr uint32_t gap = 16;  // so that one past the end is no other variable
-    static_shared_top = offset + bytes + gap;
-    if (static_shared_top - static_shared_begin + block.launch->dynamic_shared_bytes > max_shared_bytes)
+    block.static_shared_top = offset + bytes + gap;
+    if (block.static_shared_top - static_shared_begin + cluster.launch->dynamic_shared_bytes > max_shared_bytes)
         fail("static and dynamic shared memory exceed %u bytes", max_shared_bytes);
-    shared_variables.push_back({key, offset, static_cast<uint32_t>(bytes)});
-    memset(shared_arena + offset, 0xFF, bytes);
-    return shared_arena + offset;
+    block.shared_variables.push_back({key, offset, static_cast<uint32_t>(bytes)});
+    memset(own_shared() + offset, 0xFF, bytes);
+    return own_shared() + offset;
 }
 
-// ---- atomics: one OS thread runs the block, so a plain read-modify-write is atomic; the yield mixes their order.
+// ---- atomics: one OS thread runs the cluster, so a plain read-modify-write is atomic; the yield mixes their order.
 
 template <class T, class Combine>
 static T atomic(T* address, Location where, Combine combine) {

@@ -1,7 +1,9 @@
 // planted_faults.cu for Hopper: a warp-specialised matmul over TMA, mbarriers and wgmma, C[rows][128] = A[rows][depth] ·
-// B[128][depth]ᵀ in f16: common/hopper_matmul.h in small, with one mistake at a time.
+// B[128][depth]ᵀ in f16: common/hopper_matmul.h in small, with one mistake at a time. In clusters of two each block loads half
+// of B for both.
 #include "../common/halves.h"
 #include "../ptx/barrier.h"
+#include "../ptx/cluster.h"
 #include "../ptx/wgmma.h"
 
 enum class HopperFault {
@@ -20,6 +22,12 @@ enum class HopperFault {
     no_proxy_fence,           // the TMA may not see what the threads wrote
     no_barrier_before_store,  // nor what all of them wrote
     leaves_before_store,      // shared memory ends while the TMA reads it
+    // In clusters alone:
+    no_cluster_barrier,        // the other block's mbarriers may not exist yet
+    multicasts_to_itself,      // the other block waits for its bytes
+    expects_half_of_b,         // that of the other block may not have landed
+    releases_own_block_alone,  // the other block loads into a stage that is being read
+    leaves_before_cluster,     // the other block arrives at mbarriers that are no more
 };
 
 template <HopperFault fault>
@@ -31,14 +39,20 @@ DEVICE void hopper_pipeline(const TensorMap& a, const TensorMap& b, const Tensor
     Mbarrier* full = reinterpret_cast<Mbarrier*>(out + 2 * a_bytes);
     Mbarrier* empty = full + stages;
     const int first_row = blockIdx.x * rows, steps = depth / tile_k;
+    const int own = cluster_block(), blocks = cluster_block_count(), b_rows = columns / blocks, own_b_bytes = b_bytes / blocks;
+    constexpr bool releases_both = fault != HopperFault::releases_own_block_alone;
+    const auto meet_cluster = [&] {
+        if (blocks > 1) cluster_barrier_sync();
+    };
     if (threadIdx.x == 0) {
         for (int i = 0; i < stages; i++) {
             mbarrier_init(&full[i], 1);
-            mbarrier_init(&empty[i], warpgroup / 32);
+            mbarrier_init(&empty[i], warpgroup / 32 * (releases_both ? blocks : 1));
         }
         if (fault != HopperFault::no_init_fence) fence_mbarrier_init();
     }
     if (fault != HopperFault::no_barrier_after_init) __syncthreads();
+    if (fault != HopperFault::no_cluster_barrier) meet_cluster();
 
     if (threadIdx.x < warpgroup) {
         if (threadIdx.x > 0) return;
@@ -46,17 +60,25 @@ DEVICE void hopper_pipeline(const TensorMap& a, const TensorMap& b, const Tensor
             const int stage = step % stages, round = step / stages;
             const unsigned parity = fault == HopperFault::waits_for_wrong_parity ? round & 1 : (round & 1) ^ 1;
             if (fault != HopperFault::producer_does_not_wait) mbarrier_wait(&empty[stage], parity);
-            mbarrier_arrive_expecting(&full[stage], fault == HopperFault::expects_too_few_bytes ? a_bytes : stage_bytes);
-            tma_load(shared + stage * stage_bytes, a, first_row, step * tile_k, &full[stage]);
-            tma_load(shared + stage * stage_bytes + a_bytes, b, 0, step * tile_k, &full[stage]);
+            mbarrier_arrive_expecting(&full[stage], fault == HopperFault::expects_too_few_bytes ? a_bytes
+                                                    : fault == HopperFault::expects_half_of_b   ? a_bytes + own_b_bytes
+                                                                                                : stage_bytes);
+            unsigned char *a_tile = shared + stage * stage_bytes, *b_tile = a_tile + a_bytes + own * own_b_bytes;
+            tma_load(a_tile, a, first_row, step * tile_k, &full[stage]);
+            const unsigned mask = fault == HopperFault::multicasts_to_itself ? 1u << own : (1u << blocks) - 1;
+            if (blocks > 1) tma_load_multicast(b_tile, b, own * b_rows, step * tile_k, &full[stage], mask);
+            else tma_load(b_tile, b, 0, step * tile_k, &full[stage]);
         }
+        if (fault != HopperFault::leaves_before_cluster) meet_cluster();
         return;
     }
 
     float sums[columns / 2];
     const int lane = threadIdx.x % 32, warp = threadIdx.x % warpgroup / 32;
     const auto release = [&](int step) {
-        if (lane == 0) mbarrier_arrive(&empty[step % stages]);
+        if (lane) return;
+        mbarrier_arrive(&empty[step % stages]);
+        if (blocks > 1 && releases_both) mbarrier_arrive_at(own ^ 1, &empty[step % stages]);
     };
     for (int step = 0; step < steps; step++) {
         const unsigned char* stage = shared + step % stages * stage_bytes;
@@ -89,6 +111,7 @@ DEVICE void hopper_pipeline(const TensorMap& a, const TensorMap& b, const Tensor
         tma_store_commit();
         if (fault != HopperFault::leaves_before_store) tma_store_wait_read();
     }
+    if (fault != HopperFault::leaves_before_cluster) meet_cluster();
 }
 
 #define PLANTED_HOPPER(fault) \
@@ -111,3 +134,8 @@ PLANTED_HOPPER(reads_before_last_wait)
 PLANTED_HOPPER(no_proxy_fence)
 PLANTED_HOPPER(no_barrier_before_store)
 PLANTED_HOPPER(leaves_before_store)
+PLANTED_HOPPER(no_cluster_barrier)
+PLANTED_HOPPER(multicasts_to_itself)
+PLANTED_HOPPER(expects_half_of_b)
+PLANTED_HOPPER(releases_own_block_alone)
+PLANTED_HOPPER(leaves_before_cluster)

@@ -29,7 +29,8 @@ struct Location {
 struct Indices {
     uint3 thread_index, block_index;
     dim3 block_dim, grid_dim;
-    int lane, warp, linear;
+    int block;               // in its cluster
+    int lane, warp, linear;  // warp and thread are counted through the cluster: see Cluster::threads
 };
 // One launch runs at a time, on one OS thread, so a plain global is enough.
 extern Indices* current;
@@ -49,6 +50,12 @@ unsigned atomic_or(unsigned* address, unsigned value, Location where);
 // `thread_count` 0 means the whole block.
 void barrier_sync(int id, int thread_count, Location where);
 void barrier_arrive(int id, int thread_count, Location where);
+
+// ---- clusters
+unsigned cluster_block();
+unsigned cluster_block_count();
+void cluster_barrier_arrive(Location where);
+void cluster_barrier_wait(Location where);
 
 // ---- warp collectives: every lane of `mask` posts its arguments and the last to arrive runs the operation for all.
 enum class Collective : uint8_t {
@@ -92,8 +99,13 @@ void cp_async_wait(int groups_in_flight);
 void mbarrier_init(uint64_t* barrier, unsigned arrivals, Location where);
 void fence_mbarrier_init();
 void mbarrier_arrive(uint64_t* barrier, unsigned bytes, Location where);
+// At the same place of another block of the cluster; orders the copies that the waiting thread starts, and nothing else.
+void mbarrier_arrive_at(unsigned block, uint64_t* barrier, Location where);
 void mbarrier_wait(uint64_t* barrier, unsigned parity, Location where);
 void tma_load(void* shared, const uint64_t* map, int row, int column, uint64_t* barrier, Location where);
+// To the same place of each block of the mask, counted on the barrier at the same place there.
+void tma_load_multicast(void* shared, const uint64_t* map, int row, int column, uint64_t* barrier, unsigned block_mask,
+                        Location where);
 void tma_store(const uint64_t* map, const void* shared, int row, int column, Location where);
 void tma_store_commit();
 void tma_store_wait_read();

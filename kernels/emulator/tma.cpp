@@ -1,5 +1,6 @@
-// The TMA: a load's destination is poisoned when it is issued and lands at a random later time, zeros outside the matrix; a
-// store reads its source as late as its thread's wait allows. Whoever reads too early, or writes too early, shows.
+// The TMA: a load's destination is poisoned when it is issued and lands at a random later time, zeros outside the matrix, a
+// multicast's in each block at a time of its own; a store reads its source as late as its thread's wait allows. Whoever reads
+// too early, or writes too early, shows.
 #include <algorithm>
 
 #include "block.h"
@@ -18,7 +19,7 @@ constexpr int box_columns = 64, chunk_bytes = 16, row_bytes_in_box = 128, box_al
 struct Transfer {
     bool is_store, is_committed;
     Boxes boxes;
-    uint32_t shared;
+    uint32_t shared;  // offset through the shared memory of all blocks of the cluster
     int row, column;
     uint32_t barrier;  // of a load
     int thread;
@@ -41,7 +42,7 @@ static Transfer issue(bool is_store, const void* shared, const uint64_t* map, in
     transfer.is_store = is_store;
     memcpy(&transfer.boxes, map, sizeof transfer.boxes);
     if (transfer.boxes.magic != boxes_magic) fail("TMA with something that is no tensor map at %s", describe_location(where).c_str());
-    transfer.shared = shared_offset(shared);
+    transfer.shared = own_shared_offset(shared, where);
     if (transfer.shared % box_alignment)
         fail("TMA box that is not at a multiple of %d bytes at %s", box_alignment, describe_location(where).c_str());
     transfer.row = row;
@@ -53,15 +54,33 @@ static Transfer issue(bool is_store, const void* shared, const uint64_t* map, in
 
 static uint32_t box_bytes(const Transfer& transfer) { return transfer.boxes.box_rows * row_bytes_in_box; }
 
-void tma_load(void* shared, const uint64_t* map, int row, int column, uint64_t* barrier, Location where) {
-    Transfer transfer = issue(false, shared, map, row, column, where);
-    const MemoryBarrier& found = find_memory_barrier(barrier, where);
-    if (!found.visible_to_copies)
-        report("TMA load on an mbarrier that was initialised without fence_mbarrier_init at %s", describe_location(where).c_str());
-    transfer.barrier = found.offset;
-    if constexpr (checked) checker::async_write_issued(shared, box_bytes(transfer), where);
-    memset(shared, 0xFF, box_bytes(transfer));
+// One block's part of a load.
+static void load_into(unsigned block, Transfer transfer, uint32_t barrier_offset) {
+    const Location where = transfer.where;
+    transfer.shared = shared_offset_in(block, transfer.shared, where);
+    transfer.barrier = shared_offset_in(block, barrier_offset, where);
+    if (!find_memory_barrier(transfer.barrier, where).visible_to_copies)
+        report("TMA load on an mbarrier that was initialised without fence_mbarrier_init at %s",
+               describe_location(where).c_str());
+    unsigned char* destination = shared_arena + transfer.shared;
+    if constexpr (checked) checker::async_write_issued(destination, box_bytes(transfer), where);
+    memset(destination, 0xFF, box_bytes(transfer));
     transfers.push_back(transfer);
+}
+
+void tma_load(void* shared, const uint64_t* map, int row, int column, uint64_t* barrier, Location where) {
+    load_into(cluster_block(), issue(false, shared, map, row, column, where), own_shared_offset(barrier, where));
+    maybe_yield(8);
+}
+
+void tma_load_multicast(void* shared, const uint64_t* map, int row, int column, uint64_t* barrier, unsigned block_mask,
+                        Location where) {
+    if (block_mask == 0 || block_mask >> cluster.block_count)
+        fail("a multicast to blocks %#x of a cluster of %d at %s", block_mask, cluster.block_count,
+             describe_location(where).c_str());
+    const Transfer transfer = issue(false, shared, map, row, column, where);
+    for (unsigned rest = block_mask; rest; rest &= rest - 1)
+        load_into(__builtin_ctz(rest), transfer, own_shared_offset(barrier, where));
     maybe_yield(8);
 }
 
@@ -133,7 +152,7 @@ bool land_a_load() {
     for (size_t i = 0; i < transfers.size(); i++)
         if (!transfers[i].is_store) loads.push_back(i);
     if (loads.empty()) return false;
-    land_at(loads[block.random ? random_number() % loads.size() : 0]);
+    land_at(loads[cluster.random ? random_number() % loads.size() : 0]);
     return true;
 }
 
@@ -166,9 +185,9 @@ void begin_asynchronous_work() {
     memory_barriers.clear();
 }
 
-void check_transfers_at_end() {
+void check_transfers_at_end(int block) {
     for (const Transfer& transfer : transfers)
-        if (!transfer.is_store)
+        if (!transfer.is_store && shared_owner(transfer.shared) == block)
             report("a TMA load from %s was still in flight when the block ended", describe_location(transfer.where).c_str());
 }
 

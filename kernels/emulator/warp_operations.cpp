@@ -87,7 +87,7 @@ struct LoadMatrix {
 static void load_matrix(void** lane_arguments, unsigned) {
     LoadMatrix* lanes[32];
     for (int lane = 0; lane < 32; lane++) lanes[lane] = static_cast<LoadMatrix*>(lane_arguments[lane]);
-    const Thread* threads = &block.threads[current->warp * 32];
+    const Thread* threads = cluster.warp_begin(current->warp);
     for (int matrix = 0; matrix < lanes[0]->matrices; matrix++) {
         const unsigned char* rows[8];
         for (int r = 0; r < 8; r++) {

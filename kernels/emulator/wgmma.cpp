@@ -111,7 +111,7 @@ static void gather_a(const PendingWgmma& instruction, int warp, uint16_t (*rows)
     const Descriptor a = decode(instruction.a, instruction.where);
     for (int r = 0; r < rows_of_a_warp; r++)
         for (int c = 0; c < 2; c++)
-            memcpy(&rows[r][c * 8], shared_arena + chunk_offset(a, false, warp % 4 * rows_of_a_warp + r, c), 16);
+            memcpy(&rows[r][c * 8], own_shared() + chunk_offset(a, false, warp % 4 * rows_of_a_warp + r, c), 16);
 }
 
 static void multiply(const PendingWgmma& instruction, int warp, float* sums) {
@@ -125,12 +125,12 @@ static void multiply(const PendingWgmma& instruction, int warp, float* sums) {
     if (instruction.b_is_mn) {
         for (int k = 0; k < k_of_an_instruction; k++)
             for (int c = 0; c < columns / 8; c++)
-                _mm256_storeu_ps(&b_values[k][c * 8], widen8(shared_arena + chunk_offset(b, true, k, c), instruction.bf16));
+                _mm256_storeu_ps(&b_values[k][c * 8], widen8(own_shared() + chunk_offset(b, true, k, c), instruction.bf16));
     } else {
         for (int n = 0; n < columns; n++) {
             float column[k_of_an_instruction];
             for (int c = 0; c < 2; c++)
-                _mm256_storeu_ps(column + c * 8, widen8(shared_arena + chunk_offset(b, false, n, c), instruction.bf16));
+                _mm256_storeu_ps(column + c * 8, widen8(own_shared() + chunk_offset(b, false, n, c), instruction.bf16));
             for (int k = 0; k < k_of_an_instruction; k++) b_values[k][n] = column[k];
         }
     }
@@ -175,7 +175,7 @@ static void issue(void** lane_arguments, unsigned) {
                describe_location(instruction.where).c_str());
     if constexpr (checked)
         for_each_chunk(instruction, warp, [&](uint32_t offset) {
-            checker::async_read(block.threads[warp * 32], shared_arena + offset, 16, instruction.where);
+            checker::async_read(*cluster.warp_begin(warp), own_shared() + offset, 16, instruction.where);
         });
     take_accumulators(state, instruction).instructions++;
     state.pending.push_back(instruction);
@@ -215,7 +215,7 @@ static void wait(void** lane_arguments, unsigned) {
         const PendingWgmma& instruction = state.pending[i];
         if constexpr (checked)
             for_each_chunk(instruction, warp, [&](uint32_t offset) {
-                checker::async_read(block.threads[warp * 32], shared_arena + offset, 16, instruction.where);
+                checker::async_read(*cluster.warp_begin(warp), own_shared() + offset, 16, instruction.where);
             });
         for (size_t set = 0; set < state.in_flight.size(); set++) {
             InFlight& accumulators = state.in_flight[set];
@@ -236,9 +236,10 @@ void wgmma_wait(int groups_in_flight, Location where) {
     collective(Collective::wgmma_wait, ~0u, &groups_in_flight, wait, where);
 }
 
-void check_wgmma_at_end() {
-    for (int warp = 0; warp < max_warps; warp++) {
-        if (!states[warp].pending.empty()) return report("wgmma of warp %d still in flight when the block ended", warp);
+void check_wgmma_at_end(int block) {
+    for (int i = 0; i < cluster.warps_of_block; i++) {
+        const int warp = block * cluster.warps_of_block + i;
+        if (!states[warp].pending.empty()) return report("wgmma of warp %d still in flight when the block ended", i);
         const int first = warp / 4 * 4;
         if (states[warp].issued != states[first].issued)
             return report("the warps of a warpgroup issued different numbers of wgmma: %d and %d", states[first].issued,

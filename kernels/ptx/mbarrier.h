@@ -32,6 +32,25 @@ DEVICE void mbarrier_arrive(Mbarrier* barrier CALL_SITE) {
 #endif
 }
 
+// One arrival at the same barrier of block `block` of the cluster: at the offset that `barrier` has in this block's shared
+// memory. It passes a turn and no data: copies that the thread waiting there starts overwrite nothing that this thread, or its
+// wgmma, read before; what this thread wrote is not visible there. (`.release.cluster` would make it so, at the price of a
+// MEMBAR.GPU in every call.) Only between the cluster's barriers: see cluster.h.
+DEVICE void mbarrier_arrive_at(unsigned block, Mbarrier* barrier CALL_SITE) {
+#if ON_DEVICE
+    asm volatile(
+        "{\n"
+        ".reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+        "}" ::"r"(shared_address(barrier)),
+        "r"(block)
+        : "memory");
+#else
+    emulator::mbarrier_arrive_at(block, barrier, where);
+#endif
+}
+
 // One arrival, and `bytes` more to be copied before the phase completes.
 DEVICE void mbarrier_arrive_expecting(Mbarrier* barrier, unsigned bytes CALL_SITE) {
 #if ON_DEVICE

@@ -31,6 +31,21 @@ DEVICE void tma_load(void* shared, const TensorMap& map, int row, int column, Mb
 #endif
 }
 
+// The same to several blocks of the cluster at once: the box lands at the offset of `shared` in the shared memory of each block
+// whose bit is set, and its bytes count on the barrier at the offset of `barrier` there.
+DEVICE void tma_load_multicast(void* shared, const TensorMap& map, int row, int column, Mbarrier* barrier,
+                               unsigned block_mask CALL_SITE) {
+#if ON_DEVICE
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(shared)),
+        "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(row), "h"(static_cast<uint16_t>(block_mask))
+        : "memory");
+#else
+    emulator::tma_load_multicast(shared, map.opaque, row, column, barrier, block_mask, where);
+#endif
+}
+
 // Starts to copy a box from shared memory. Every thread that wrote it has fenced (fence_async_proxy) and met the calling one
 // at a barrier since.
 DEVICE void tma_store(const TensorMap& map, const void* shared, int row, int column CALL_SITE) {

@@ -59,6 +59,7 @@ enum Work {
     Launch {
         kernel: String,
         grid: [u32; 3],
+        cluster_blocks: u32,
         threads: u32,
         dynamic_shared_bytes: u32,
         arguments: Vec<Argument>,
@@ -155,9 +156,15 @@ impl Emulator {
     fn run(&self, work: &Work) -> Result<()> {
         // SAFETY: of ranges, whoever enqueued the work checked that they are inside their allocations; of launches, see `start`.
         match work {
-            Work::Launch { kernel, grid, threads, dynamic_shared_bytes, arguments } => {
-                let (grid, threads, dynamic_shared_bytes) = (*grid, *threads, *dynamic_shared_bytes);
-                self.start(&Launch { kernel, grid, threads, dynamic_shared_bytes, arguments })
+            &Work::Launch {
+                ref kernel,
+                grid,
+                cluster_blocks,
+                threads,
+                dynamic_shared_bytes,
+                ref arguments,
+            } => {
+                self.start(&Launch { kernel, grid, cluster_blocks, threads, dynamic_shared_bytes, arguments })
             }
             &Work::Fill { at, bytes, byte } => {
                 copied(unsafe { (self.functions.fill)(pointer(at), c_int::from(byte), bytes) })
@@ -180,6 +187,7 @@ impl Emulator {
                 kernel,
                 launch.grid.as_ptr(),
                 block.as_ptr(),
+                launch.cluster_blocks,
                 launch.dynamic_shared_bytes,
                 self.seed,
                 values.pointers().as_mut_ptr(),
@@ -430,9 +438,9 @@ impl Device for Emulator {
 
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()> {
         self.find(launch)?;
-        let &Launch { kernel, grid, threads, dynamic_shared_bytes, arguments } = launch;
+        let &Launch { kernel, grid, cluster_blocks, threads, dynamic_shared_bytes, arguments } = launch;
         let (kernel, arguments) = (kernel.to_owned(), arguments.to_vec());
-        self.enqueue(Work::Launch { kernel, grid, threads, dynamic_shared_bytes, arguments })
+        self.enqueue(Work::Launch { kernel, grid, cluster_blocks, threads, dynamic_shared_bytes, arguments })
     }
 
     fn record(&self, work: impl FnOnce() -> Result<()>) -> Result<Recording> {

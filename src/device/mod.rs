@@ -89,6 +89,8 @@ pub struct Launch<'a> {
     pub kernel: &'a str,
     /// Blocks in x, y and z.
     pub grid: [u32; 3],
+    /// Blocks of a cluster, neighbours in x, which divide the grid; 1 for a launch without clusters.
+    pub cluster_blocks: u32,
     /// Threads of a block.
     pub threads: u32,
     /// Dynamic shared memory of a block.
@@ -101,7 +103,11 @@ impl fmt::Display for Launch<'_> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [x, y, z] = self.grid;
         let arguments: Vec<String> = self.arguments.iter().map(Argument::to_string).collect();
-        write!(formatter, "{}<<<({x},{y},{z}), {}", self.kernel, self.threads)?;
+        write!(formatter, "{}<<<({x},{y},{z})", self.kernel)?;
+        if self.cluster_blocks > 1 {
+            write!(formatter, " by {}", self.cluster_blocks)?;
+        }
+        write!(formatter, ", {}", self.threads)?;
         write!(formatter, ", {}>>>({})", self.dynamic_shared_bytes, arguments.join(", "))
     }
 }
@@ -210,10 +216,13 @@ mod tests {
         let launch = Launch {
             kernel: "rms_norm_f16",
             grid: [4, 1, 1],
+            cluster_blocks: 1,
             threads: 256,
             dynamic_shared_bytes: 0,
             arguments: &arguments,
         };
         assert_eq!(launch.to_string(), "rms_norm_f16<<<(4,1,1), 256, 0>>>(memory, 64, 1e-5, null)");
+        let pairs = Launch { cluster_blocks: 2, ..launch };
+        assert_eq!(pairs.to_string(), "rms_norm_f16<<<(4,1,1) by 2, 256, 0>>>(memory, 64, 1e-5, null)");
     }
 }

@@ -137,6 +137,42 @@ fn the_tma_swizzles_boxes_and_stays_inside_the_matrix() {
 }
 
 #[test]
+fn the_tma_writes_into_both_blocks_of_a_cluster() {
+    if !has_hopper_kernels() {
+        return println!("left out: the GPU is no Hopper");
+    }
+    let (rows, columns, stride) = (70, 100, 104);
+    let (blocks, turns, box_elements) = (4, 3, 64 * 64);
+    let elements: Vec<u16> = (0..rows * stride).map(|i| i as u16 + 1).collect();
+    // Inside; over the lower right corner.
+    for (row, column) in [(1, 8), (40, 64)] {
+        let results = run_everywhere("conformance_cluster", |device| {
+            let input = upload(device, &elements);
+            let (raw, places) =
+                (poisoned::<u16>(device, blocks * turns * box_elements), poisoned::<u32>(device, blocks * 2));
+            let map = boxes(&input, [rows, columns], stride, 32);
+            let [raw_argument, places_argument] = [&raw, &places].map(Argument::of);
+            let place = [row, column].map(|place: usize| Argument::I32(place as i32));
+            let arguments = [map, raw_argument, places_argument, place[0], place[1]];
+            let grid = [blocks as u32, 1, 1];
+            launch_clusters(device, "conformance_cluster", grid, 2, 128, 9 << 10, &arguments);
+            assert_eq!(download::<u32>(device, &places), [0, 2, 1, 2, 0, 2, 1, 2]);
+            download::<u16>(device, &raw)
+        });
+        for (index, &stored) in results.iter().enumerate() {
+            let (block, turn) = (index / box_elements / turns, index / box_elements % turns);
+            let (box_row, place) = (index % box_elements / 64, index % 64);
+            let box_column = ((place / 8) ^ (box_row % 8)) * 8 + place % 8;
+            let sender = if turn == 2 { 1 - block % 2 } else { 0 };
+            let (at_row, at_column) = (row + turn + sender + box_row, column + box_column);
+            let inside = at_row < rows && at_column < columns;
+            let expected = if inside { elements[at_row * stride + at_column] } else { 0 };
+            assert_eq!(stored, expected, "block {block}, turn {turn}, ({box_row}, {box_column})");
+        }
+    }
+}
+
+#[test]
 fn wgmma_multiplies_operands_of_either_order() {
     if !has_hopper_kernels() {
         return println!("left out: the GPU is no Hopper");

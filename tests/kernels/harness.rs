@@ -185,7 +185,20 @@ pub fn launch_grid(
     dynamic_shared_bytes: u32,
     arguments: &[Argument],
 ) {
-    let launch = Launch { kernel, grid, threads, dynamic_shared_bytes, arguments };
+    launch_clusters(place, kernel, grid, 1, threads, dynamic_shared_bytes, arguments);
+}
+
+/// The same in clusters of blocks.
+pub fn launch_clusters(
+    place: &Place,
+    kernel: &str,
+    grid: [u32; 3],
+    cluster_blocks: u32,
+    threads: u32,
+    dynamic_shared_bytes: u32,
+    arguments: &[Argument],
+) {
+    let launch = Launch { kernel, grid, cluster_blocks, threads, dynamic_shared_bytes, arguments };
     // SAFETY: the callers hold the arguments' memory; the emulator guards what lies around it.
     let launched = unsafe {
         match place {

@@ -106,6 +106,21 @@ impl<D: Device> Kernels<D> {
     /// The arguments' addresses cover what the kernel reads and writes; regions check that when they hand them out, so
     /// what is left to the caller is to ask them for the right sizes. Memory is freed by the device only behind the work.
     pub unsafe fn launch(&self, kernel: &str, shape: Shape, arguments: &[Argument]) -> Result<()> {
+        // SAFETY: the caller's.
+        unsafe { self.launch_clusters(kernel, shape, 1, arguments) }
+    }
+
+    /// The same in clusters of so many blocks, which divide the grid.
+    ///
+    /// # Safety
+    /// As [`launch`](Self::launch).
+    pub unsafe fn launch_clusters(
+        &self,
+        kernel: &str,
+        shape: Shape,
+        cluster_blocks: u32,
+        arguments: &[Argument],
+    ) -> Result<()> {
         let Shape { grid, threads, shared_bytes } = shape;
         if grid.contains(&0) {
             return Ok(()); // nothing to do: CUDA refuses an empty grid
@@ -116,7 +131,8 @@ impl<D: Device> Kernels<D> {
                 .map_err(|_| Error::device(format!("a grid of {grid:?} blocks")).at(kernel))?;
         }
         let dynamic_shared_bytes = shared_bytes as u32;
-        let launch = Launch { kernel, grid: blocks, threads, dynamic_shared_bytes, arguments };
+        let launch =
+            Launch { kernel, grid: blocks, cluster_blocks, threads, dynamic_shared_bytes, arguments };
         // SAFETY: the caller's.
         unsafe { self.device.launch(&launch) }
     }

@@ -5,6 +5,7 @@
 
 mod graph;
 mod landing;
+mod launch;
 mod library;
 mod memory;
 mod staging;
@@ -26,8 +27,9 @@ pub use memory::{DriverEvent, DriverMemory};
 pub use survey::{GpuSummary, KernelBuild, Survey, kernel_build, survey};
 
 use super::boxes::Values;
-use super::{Argument, Device, Launch, Limits, check_range};
+use super::{Device, Launch, Limits, check_range};
 use crate::error::{Error, Result};
+use launch::LastLaunch;
 use library::{check_library, check_version, failed};
 use staging::Staging;
 use tensor_map::tensor_map;
@@ -64,39 +66,6 @@ struct Inner {
     is_recording: AtomicBool,
     name: String,
     limits: Limits,
-}
-
-/// What is needed to name a launch; written at every one, so it is not formatted until somebody asks.
-#[derive(Default)]
-struct LastLaunch {
-    kernel: String,
-    arguments: Vec<Argument>,
-    grid: [u32; 3],
-    threads: u32,
-    dynamic_shared_bytes: u32,
-}
-
-impl LastLaunch {
-    fn set(&mut self, launch: &Launch<'_>) {
-        self.kernel.clear();
-        self.kernel.push_str(launch.kernel);
-        self.arguments.clear();
-        self.arguments.extend_from_slice(launch.arguments);
-        (self.grid, self.threads) = (launch.grid, launch.threads);
-        self.dynamic_shared_bytes = launch.dynamic_shared_bytes;
-    }
-
-    /// None before the first.
-    fn get(&self) -> Option<Launch<'_>> {
-        let Self { kernel, arguments, grid, threads, dynamic_shared_bytes } = self;
-        (!kernel.is_empty()).then_some(Launch {
-            kernel,
-            grid: *grid,
-            threads: *threads,
-            dynamic_shared_bytes: *dynamic_shared_bytes,
-            arguments,
-        })
-    }
 }
 
 #[derive(Clone, Copy)]
@@ -390,19 +359,9 @@ impl Device for Driver {
         self.enter()?;
         let function = self.function(launch.kernel)?;
         let values = Values::new(launch.arguments, tensor_map)?;
-        let [x, y, z] = launch.grid;
-        // SAFETY: the caller vouches for the addresses; the values are copied before the call returns.
-        unsafe {
-            result::launch_kernel(
-                function.0,
-                (x, y, z),
-                (launch.threads, 1, 1),
-                launch.dynamic_shared_bytes,
-                self.inner.stream,
-                &mut values.pointers(),
-            )
-        }
-        .map_err(|error| failed("launch", error).at(launch.to_string()))?;
+        // SAFETY: the caller vouches for the addresses.
+        unsafe { launch::start(function.0, launch, &mut values.pointers(), self.inner.stream) }
+            .map_err(|error| failed("launch", error).at(launch.to_string()))?;
         self.inner.last_launch.lock().unwrap_or_else(PoisonError::into_inner).set(launch);
         Ok(())
     }

@@ -25,6 +25,7 @@ pub(super) struct Functions {
         *const u32,
         *const u32,
         u32,
+        u32,
         u64,
         *mut *mut c_void,
         *mut c_char,
