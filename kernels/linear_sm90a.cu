@@ -26,11 +26,16 @@ struct HopperOperands {
 template <class Matmul, class Ranks, class Epilogue>
 DEVICE void hopper_linear(const HopperOperands& operands, int rows, int columns, int depth, const Ranks& ranks, Epilogue epilogue) {
     DYNAMIC_SHARED(shared, 1024);
-    const int m_tiles = (rows + Matmul::tile_m - 1) / Matmul::tile_m;
+    // Tiles of a cluster: those of its blocks below each other. Of an odd last one the second block computes zeros that the TMA
+    // does not write.
+    const int is_pair = cluster_block_count() - 1, cluster_rows = Matmul::tile_m << is_pair;
+    const int m_tiles = (rows + cluster_rows - 1) / Matmul::tile_m >> is_pair;
     const int n_tiles = (columns + Epilogue::tile_columns - 1) / Epilogue::tile_columns, tiles = m_tiles * n_tiles;
+    const int first_tile = blockIdx.x >> is_pair, tile_step = gridDim.x >> is_pair;
     const auto tile_at = [&](int index) {
-        const TilePlace place = find_tile(index, m_tiles, n_tiles, Matmul::tile_m, Epilogue::tile_columns);
-        return HopperTile{place.m, place.n, epilogue.high_half(place.n)};
+        const TilePlace place = find_tile(index, m_tiles, n_tiles, cluster_rows, Epilogue::tile_columns);
+        const int own_m = place.m + static_cast<int>(cluster_block()) * Matmul::tile_m;
+        return HopperTile{own_m, place.n, epilogue.high_half(place.n)};
     };
     Matmul::begin(shared);
     typename Matmul::Ring ring;
@@ -38,21 +43,22 @@ DEVICE void hopper_linear(const HopperOperands& operands, int rows, int columns,
     if (threadIdx.x < Matmul::warpgroup) {
         give_registers<24>();
         if (threadIdx.x > 0) return;
-        for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
+        for (int index = first_tile; index < tiles; index += tile_step) {
             const HopperTile tile = tile_at(index);
             const int2 stretch = ranks(tile);
             Matmul::load(shared, ring, operands.adapter_a, operands.adapter_b, tile, stretch.x, stretch.y);
             Matmul::load(shared, ring, operands.a, operands.b, tile, 0, depth);
             epilogue.load(shared, ring, tile);
         }
+        Matmul::end();
         return;
     }
 
     take_registers<240>();
     const HopperConsumer<Matmul> consumer{shared, static_cast<int>(threadIdx.x) / Matmul::warpgroup - 1};
-    if (blockIdx.x < tiles) epilogue.begin(consumer, tile_at(blockIdx.x));
+    if (first_tile < tiles) epilogue.begin(consumer, tile_at(first_tile));
     float sums[Matmul::tile_n / 2];
-    for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
+    for (int index = first_tile; index < tiles; index += tile_step) {
         const HopperTile tile = tile_at(index);
         const int2 stretch = ranks(tile);
         bool any = false;
@@ -64,10 +70,11 @@ DEVICE void hopper_linear(const HopperOperands& operands, int rows, int columns,
         Matmul::accumulate(sums, shared, ring, consumer.index, 0, depth, any);
         Matmul::finish(sums, shared, ring);
         epilogue.finish(consumer, ring, tile, sums);
-        const int next = index + gridDim.x;
+        const int next = index + tile_step;
         if (next < tiles) epilogue.begin(consumer, tile_at(next));
     }
     if (consumer.is_first()) tma_store_wait_read();
+    Matmul::end();
 }
 
 // What follows a product whose columns stand side by side: nothing more, for a start.
@@ -367,8 +374,9 @@ DEVICE void linear_backward_input_sm90a(const HopperOperands& operands, const Te
 }
 
 // Grid of all: as many blocks as multiprocessors, at most ceil(T / 128) · ceil(width / TILE_N) tiles, width being O forward
-// and I backward. 227 KiB of dynamic shared memory. residual may be y. Absent adapters (adapters = 0, R = 0) or residual: any map.
-// Rotated: heads of 64 or, where TILE_N is a multiple of it, 128, rotated whole.
+// and I backward; in clusters of two at most ceil(T / 256) · ceil(width / TILE_N) pairs. 227 KiB of dynamic shared memory.
+// residual may be y. Absent adapters (adapters = 0, R = 0) or residual: any map. Rotated: heads of 64 or, where TILE_N is a
+// multiple of it, 128, rotated whole.
 #define MAP const __grid_constant__ TensorMap
 #define EXPORT_FORWARD(TILE_N, type)     EXPORT_KERNEL_AS(linear_forward_sm90a_n##TILE_N##_##type, type, (hopper_threads, 1),                      (MAP x, MAP w, MAP s, MAP b_hat, MAP residual, MAP y, const T* bias, const int* slots, int has_residual,                       int tokens, int in_features, int out_features, int adapters),                      (linear_forward_sm90a<T, TILE_N>({x, w, s, b_hat}, residual, y, bias, slots, has_residual, tokens,                                                       in_features, out_features, adapters)))     EXPORT_KERNEL_AS(linear_forward_rotated_sm90a_n##TILE_N##_##type, type, (hopper_threads, 1),                      (MAP x, MAP w, MAP s, MAP b_hat, MAP y, const T* bias, const int* slots, const float* table,                       const unsigned* positions, const unsigned* lengths, int first_row, int longer_than, int long_first_row,                       int head_dim, int rotated_columns, int tokens, int in_features, int out_features, int adapters),                      (linear_forward_rotated_sm90a<T, TILE_N>(                          {x, w, s, b_hat}, y, bias, slots,                          Angles{table, positions, lengths, first_row, longer_than, long_first_row, head_dim / 2},                          rotated_columns, tokens, in_features, out_features, adapters)))
 #define EXPORT_GATED_FORWARD(TILE_N, type) \

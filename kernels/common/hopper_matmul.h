@@ -1,6 +1,10 @@
 // A block's part of C[m][n] = Σ_k A[m][k] · B[k][n] for sm_90a: one warpgroup's first thread feeds a ring of shared-memory
 // stages through the TMA, two warpgroups multiply 64 rows each by wgmma, and a finished tile leaves through shared memory while
-// the ring fills for the next one. Blocks are persistent: a block takes every gridDim.x-th tile.
+// the ring fills for the next one. Blocks are persistent: a cluster takes every so many-th tile.
+//
+// A cluster is one block or two, which compute row tiles below each other. Each of two loads its A and half of B, which the TMA
+// writes into both: of the 48 KiB that a stage of 128×256 takes, a block fetches 32. (Two column tiles that share A would fetch
+// 40.) A stage is empty when the consumers of both blocks have read it.
 //
 //   producer    wait empty ─▶ TMA loads ─▶ full                       a stage: A 128×64, B 64×TILE_N
 //   consumers   wait full ─▶ wgmma ×4, one group in flight ─▶ empty
@@ -10,6 +14,7 @@
 // TILE_N / 2, or 64 with B_IS_MN.
 #pragma once
 #include "../ptx/barrier.h"
+#include "../ptx/cluster.h"
 #include "../ptx/wgmma.h"
 #include "halves.h"
 #include "tile_order.h"
@@ -51,19 +56,28 @@ struct HopperMatmul {
         return *reinterpret_cast<Barriers*>(out(shared) + out_bytes);
     }
 
+    // Meets the other block, which reaches into this one's shared memory.
+    static __device__ __forceinline__ void meet_cluster() {
+        if (cluster_block_count() > 1) cluster_barrier_sync();
+    }
+
     // By the whole block, before anything else.
     static __device__ __forceinline__ void begin(unsigned char* shared) {
         if (threadIdx.x == 0) {
             Barriers& all = barriers(shared);
             for (int i = 0; i < stages; i++) {
                 mbarrier_init(&all.full[i], 1);
-                mbarrier_init(&all.empty[i], consumers * warpgroup / 32);
+                mbarrier_init(&all.empty[i], cluster_block_count() * consumers * warpgroup / 32);
             }
             for (int i = 0; i < consumers; i++) mbarrier_init(&all.residual[i], 1);
             fence_mbarrier_init();
         }
         __syncthreads();
+        meet_cluster();
     }
+
+    // By all threads that are left, behind everything else.
+    static __device__ __forceinline__ void end() { meet_cluster(); }
 
     // A position in the ring; producer and consumers walk the same way.
     struct Ring {
@@ -83,18 +97,24 @@ struct HopperMatmul {
     static __device__ __forceinline__ void load(unsigned char* shared, Ring& ring, const TensorMap& a, const TensorMap& b,
                                                 const HopperTile& tile, int k_begin, int k_end) {
         Barriers& all = barriers(shared);
+        const int own = cluster_block(), blocks = cluster_block_count();
         for (int k = k_begin; k < k_end; k += tile_k) {
             Mbarrier* full = &all.full[ring.index];
             mbarrier_wait(&all.empty[ring.index], ring.parity ^ 1);
+            // All of B: what the other block sends may land even before this.
             mbarrier_arrive_expecting(full, stage_bytes);
-            unsigned char* a_tile = stage(shared, ring.index);
+            unsigned char *a_tile = stage(shared, ring.index), *b_tile = a_tile + a_bytes;
+            const auto load_for_all = [&](unsigned char* box, int row, int column) {
+                if (blocks > 1) tma_load_multicast(box, b, row, column, full, 3);
+                else tma_load(box, b, row, column, full);
+            };
             tma_load(a_tile, a, tile.m, k, full);
             if constexpr (B_IS_MN) {
-                for (int box = 0; box < boxes_of_tile; box++)
-                    tma_load(a_tile + a_bytes + box * mn_box_bytes, b, k, tile.low + box * box_columns, full);
+                for (int box = own; box < boxes_of_tile; box += blocks)
+                    load_for_all(b_tile + box * mn_box_bytes, k, tile.low + box * box_columns);
             } else {
-                tma_load(a_tile + a_bytes, b, tile.low, k, full);
-                tma_load(a_tile + a_bytes + b_bytes / 2, b, tile.high, k, full);
+                for (int half = own; half < 2; half += blocks)
+                    load_for_all(b_tile + half * (b_bytes / 2), half ? tile.high : tile.low, k);
             }
             ring.advance();
         }
@@ -158,7 +178,10 @@ struct HopperMatmul {
     }
 
     static __device__ __forceinline__ void release(Barriers& all, const Ring& ring) {
-        if (ring.unreleased >= 0 && threadIdx.x % 32 == 0) mbarrier_arrive(&all.empty[ring.unreleased]);
+        if (ring.unreleased < 0 || threadIdx.x % 32) return;
+        Mbarrier* empty = &all.empty[ring.unreleased];
+        mbarrier_arrive(empty);
+        if (cluster_block_count() > 1) mbarrier_arrive_at(cluster_block() ^ 1, empty);
     }
 
     // The first row that a lane holds, inside the tile; the other is eight further.

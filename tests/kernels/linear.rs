@@ -22,8 +22,11 @@ fn groups() -> Vec<Group> {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Version {
     Portable,
-    /// With tiles of so many columns.
-    Hopper(usize),
+    Hopper {
+        /// Of a tile.
+        columns: usize,
+        cluster_blocks: u32,
+    },
 }
 use Version::{Hopper, Portable};
 
@@ -31,7 +34,7 @@ impl Version {
     /// The shapes, and for Hopper more than 3 × stages × 64 of k and several tiles a block.
     fn groups(self) -> Vec<Group> {
         let mut groups = groups();
-        if let Hopper(columns) = self {
+        if let Hopper { columns, .. } = self {
             groups.push(Group::new(20, 1240, &[(columns + 8, 20)]));
             groups.push(Group::new(300, 72, &[(columns, 8), (columns + 40, 70)]));
         }
@@ -54,11 +57,12 @@ impl Version {
                 let blocks = (tokens.div_ceil(128) * width.div_ceil(128)) as u32;
                 launch_grid(place, &format!("{name}_{half}"), [blocks, 1, 1], 256, SHARED_BYTES, arguments);
             }
-            Hopper(columns) => {
+            Hopper { columns, cluster_blocks } => {
                 // Fewer blocks than tiles: each takes several.
                 let blocks = (tokens.div_ceil(128) * width.div_ceil(columns)).min(2) as u32;
+                let grid = [blocks.max(cluster_blocks), 1, 1];
                 let kernel = format!("{name}_sm90a_n{columns}_{half}");
-                launch_grid(place, &kernel, [blocks, 1, 1], 384, 227 << 10, arguments);
+                launch_clusters(place, &kernel, grid, cluster_blocks, 384, 227 << 10, arguments);
             }
         }
     }
@@ -96,7 +100,7 @@ fn forward(version: Version, half: Half, group: &Group, with_residual: bool) -> 
                 let places = places.chain([s, b_hat, &tables.slots, &y].map(Argument::of));
                 places.chain(sizes).chain([i32_of(leading)]).collect::<Vec<_>>()
             }
-            Hopper(columns) => {
+            Hopper { columns, .. } => {
                 let x = boxes(x, [tokens, inputs], inputs, 128);
                 let w = boxes(w, [outputs, inputs], inputs, columns / 2);
                 let adapters = if rank > 0 {
@@ -149,7 +153,7 @@ fn backward_input(version: Version, half: Half, group: &Group, with_dropout: boo
         let dx = poisoned::<u16>(device, tokens * inputs);
         let mut arguments: Vec<Argument> = match version {
             Portable => memories.iter().chain([&dx]).map(Argument::of).collect(),
-            Hopper(_) => {
+            Hopper { .. } => {
                 let [dy, w, ds, a] = &memories;
                 let dy = boxes(dy, [tokens, outputs], outputs, 128);
                 let w = boxes(w, [outputs, inputs], inputs, 64);
@@ -185,40 +189,57 @@ fn backward_input(version: Version, half: Half, group: &Group, with_dropout: boo
     dx
 }
 
-fn check(version: Version, run: fn(Version, Half, &Group, bool) -> Vec<u16>) {
-    if version != Portable && !has_hopper_kernels() {
+type Run = fn(Version, Half, &Group, bool) -> Vec<u16>;
+
+fn check(run: Run) {
+    for half in HALVES {
+        for group in Portable.groups() {
+            run(Portable, half, &group, false);
+            run(Portable, half, &group, true);
+        }
+    }
+}
+
+/// Blocks alone and in pairs: right, and the same bits.
+fn check_for_hopper(run: Run) {
+    if !has_hopper_kernels() {
         return println!("left out: the GPU is no Hopper");
     }
     for half in HALVES {
-        for group in version.groups() {
-            run(version, half, &group, false);
-            run(version, half, &group, true);
+        for columns in [128, 192, 256] {
+            let [alone, pairs] = [1, 2].map(|cluster_blocks| Hopper { columns, cluster_blocks });
+            for group in alone.groups() {
+                for is_with in [false, true] {
+                    let bits = run(alone, half, &group, is_with);
+                    assert!(
+                        bits == run(pairs, half, &group, is_with),
+                        "{pairs:?} {}: other bits",
+                        group.name
+                    );
+                }
+            }
         }
     }
 }
 
 #[test]
 fn linear_forward_matches_float64() {
-    check(Portable, forward);
+    check(forward);
 }
 
 #[test]
 fn linear_backward_input_matches_float64() {
-    check(Portable, backward_input);
+    check(backward_input);
 }
 
 #[test]
 fn linear_forward_for_hopper_matches_float64() {
-    for columns in [128, 192, 256] {
-        check(Hopper(columns), forward);
-    }
+    check_for_hopper(forward);
 }
 
 #[test]
 fn linear_backward_input_for_hopper_matches_float64() {
-    for columns in [128, 192, 256] {
-        check(Hopper(columns), backward_input);
-    }
+    check_for_hopper(backward_input);
 }
 
 /// A sum runs over k in one order, whichever tile the element is in: tiles are chosen for speed alone.
@@ -231,8 +252,8 @@ fn no_tile_of_hopper_changes_a_bit() {
     for half in HALVES {
         for run in [forward, backward_input] {
             for is_with in [false, true] {
-                let [narrow, middle, wide] =
-                    [128, 192, 256].map(|columns| run(Hopper(columns), half, &group, is_with));
+                let [narrow, middle, wide] = [128, 192, 256]
+                    .map(|columns| run(Hopper { columns, cluster_blocks: 1 }, half, &group, is_with));
                 assert!(narrow == middle && middle == wide, "{} {is_with}", half.suffix());
             }
         }

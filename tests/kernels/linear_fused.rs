@@ -67,9 +67,10 @@ fn outputs(place: &Place, half: Half, group: &Group, columns: usize, rest: Rest,
         Rotated { head_dim, rotated_heads } => poisoned::<u16>(place, tokens * rotated_heads * head_dim),
     };
     let product = |name: &str, arguments: &[Argument]| {
-        // Fewer blocks than tiles: each takes several.
+        // Fewer blocks than tiles: each takes several. The fused kernel runs in a cluster, the plain one does not.
         let kernel = format!("linear_forward{name}_sm90a_n{columns}_{suffix}");
-        launch_grid(place, &kernel, [2, 1, 1], 384, 227 << 10, arguments);
+        let cluster_blocks = if is_fused { 2 } else { 1 };
+        launch_clusters(place, &kernel, [2, 1, 1], cluster_blocks, 384, 227 << 10, arguments);
     };
     let mut s_of_down = poisoned::<u16>(place, 0);
     if !is_fused {

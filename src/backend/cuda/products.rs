@@ -153,15 +153,18 @@ impl<D: Device> Kernels<D> {
         &self,
         name: &str,
         [rows, columns]: [usize; 2],
-        Choice { columns: width }: Choice,
+        choice: Choice,
         arguments: &[Argument],
     ) -> Result<()> {
-        let tiles = rows.div_ceil(TILE) * columns.div_ceil(width);
-        let blocks = tiles.min(self.multiprocessors());
+        let width = choice.columns;
+        let cluster_blocks = choice.cluster_blocks(rows, columns, self.multiprocessors());
+        let tiles = rows.div_ceil(TILE * cluster_blocks) * columns.div_ceil(width);
+        let blocks = tiles.min(self.multiprocessors() / cluster_blocks) * cluster_blocks;
         let shape =
             Shape { grid: [blocks, 1, 1], threads: HOPPER_THREADS, shared_bytes: HOPPER_SHARED_BYTES };
+        let kernel = format!("{name}_sm90a_n{width}_{}", self.compute);
         // SAFETY: the caller's.
-        unsafe { self.launch_half(&format!("{name}_sm90a_n{width}"), shape, arguments) }
+        unsafe { self.launch_clusters(&kernel, shape, cluster_blocks as u32, arguments) }
     }
 
     /// # Safety
