@@ -378,14 +378,42 @@ DEVICE void linear_backward_input_sm90a(const HopperOperands& operands, const Te
 // residual may be y. Absent adapters (adapters = 0, R = 0) or residual: any map. Rotated: heads of 64 or, where TILE_N is a
 // multiple of it, 128, rotated whole.
 #define MAP const __grid_constant__ TensorMap
-#define EXPORT_FORWARD(TILE_N, type)     EXPORT_KERNEL_AS(linear_forward_sm90a_n##TILE_N##_##type, type, (hopper_threads, 1),                      (MAP x, MAP w, MAP s, MAP b_hat, MAP residual, MAP y, const T* bias, const int* slots, int has_residual,                       int tokens, int in_features, int out_features, int adapters),                      (linear_forward_sm90a<T, TILE_N>({x, w, s, b_hat}, residual, y, bias, slots, has_residual, tokens,                                                       in_features, out_features, adapters)))     EXPORT_KERNEL_AS(linear_forward_rotated_sm90a_n##TILE_N##_##type, type, (hopper_threads, 1),                      (MAP x, MAP w, MAP s, MAP b_hat, MAP y, const T* bias, const int* slots, const float* table,                       const unsigned* positions, const unsigned* lengths, int first_row, int longer_than, int long_first_row,                       int head_dim, int rotated_columns, int tokens, int in_features, int out_features, int adapters),                      (linear_forward_rotated_sm90a<T, TILE_N>(                          {x, w, s, b_hat}, y, bias, slots,                          Angles{table, positions, lengths, first_row, longer_than, long_first_row, head_dim / 2},                          rotated_columns, tokens, in_features, out_features, adapters)))
+#define EXPORT_FORWARD(TILE_N, type) \
+    EXPORT_KERNEL_AS(linear_forward_sm90a_n##TILE_N##_##type, type, (hopper_threads, 1), \
+                     (MAP x, MAP w, MAP s, MAP b_hat, MAP residual, MAP y, const T* bias, const int* slots, int has_residual, \
+                      int tokens, int in_features, int out_features, int adapters), \
+                     (linear_forward_sm90a<T, TILE_N>({x, w, s, b_hat}, residual, y, bias, slots, has_residual, tokens, \
+                                                      in_features, out_features, adapters))) \
+    EXPORT_KERNEL_AS(linear_forward_rotated_sm90a_n##TILE_N##_##type, type, (hopper_threads, 1), \
+                     (MAP x, MAP w, MAP s, MAP b_hat, MAP y, const T* bias, const int* slots, const float* table, \
+                      const unsigned* positions, const unsigned* lengths, int first_row, int longer_than, int long_first_row, \
+                      int head_dim, int rotated_columns, int tokens, int in_features, int out_features, int adapters), \
+                     (linear_forward_rotated_sm90a<T, TILE_N>( \
+                         {x, w, s, b_hat}, y, bias, slots, \
+                         Angles{table, positions, lengths, first_row, longer_than, long_first_row, head_dim / 2}, \
+                         rotated_columns, tokens, in_features, out_features, adapters)))
 #define EXPORT_GATED_FORWARD(TILE_N, type) \
     EXPORT_KERNEL_AS(linear_forward_gated_sm90a_n##TILE_N##_##type, type, (hopper_threads, 1), \
                      (MAP x, MAP w, MAP s, MAP b_hat, MAP gate, MAP up, MAP act, MAP down_a, const T* bias, const int* slots, \
                       float* s_partials, int tokens, int in_features, int width, int adapters, int down_leading, int is_gelu), \
                      (linear_forward_gated_sm90a<T, TILE_N>({x, w, s, b_hat}, gate, up, act, down_a, bias, slots, s_partials, \
                                                             tokens, in_features, width, adapters, down_leading, is_gelu)))
-#define EXPORT_BACKWARD_INPUT(TILE_N, type)     EXPORT_KERNEL_AS(linear_backward_input_sm90a_n##TILE_N##_##type, type, (hopper_threads, 1),                      (MAP dy, MAP w, MAP ds, MAP a, MAP dx, int tokens, int in_features, int out_features, int rank,                       const unsigned* positions, const unsigned* samples, unsigned seed_low, unsigned seed_high,                       const unsigned* epoch, unsigned input, unsigned threshold, float keep_scale),                      (linear_backward_input_sm90a<T, TILE_N>(                          {dy, w, ds, a}, dx, tokens, in_features, out_features, rank,                          DropoutMask{positions, samples, seed_low, seed_high, epoch, input, threshold, keep_scale})))
-#define EXPORT_FOR(type)     EXPORT_FORWARD(128, type)     EXPORT_FORWARD(192, type)     EXPORT_FORWARD(256, type)     EXPORT_GATED_FORWARD(128, type)     EXPORT_GATED_FORWARD(256, type)     EXPORT_BACKWARD_INPUT(128, type)     EXPORT_BACKWARD_INPUT(192, type)     EXPORT_BACKWARD_INPUT(256, type)
+#define EXPORT_BACKWARD_INPUT(TILE_N, type) \
+    EXPORT_KERNEL_AS(linear_backward_input_sm90a_n##TILE_N##_##type, type, (hopper_threads, 1), \
+                     (MAP dy, MAP w, MAP ds, MAP a, MAP dx, int tokens, int in_features, int out_features, int rank, \
+                      const unsigned* positions, const unsigned* samples, unsigned seed_low, unsigned seed_high, \
+                      const unsigned* epoch, unsigned input, unsigned threshold, float keep_scale), \
+                     (linear_backward_input_sm90a<T, TILE_N>( \
+                         {dy, w, ds, a}, dx, tokens, in_features, out_features, rank, \
+                         DropoutMask{positions, samples, seed_low, seed_high, epoch, input, threshold, keep_scale})))
+#define EXPORT_FOR(type) \
+    EXPORT_FORWARD(128, type) \
+    EXPORT_FORWARD(192, type) \
+    EXPORT_FORWARD(256, type) \
+    EXPORT_GATED_FORWARD(128, type) \
+    EXPORT_GATED_FORWARD(256, type) \
+    EXPORT_BACKWARD_INPUT(128, type) \
+    EXPORT_BACKWARD_INPUT(192, type) \
+    EXPORT_BACKWARD_INPUT(256, type)
 EXPORT_FOR(f16)
 EXPORT_FOR(bf16)

@@ -34,7 +34,7 @@ use self::profile::{Profile, ProfileSteps, Profiled};
 use self::progress::Progress;
 use self::recorder::Recorder;
 use self::resolved::{Resolved, resolve_config};
-use self::resume::{Resume, Start};
+use self::resume::Start;
 use self::sampler::{Questions, Sampler, Times};
 use self::settings::training_settings;
 use self::signals::Interrupts;

@@ -155,8 +155,8 @@ impl Emulator {
 
     fn run(&self, work: &Work) -> Result<()> {
         // SAFETY: of ranges, whoever enqueued the work checked that they are inside their allocations; of launches, see `start`.
-        match work {
-            &Work::Launch {
+        match *work {
+            Work::Launch {
                 ref kernel,
                 grid,
                 cluster_blocks,
@@ -166,10 +166,10 @@ impl Emulator {
             } => {
                 self.start(&Launch { kernel, grid, cluster_blocks, threads, dynamic_shared_bytes, arguments })
             }
-            &Work::Fill { at, bytes, byte } => {
+            Work::Fill { at, bytes, byte } => {
                 copied(unsafe { (self.functions.fill)(pointer(at), c_int::from(byte), bytes) })
             }
-            &Work::Copy { from, to, bytes } => {
+            Work::Copy { from, to, bytes } => {
                 copied(unsafe { (self.functions.copy)(pointer(to), pointer(from), bytes) })
             }
         }

@@ -22,9 +22,10 @@ fn table(workspace: &Workspace) -> Value {
 }
 
 /// Writes the table with one choice for each product.
-fn keep_only(workspace: &Workspace, mut table: Value, columns: u64) {
+fn keep_only(workspace: &Workspace, mut table: Value, [columns, cluster_blocks]: [u64; 2]) {
+    let is_kept = |choice: &Value| choice["columns"] == columns && choice["cluster_blocks"] == cluster_blocks;
     for product in table["products"].as_array_mut().unwrap() {
-        product["choices"].as_array_mut().unwrap().retain(|choice| choice["columns"] == columns);
+        product["choices"].as_array_mut().unwrap().retain(is_kept);
         assert_eq!(product["choices"].as_array().unwrap().len(), 1, "{product:#}");
     }
     workspace.write(TABLE, table.to_string());
@@ -52,7 +53,7 @@ fn every_product_of_a_model_is_measured_with_every_choice() {
         }
         assert!(times.is_sorted() && times[0] > 0.0, "{product:#}");
         widths.sort_unstable();
-        assert_eq!(widths, [128, 192, 256], "{product:#}");
+        assert_eq!(widths, [128, 128, 192, 192, 256, 256], "{product:#}");
         assert!(widths.contains(&product["by_rule"]["columns"].as_u64().unwrap()));
         assert!(product["gain"].as_f64().unwrap() >= 0.0, "{product:#}");
     }
@@ -75,12 +76,12 @@ fn tiles_change_no_bit_of_a_run_wherever_they_come_from() {
     let bits = workspace.adapter_bytes("untuned");
     tune(&workspace, &["-m", &model, "--rank", "8"]).succeeded();
     let measured = table(&workspace);
-    for columns in [128, 192, 256] {
-        keep_only(&workspace, measured.clone(), columns);
-        let output = format!("of-{columns}");
+    for choice @ [columns, cluster_blocks] in [[128, 1], [192, 2], [256, 1], [256, 2]] {
+        keep_only(&workspace, measured.clone(), choice);
+        let output = format!("of-{columns}-{cluster_blocks}");
         let run = train(&workspace, &output, &[]);
         assert!(run.stderr.contains("tiles: tuned 2"), "{}", run.stderr);
-        assert!(workspace.adapter_bytes(&output) == bits, "{columns} columns change the adapter");
+        assert!(workspace.adapter_bytes(&output) == bits, "{choice:?} changes the adapter");
     }
     // The same file by name, and none.
     let named = train(&workspace, "named", &["--tiles", TABLE]);

@@ -66,7 +66,11 @@ impl<D: Device> CudaBackend<D> {
         let (multiprocessors, memory_bytes) =
             (limits.multiprocessor_count as usize, limits.total_memory_bytes);
         let rule = ChunkRule { vocabulary, width, multiprocessors, memory_bytes };
-        rule.rows(if self.has_choice_of_tiles() { &Choice::ALL } else { &[Choice { columns: TILE }] })
+        rule.rows(if self.has_choice_of_tiles() {
+            &Choice::ALL
+        } else {
+            &[Choice { columns: TILE, cluster_blocks: 1 }]
+        })
     }
 
     pub(super) fn cross_entropy(

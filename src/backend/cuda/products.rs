@@ -33,7 +33,7 @@ pub(super) struct ForwardProduct {
 
 impl ForwardProduct {
     /// x, W, s and B̂ for Hopper's tiles; whatever stands for absent adapters.
-    fn hopper_operands(&self, Choice { columns: width }: Choice) -> Result<[Argument; 4]> {
+    fn hopper_operands(&self, Choice { columns: width, .. }: Choice) -> Result<[Argument; 4]> {
         let Sizes { tokens, inputs, outputs, rank, leading } = self.sizes;
         let x = boxes(self.x, [tokens, inputs], inputs, TILE)?;
         let weight = boxes(self.weight, [outputs, inputs], inputs, width / 2)?;
@@ -156,10 +156,8 @@ impl<D: Device> Kernels<D> {
         choice: Choice,
         arguments: &[Argument],
     ) -> Result<()> {
-        let width = choice.columns;
-        let cluster_blocks = choice.cluster_blocks(rows, columns, self.multiprocessors());
-        let tiles = rows.div_ceil(TILE * cluster_blocks) * columns.div_ceil(width);
-        let blocks = tiles.min(self.multiprocessors() / cluster_blocks) * cluster_blocks;
+        let Choice { columns: width, cluster_blocks } = choice;
+        let blocks = choice.clusters(rows, columns, self.multiprocessors()) * cluster_blocks;
         let shape =
             Shape { grid: [blocks, 1, 1], threads: HOPPER_THREADS, shared_bytes: HOPPER_SHARED_BYTES };
         let kernel = format!("{name}_sm90a_n{width}_{}", self.compute);

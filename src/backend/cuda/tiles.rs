@@ -1,7 +1,7 @@
 //! How Hopper's products are cut into tiles: by a rule, or as `fastlora tune` measured it on this kind of device.
 //!
-//! A product is computed in waves: each multiprocessor takes one tile of 128 rows and [`Choice::columns`] columns, then the
-//! next. It takes the number of waves times what one wave takes. The rule guesses the second factor from the tile's width. A
+//! A product is computed in waves: each multiprocessor takes one tile of 128 rows and [`Choice::columns`] columns, alone or
+//! beside the block of its cluster, then the next. It takes the number of waves times what one wave takes. The rule guesses the second factor from the tile's width. A
 //! table knows it from measurements of the same columns and depth, at the number of rows that is nearest by ratio: where a
 //! batch has just that many rows, what was fastest is chosen; for any other, its own waves are counted.
 //!
@@ -28,38 +28,57 @@ const OVERHEAD_COLUMNS: usize = 16;
 pub struct Choice {
     /// Columns of a tile.
     pub columns: usize,
+    /// Blocks of a cluster, 1 or 2: they compute tiles below each other. Each of two fetches half of the columns' operand for
+    /// both: a third less of all for tiles of 256.
+    pub cluster_blocks: usize,
 }
 
 impl Choice {
-    /// Every one that there are kernels for, the widest first.
-    pub const ALL: [Self; 3] = [Self { columns: 256 }, Self { columns: 192 }, Self { columns: 128 }];
+    /// Every one that there are kernels for, the widest first, pairs of blocks in front: what the rule takes of equals.
+    pub const ALL: [Self; 6] = [
+        Self { columns: 256, cluster_blocks: 2 },
+        Self { columns: 256, cluster_blocks: 1 },
+        Self { columns: 192, cluster_blocks: 2 },
+        Self { columns: 192, cluster_blocks: 1 },
+        Self { columns: 128, cluster_blocks: 2 },
+        Self { columns: 128, cluster_blocks: 1 },
+    ];
 
     /// What the rule takes a product to cost, in columns of a tile for each term of its sums.
     pub(super) fn guess(self, rows: usize, columns: usize, multiprocessors: usize) -> usize {
         self.waves(rows, columns, multiprocessors) * (self.columns + OVERHEAD_COLUMNS)
     }
 
+    /// Whether there is work for all blocks of a cluster, and room.
+    fn is_of_use(self, rows: usize, multiprocessors: usize) -> bool {
+        self.cluster_blocks == 1 || rows > TILE && multiprocessors >= self.cluster_blocks
+    }
+
+    /// Clusters that compute a product together, each as many of its tiles as it takes.
+    pub(super) fn clusters(self, rows: usize, columns: usize, multiprocessors: usize) -> usize {
+        self.tiles(rows, columns).min(self.clusters_at_once(multiprocessors))
+    }
+
     /// Tiles that a multiprocessor computes, at most.
     fn waves(self, rows: usize, columns: usize, multiprocessors: usize) -> usize {
-        self.waves_of(1, rows, columns, multiprocessors)
+        self.tiles(rows, columns).div_ceil(self.clusters_at_once(multiprocessors))
     }
 
-    /// The same where clusters of so many blocks compute tiles below each other.
-    fn waves_of(self, cluster_blocks: usize, rows: usize, columns: usize, multiprocessors: usize) -> usize {
-        let tiles = rows.div_ceil(TILE * cluster_blocks) * columns.div_ceil(self.columns);
-        tiles.div_ceil((multiprocessors / cluster_blocks).max(1))
+    /// Tiles of a whole cluster.
+    fn tiles(self, rows: usize, columns: usize) -> usize {
+        rows.div_ceil(TILE * self.cluster_blocks) * columns.div_ceil(self.columns)
     }
 
-    /// Blocks of a cluster: two where pairs make no more waves. Each of two fetches half of the columns' operand for both: a third
-    /// less of all for tiles of 256. A guess, not timed.
-    pub(super) fn cluster_blocks(self, rows: usize, columns: usize, multiprocessors: usize) -> usize {
-        let [alone, pairs] = [1, 2].map(|blocks| self.waves_of(blocks, rows, columns, multiprocessors));
-        if rows > TILE && multiprocessors >= 2 && pairs <= alone { 2 } else { 1 }
+    fn clusters_at_once(self, multiprocessors: usize) -> usize {
+        (multiprocessors / self.cluster_blocks).max(1)
     }
 }
 
 impl fmt::Display for Choice {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.cluster_blocks > 1 {
+            write!(formatter, "{}·", self.cluster_blocks)?;
+        }
         write!(formatter, "{TILE}×{}", self.columns)
     }
 }
@@ -170,12 +189,14 @@ impl Tiles {
     /// The one of `choices` that costs least, and of equals the first.
     pub fn choose(&self, shape: ProductShape, multiprocessors: usize, choices: &[Choice]) -> Choice {
         let waves = |choice: Choice, rows| choice.waves(rows, shape.columns, multiprocessors) as f64;
+        let is_open =
+            |choice: &Choice| choices.contains(choice) && choice.is_of_use(shape.rows, multiprocessors);
         if let Some(measured) = self.nearest(shape) {
             let cost = |measurement: &&Measurement| {
                 let Measurement { choice, microseconds, .. } = **measurement;
                 waves(choice, shape.rows) * microseconds / waves(choice, measured.shape.rows)
             };
-            let known = measured.choices.iter().filter(|measurement| choices.contains(&measurement.choice));
+            let known = measured.choices.iter().filter(|measurement| is_open(&measurement.choice));
             let least = known.min_by(|one, other| cost(one).total_cmp(&cost(other)));
             if let Some(measurement) = least {
                 return measurement.choice;
@@ -183,7 +204,7 @@ impl Tiles {
         }
         let cost = |choice: &Choice| choice.guess(shape.rows, shape.columns, multiprocessors);
         let [widest, ..] = Choice::ALL;
-        choices.iter().copied().min_by_key(cost).unwrap_or(widest)
+        choices.iter().copied().filter(is_open).min_by_key(cost).unwrap_or(widest)
     }
 
     /// The measured product that differs in its rows alone, and by the smallest ratio.
@@ -202,12 +223,15 @@ impl Tiles {
 mod tests {
     use super::*;
 
+    /// Without clusters.
+    const ALONE: [Choice; 3] = [Choice::ALL[1], Choice::ALL[3], Choice::ALL[5]];
+
     const fn forward(rows: usize, columns: usize, depth: usize) -> ProductShape {
         ProductShape { product: ProductKind::Forward, rows, columns, depth }
     }
 
     fn measured(shape: ProductShape, microseconds: [f64; 3]) -> MeasuredProduct {
-        let mut choices: Vec<Measurement> = Choice::ALL
+        let mut choices: Vec<Measurement> = ALONE
             .iter()
             .zip(microseconds)
             .map(|(&choice, microseconds)| Measurement { choice, microseconds, teraflops: 1.0 })
@@ -219,7 +243,7 @@ mod tests {
     #[test]
     fn the_rule_fits_the_width_and_the_waves() {
         let columns = |rows, columns, multiprocessors| {
-            Tiles::Rule.choose(forward(rows, columns, 64), multiprocessors, &Choice::ALL).columns
+            Tiles::Rule.choose(forward(rows, columns, 64), multiprocessors, &ALONE).columns
         };
         // 576 columns are three times 192: 256 would compute a quarter for nothing.
         assert_eq!(columns(16_384, 576, 132), 192);
@@ -231,26 +255,36 @@ mod tests {
     }
 
     #[test]
-    fn pairs_of_blocks_make_no_more_waves() {
-        let blocks = |rows, columns, width| Choice { columns: width }.cluster_blocks(rows, columns, 132);
+    fn pairs_of_blocks_are_taken_where_they_make_no_more_waves() {
+        let blocks = |rows, columns, width, multiprocessors| {
+            let mut choices = Choice::ALL.to_vec();
+            choices.retain(|choice| choice.columns == width);
+            Tiles::Rule.choose(forward(rows, columns, 64), multiprocessors, &choices).cluster_blocks
+        };
         // 128 · 6 tiles are as many in pairs.
-        assert_eq!(blocks(16_384, 1536, 256), 2);
+        assert_eq!(blocks(16_384, 1536, 256, 132), 2);
         // One row of tiles has no neighbour; 33 · 4 tiles are one wave, and 17 · 4 pairs are two.
-        assert_eq!(blocks(128, 1536, 128), 1);
-        assert_eq!(blocks(33 * 128, 1024, 256), 1);
+        assert_eq!(blocks(128, 1536, 128, 132), 1);
+        assert_eq!(blocks(33 * 128, 1024, 256, 132), 1);
         // Of three rows of tiles the last leaves a multiprocessor idle that has nothing to do anyway.
-        assert_eq!(blocks(300, 72, 128), 2);
-        assert_eq!(Choice { columns: 128 }.cluster_blocks(300, 72, 1), 1);
+        assert_eq!(blocks(300, 72, 128, 132), 2);
+        assert_eq!(blocks(300, 72, 128, 1), 1);
+        // One row of tiles: nor does a measurement make a pair of use.
+        let pair = Choice { columns: 256, cluster_blocks: 2 };
+        let choices = vec![Measurement { choice: pair, microseconds: 1.0, teraflops: 1.0 }];
+        let tiles = Tiles::Measured([MeasuredProduct { shape: forward(4096, 512, 64), choices }].into());
+        assert_eq!(tiles.choose(forward(4096, 512, 64), 132, &Choice::ALL), pair);
+        assert_eq!(tiles.choose(forward(100, 512, 64), 132, &Choice::ALL).cluster_blocks, 1);
     }
 
     #[test]
     fn what_was_fastest_is_chosen_where_the_rule_says_otherwise() {
         let shape = forward(16_384, 8960, 1536);
         let tiles = Tiles::Measured([measured(shape, [30.0, 10.0, 20.0])].into());
-        assert_eq!(Tiles::Rule.choose(shape, 132, &Choice::ALL).columns, 256);
-        assert_eq!(tiles.choose(shape, 132, &Choice::ALL).columns, 192);
+        assert_eq!(Tiles::Rule.choose(shape, 132, &ALONE).columns, 256);
+        assert_eq!(tiles.choose(shape, 132, &ALONE).columns, 192);
         // A kernel that has fewer tiles takes the best of them.
-        let [widest, _, narrowest] = Choice::ALL;
+        let [widest, _, narrowest] = ALONE;
         assert_eq!(tiles.choose(shape, 132, &[widest, narrowest]), narrowest);
         assert_eq!(Tiles::Rule.choose(shape, 132, &[narrowest]), narrowest);
         // Another depth, width or direction was not measured.
@@ -259,11 +293,7 @@ mod tests {
             ProductShape { columns: 8968, ..shape },
             ProductShape { product: ProductKind::BackwardInput, ..shape },
         ] {
-            assert_eq!(
-                tiles.choose(other, 132, &Choice::ALL),
-                Tiles::Rule.choose(other, 132, &Choice::ALL),
-                "{other:?}"
-            );
+            assert_eq!(tiles.choose(other, 132, &ALONE), Tiles::Rule.choose(other, 132, &ALONE), "{other:?}");
         }
     }
 
@@ -277,7 +307,7 @@ mod tests {
             measured(forward(2560, 2560, 64), [260.0, 252.0, 400.0]),
         ];
         let tiles = Tiles::Measured(products.into());
-        let columns = |rows| tiles.choose(forward(rows, 2560, 64), 10, &Choice::ALL).columns;
+        let columns = |rows| tiles.choose(forward(rows, 2560, 64), 10, &ALONE).columns;
         assert_eq!((columns(1), columns(128), columns(2560), columns(1 << 20)), (256, 256, 192, 192));
         // As the first: two waves of 256 take 20, three of 192 take 18.
         assert_eq!(columns(256), 192);
@@ -292,7 +322,7 @@ mod tests {
     fn waves_are_counted_for_the_rows_at_hand() {
         // 4 multiprocessors, 512 columns: tiles of 256 and 128 come to 2 and 4 a row of tiles.
         let tiles = Tiles::Measured([measured(forward(256, 512, 64), [10.0, 100.0, 11.0])].into());
-        let columns = |rows| tiles.choose(forward(rows, 512, 64), 4, &Choice::ALL).columns;
+        let columns = |rows| tiles.choose(forward(rows, 512, 64), 4, &ALONE).columns;
         // One wave of 256 takes 10, two of 128 take 11.
         assert_eq!(columns(256), 256);
         // One row of tiles: still one wave of 256, but only one of 128.

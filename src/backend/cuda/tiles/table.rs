@@ -135,7 +135,7 @@ mod tests {
 
     fn product(rows: usize, columns_of_tile: usize) -> MeasuredProduct {
         let shape = ProductShape { product: ProductKind::BackwardInput, rows, columns: 576, depth: 1536 };
-        let choice = Choice { columns: columns_of_tile };
+        let choice = Choice { columns: columns_of_tile, cluster_blocks: 1 };
         MeasuredProduct { shape, choices: vec![Measurement { choice, microseconds: 12.5, teraflops: 580.0 }] }
     }
 
@@ -191,6 +191,7 @@ mod tests {
             ("\"rows\": 4096", "\"rows\": -1"),
             ("\"rows\": 4096", "\"rows\": 4294967296"),
             ("\"columns\": 192", "\"columns\": 100"),
+            ("\"cluster_blocks\": 1", "\"cluster_blocks\": 3"),
             ("12.5", "0.0"),
             ("12.5", "-1e3"),
             ("\"choices\"", "\"chances\""),
