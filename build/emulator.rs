@@ -62,8 +62,9 @@ pub fn build(kernels: &[&str], out: &Path) {
         compile::run(jobs);
         let library = folder.join("libkernels.so");
         let mut command = Command::new(&compiler);
-        // -z defs: a hook of the sanitizer that checker.cpp does not define fails here and not at load.
-        command.args(["-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs"]).args(&objects).args([
+        // -z defs: a hook of the sanitizer that checker.cpp does not define fails here and not at load. -z nodelete: signal
+        // handlers stay installed when the last emulator is dropped.
+        command.args(["-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs", "-Wl,-z,nodelete"]).args(&objects).args([
             "-ldl",
             "-lpthread",
             "-lrt",
