@@ -69,12 +69,14 @@ impl Work {
         Self { flops: linear.flops - 2.0 * (rows * rank) as f64 * inputs as f64, ..linear }
     }
 
-    /// [`of_linear`](Self::of_linear) for gate and up, and the activation of what it gives.
-    pub fn of_gated_linear(shape: LinearShape, element: usize) -> Self {
-        let (linear, elements) = (Self::of_linear(shape, element), shape.rows * shape.outputs / 2);
+    /// [`of_linear`](Self::of_linear) for gate and up, the activation of what it gives, and the `s` of an adapter of `down_rank`
+    /// that reads it.
+    pub fn of_gated_linear(shape: LinearShape, down_rank: usize, element: usize) -> Self {
+        let (linear, LinearShape { rows, outputs, .. }) = (Self::of_linear(shape, element), shape);
+        let gated = Self::of_gated_with_s(rows, outputs / 2, down_rank, element);
         // Gate and up are not read again.
-        let gated = Self::of_gated(elements, element, false);
-        Self { flops: linear.flops + gated.flops, bytes: linear.bytes + (elements * element) as f64 }
+        let bytes = linear.bytes + gated.bytes - (element * rows * outputs) as f64;
+        Self { flops: linear.flops + gated.flops, bytes }
     }
 
     /// The gradients of `A` and `B`, f32, and `dx`, or some of them.

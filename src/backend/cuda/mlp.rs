@@ -2,7 +2,7 @@
 
 use super::adapter_gradients::{BackSums, GRADIENT_BLOCKS};
 use super::launch::{NULL, Shape, int};
-use super::linear::{self, ELEMENT_THREADS, Sizes, mask_arguments, rank_leading};
+use super::linear::{ELEMENT_THREADS, Sizes, mask_arguments, rank_leading};
 use super::memory::{CudaBuffer, CudaFloats, FLOAT_BYTES, HALF_BYTES};
 use super::products::{DownShare, Gated, NO_MASK};
 use super::weights::WIDTH_MULTIPLE;
@@ -224,7 +224,8 @@ impl<D: Device> CudaBackend<D> {
         };
         {
             let shape = || mlp.gate_up.shape(rows, mlp.gate_up.weight.bytes());
-            let _range = range!("linear gated"; Work::of_gated_linear(shape(), HALF_BYTES));
+            let rank = if share > 0 { mlp.down.total_rank() } else { 0 };
+            let _range = range!("linear gated"; Work::of_gated_linear(shape(), rank, HALF_BYTES));
             self.adapter_down(mlp.gate_up, parameters, &input, gate_up_s)?;
             let product = self.forward_product(mlp.gate_up, rows, x, None, gate_up_s, gate_up)?;
             let (elements, width) = (rows * mlp.width(), mlp.width());
@@ -234,7 +235,7 @@ impl<D: Device> CudaBackend<D> {
                 _ => Some(DownShare {
                     a: self.adapter_a(mlp.down, parameters)?,
                     partials: scratch.partials.reserve(self.device(), share)?.first(share)?,
-                    rank: mlp.down.total_rank(),
+                    rank,
                 }),
             };
             let up = gate_up.at(width, 2 * elements - width)?;
@@ -249,7 +250,11 @@ impl<D: Device> CudaBackend<D> {
                 unsafe { self.sum_s(partials, tiles, s, elements)? };
             }
         }
-        let _range = range!("linear"; linear::work(mlp.down, rows));
+        let work = |shape| match share {
+            0 => Work::of_linear(shape, HALF_BYTES),
+            _ => Work::of_linear_given_s(shape, HALF_BYTES),
+        };
+        let _range = range!("linear"; work(mlp.down.shape(rows, mlp.down.weight.bytes())));
         let input = LinearInput { x: act, rows, batch };
         if share == 0 {
             self.adapter_down(mlp.down, parameters, &input, down_s)?;
