@@ -1,12 +1,13 @@
-// linear.cu for Hopper: the same products over TMA and wgmma (common/hopper_matmul.h), and two that go on in the registers.
+// linear.cu for Hopper: the same products over TMA and wgmma (common/hopper_matmul.h), and two that go on before they leave.
 //
 //   forward          y = residual + bias + x · Wᵀ + s · B̂ᵀ
 //   forward_rotated  the same without residual for queries, keys and values; heads of queries and keys rotated as by rope.cu
-//   forward_gated    the same for gate | up, without residual, and act = f(gate) · up as by gated_activation.cu
+//   forward_gated    the same for gate | up, without residual, and act = f(gate) · up as by gated_activation.cu; where it is
+//                    wanted, s = act · Aᵀ of down as partial sums
 //   backward_input   dx = dy · W + mask ∘ (ds · A)
 //
 // Shapes, types and the order of sums by k (the adapters' first) as there; what is rounded, too: the bits are those of the
-// separate kernels. The adapters' share is one more stretch of k with its own pair of operands into the same accumulators.
+// separate kernels, but for the s of down, whose sum is cut at every tile. The adapters' share is one more stretch of k with its own pair of operands into the same accumulators.
 // Matrices come as tensor maps: boxes of x, dy, s and ds have 128 rows, those of y, act, dx and residual 64, those of W and B̂
 // TILE_N / 2, or 64 in backward_input as A's; s, B̂ and ds end at their R columns.
 #include "common/gated.h"
@@ -77,20 +78,28 @@ DEVICE void hopper_linear(const HopperOperands& operands, int rows, int columns,
     Matmul::end();
 }
 
-// What follows a product whose columns stand side by side: nothing more, for a start.
+// What an epilogue does nowhere but at a tile's end.
 template <class Matmul>
-struct PlainEpilogue {
+struct EpilogueBase {
     using T = typename Matmul::T;
     using Sums = float[Matmul::tile_n / 2];
-    static constexpr int tile_columns = Matmul::tile_n;
     static constexpr bool scales_adapters = false;
+    // By the producer, behind a tile's own loads.
+    __device__ __forceinline__ void load(unsigned char*, typename Matmul::Ring&, const HopperTile&) const {}
+    // By a consumer, before a tile.
+    __device__ __forceinline__ void begin(const HopperConsumer<Matmul>&, const HopperTile&) {}
+    __device__ __forceinline__ void scale_adapters(const HopperConsumer<Matmul>&, const HopperTile&, Sums&) const {}
+};
+
+// A product whose columns stand side by side leaves as it is.
+template <class Matmul>
+struct PlainEpilogue : EpilogueBase<Matmul> {
+    using typename EpilogueBase<Matmul>::Sums;
+    static constexpr int tile_columns = Matmul::tile_n;
     const TensorMap& out;
     int rows, columns;
 
     __device__ __forceinline__ int high_half(int n) const { return n + Matmul::tile_n / 2; }
-    __device__ __forceinline__ void load(unsigned char*, typename Matmul::Ring&, const HopperTile&) const {}
-    __device__ __forceinline__ void begin(const HopperConsumer<Matmul>&, const HopperTile&) {}
-    __device__ __forceinline__ void scale_adapters(const HopperConsumer<Matmul>&, const HopperTile&, Sums&) const {}
 
     // Rounds the sums into the tile that leaves.
     static __device__ __forceinline__ void stage(const HopperConsumer<Matmul>& consumer, Sums& sums) {
@@ -234,11 +243,9 @@ struct RotatedEpilogue : PlainEpilogue<Matmul> {
 // computed, eight columns of a row at a time, and it leaves from the gate's place. There its share of s for the adapter of down is
 // taken: partial sums [ceil(F / tile_columns)][T][R̄], R̄ the adapter's leading dimension. None are wanted without s_partials.
 template <class Matmul>
-struct GatedEpilogue {
-    using T = typename Matmul::T;
-    using Sums = float[Matmul::tile_n / 2];
+struct GatedEpilogue : EpilogueBase<Matmul> {
+    using typename EpilogueBase<Matmul>::T, typename EpilogueBase<Matmul>::Sums;
     static constexpr int half = Matmul::tile_n / 2, tile_columns = half, boxes = Matmul::boxes_of_tile / 2;
-    static constexpr bool scales_adapters = false;
     const TensorMap &gate, &up, &act, &down_a;
     const T* bias;
     float* s_partials;
@@ -249,8 +256,6 @@ struct GatedEpilogue {
     __device__ __forceinline__ void load(unsigned char* shared, typename Matmul::Ring& ring, const HopperTile& tile) const {
         if (s_partials) Matmul::load_beside(shared, ring, down_a, tile.low, boxes);
     }
-    __device__ __forceinline__ void begin(const HopperConsumer<Matmul>&, const HopperTile&) {}
-    __device__ __forceinline__ void scale_adapters(const HopperConsumer<Matmul>&, const HopperTile&, Sums&) const {}
 
     __device__ __forceinline__ void finish(const HopperConsumer<Matmul>& consumer, typename Matmul::Ring& ring, const HopperTile& tile,
                                            Sums& sums) {
@@ -335,7 +340,7 @@ DEVICE void linear_forward_sm90a(const HopperOperands& operands, const TensorMap
     hopper_linear<Matmul>(
         operands, tokens, out_features, in_features,
         [&](const HopperTile& tile) { return rank_range(slots, adapters, tile.low, tile.low + TILE_N); },
-        ResidualEpilogue<Matmul>{{y, tokens, out_features}, residual, bias, has_residual != 0});
+        ResidualEpilogue<Matmul>{{{}, y, tokens, out_features}, residual, bias, has_residual != 0});
 }
 
 template <class T, int TILE_N>
@@ -346,7 +351,7 @@ DEVICE void linear_forward_rotated_sm90a(const HopperOperands& operands, const T
     hopper_linear<Matmul>(
         operands, tokens, out_features, in_features,
         [&](const HopperTile& tile) { return rank_range(slots, adapters, tile.low, tile.low + TILE_N); },
-        RotatedEpilogue<Matmul>{{y, tokens, out_features}, bias, angles, rotated_columns});
+        RotatedEpilogue<Matmul>{{{}, y, tokens, out_features}, bias, angles, rotated_columns});
 }
 
 template <class T, int TILE_N>
@@ -362,7 +367,7 @@ DEVICE void linear_forward_gated_sm90a(const HopperOperands& operands, const Ten
             const int2 high = rank_range(slots, adapters, tile.high, tile.high + TILE_N / 2);
             return make_int2(min(low.x, high.x), max(low.y, high.y));
         },
-        GatedEpilogue<Matmul>{gate, up, act, down_a, bias, s_partials, tokens, width, down_leading, is_gelu != 0});
+        GatedEpilogue<Matmul>{{}, gate, up, act, down_a, bias, s_partials, tokens, width, down_leading, is_gelu != 0});
 }
 
 template <class T, int TILE_N>
@@ -370,7 +375,7 @@ DEVICE void linear_backward_input_sm90a(const HopperOperands& operands, const Te
                                         int out_features, int rank, const DropoutMask& mask) {
     using Matmul = HopperMatmul<T, true, TILE_N>;
     hopper_linear<Matmul>(operands, tokens, in_features, out_features, [&](const HopperTile&) { return make_int2(0, rank); },
-                          MaskedEpilogue<Matmul>{{dx, tokens, in_features}, mask});
+                          MaskedEpilogue<Matmul>{{{}, dx, tokens, in_features}, mask});
 }
 
 // Grid of all: as many blocks as multiprocessors, at most ceil(T / 128) · ceil(width / TILE_N) tiles, width being O forward
