@@ -1,6 +1,6 @@
 //! The gated MLP of a block as one operation, and of what it is composed where a backend fuses nothing.
 
-use super::{Activation, Backend, LinearGroup, LinearInput};
+use super::{Activation, Backend, LinearGroup, LinearInput, NormedInput, Reach};
 use crate::error::Result;
 
 /// A gated MLP: `down(activation(gate)·up)`, `gate|up = gate_up(x)` (Shazeer 2020).
@@ -50,17 +50,7 @@ pub struct MlpGradient<'a, B: Backend + ?Sized> {
     /// Room for the gradient of `act`, `[T, F]`.
     pub dact: &'a mut B::Buffer,
     /// How far gradients are wanted.
-    pub reach: MlpReach<'a, B>,
-}
-
-/// How far down the backward of an [`Mlp`] goes.
-pub enum MlpReach<'a, B: Backend + ?Sized> {
-    /// To the adapters of down.
-    Down,
-    /// To those of gate and up as well.
-    GateUp,
-    /// To the input, whose gradient `[T, H]` is written here.
-    Input(&'a mut B::Buffer),
+    pub reach: Reach<'a, B>,
 }
 
 /// [`Backend::mlp`] of other operations.
@@ -68,14 +58,14 @@ pub(super) fn forward<B: Backend + ?Sized>(
     backend: &B,
     mlp: Mlp<'_, B>,
     adapters: &B::Floats,
-    input: LinearInput<'_, B>,
+    input: NormedInput<'_, B>,
     residual: Option<&B::Buffer>,
     saved: MlpSaved<'_, B>,
     y: &mut B::Buffer,
 ) -> Result<()> {
-    let LinearInput { rows, batch, .. } = input;
+    let (rows, batch) = (input.rows, input.batch);
     let MlpSaved { gate_up, gate_up_s, act, down_s } = saved;
-    backend.linear(mlp.gate_up, adapters, input, None, gate_up_s, gate_up)?;
+    backend.normed_linear(mlp.gate_up, adapters, input, gate_up_s, gate_up)?;
     backend.gated(mlp.activation, rows, mlp.width(), gate_up, act)?;
     backend.linear(mlp.down, adapters, LinearInput { x: act, rows, batch }, residual, down_s, y)
 }
@@ -96,13 +86,13 @@ pub(super) fn backward<B: Backend + ?Sized>(
     if !act_is_kept && mlp.down.total_rank() > 0 {
         backend.gated(mlp.activation, rows, mlp.width(), gate_up, act)?;
     }
-    let wanted = if matches!(reach, MlpReach::Down) { None } else { Some(&mut *dact) };
+    let wanted = if matches!(reach, Reach::Second) { None } else { Some(&mut *dact) };
     let of_down = LinearInput { x: act, rows, batch };
     backend.linear_backward(mlp.down, adapters, of_down, down_s, dy, gradients, wanted)?;
     let dx = match reach {
-        MlpReach::Down => return Ok(()),
-        MlpReach::GateUp => None,
-        MlpReach::Input(dx) => Some(dx),
+        Reach::Second => return Ok(()),
+        Reach::First => None,
+        Reach::Input(dx) => Some(dx),
     };
     backend.gated_backward(mlp.activation, rows, mlp.width(), dact, gate_up)?;
     backend.linear_backward(mlp.gate_up, adapters, input, gate_up_s, gate_up, gradients, dx)

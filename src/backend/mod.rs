@@ -7,6 +7,7 @@
 //! The operations are as coarse as the fusions need, so that a backend may fuse inside one and the model never
 //! changes for it. Each has a forward and a backward; there is no autograd tape.
 
+mod branch;
 pub mod cpu;
 pub mod cuda;
 pub mod dropout;
@@ -16,18 +17,18 @@ mod group;
 mod mlp;
 pub mod noise;
 mod operands;
+mod self_attention;
 mod weight;
 mod work;
 
+pub use branch::{NormedInput, Reach};
 pub use features::Features;
 pub use footprint::{AdapterShape, Footprint, GroupShape, OperationShapes};
 pub use group::{LinearGroup, LinearInput, LoraSlot, PlacedAdapter, Projection, placed_adapters};
-pub use mlp::{Mlp, MlpGradient, MlpReach, MlpSaved};
+pub use mlp::{Mlp, MlpGradient, MlpSaved};
 pub use noise::EmbeddingNoise;
-pub use operands::{
-    Activation, Attention, AttentionGradients, AttentionResults, Embedding, Head, KvCache, LongTexts,
-    RmsNorm, Rotations, SelfAttention,
-};
+pub use operands::{Activation, Attention, Embedding, Head, KvCache, LongTexts, RmsNorm, Rotations};
+pub use self_attention::{AttentionGradient, AttentionSaved, SelfAttention};
 pub use weight::{MatrixWeight, VectorWeight, Weight};
 pub use work::{LinearGradients, LinearShape, Work, attention_pairs};
 
@@ -283,6 +284,18 @@ pub trait Backend: Footprint + Send + Sync {
         s: &mut Self::Buffer,
         y: &mut Self::Buffer,
     ) -> Result<()>;
+    /// [`linear`](Self::linear) of `norm(x)`, which it leaves in `input.normed`.
+    fn normed_linear(
+        &self,
+        group: &LinearGroup<Self>,
+        adapters: &Self::Floats,
+        input: NormedInput<'_, Self>,
+        s: &mut Self::Buffer,
+        y: &mut Self::Buffer,
+    ) -> Result<()> {
+        let input = input.normalise(self)?;
+        self.linear(group, adapters, input, None, s, y)
+    }
     /// Given `dy [T, O]` and the forward's `x` and `s`: adds the gradients of every `A` and `B` to `gradients`
     /// (same offsets as `adapters`), and writes `dx = dy·W + dropout'(scale·dy·B·A) [T, I]` where it is wanted.
     ///
@@ -322,33 +335,6 @@ pub trait Backend: Footprint + Send + Sync {
         dout: &Self::Buffer,
         dqkv: &mut Self::Buffer,
     ) -> Result<()>;
-    /// [`linear`](Self::linear), then [`attention`](Self::attention) over what it projects; the input's batch is attention's.
-    fn self_attention(
-        &self,
-        layer: &SelfAttention<'_, Self>,
-        adapters: &Self::Floats,
-        input: LinearInput<'_, Self>,
-        results: AttentionResults<'_, Self>,
-    ) -> Result<()> {
-        let AttentionResults { s, qkv, log_sum, out } = results;
-        let batch = input.batch;
-        self.linear(layer.projection, adapters, input, None, s, qkv)?;
-        self.attention(layer.attention, batch, qkv, log_sum, out)
-    }
-    /// The gradients of [`self_attention`](Self::self_attention), given what it read and wrote.
-    fn self_attention_backward(
-        &self,
-        layer: &SelfAttention<'_, Self>,
-        adapters: &Self::Floats,
-        input: LinearInput<'_, Self>,
-        results: AttentionResults<'_, Self>,
-        gradients: AttentionGradients<'_, Self>,
-    ) -> Result<()> {
-        let AttentionResults { s, qkv, log_sum, out } = results;
-        let AttentionGradients { dout, dqkv, adapters: adapter_gradients, dx } = gradients;
-        self.attention_backward(layer.attention, input.batch, qkv, log_sum, out, dout, dqkv)?;
-        self.linear_backward(layer.projection, adapters, input, s, dqkv, adapter_gradients, dx)
-    }
     /// Attention of `rows` new positions, the first at `position`, over the cache, which gains their keys and values.
     fn attention_cached(
         &self,
@@ -359,6 +345,33 @@ pub trait Backend: Footprint + Send + Sync {
         cache: &mut KvCache<Self>,
         out: &mut Self::Buffer,
     ) -> Result<()>;
+
+    /// `y = residual + output(attention(projection(norm(x))))`, attention inside each sample of the input's batch; keeps in
+    /// `saved` what the backward reads.
+    fn self_attention(
+        &self,
+        layer: SelfAttention<'_, Self>,
+        adapters: &Self::Floats,
+        input: NormedInput<'_, Self>,
+        residual: Option<&Self::Buffer>,
+        saved: AttentionSaved<'_, Self>,
+        y: &mut Self::Buffer,
+    ) -> Result<()> {
+        self_attention::forward(self, layer, adapters, input, residual, saved, y)
+    }
+    /// Given `gradient.dy` and what the projection read and the forward left: adds the gradients of every `A` and `B` to
+    /// `gradients`, as far as `gradient.reach` says, and no further.
+    fn self_attention_backward(
+        &self,
+        layer: SelfAttention<'_, Self>,
+        adapters: &Self::Floats,
+        input: LinearInput<'_, Self>,
+        saved: AttentionSaved<'_, Self>,
+        gradient: AttentionGradient<'_, Self>,
+        gradients: &mut Self::Floats,
+    ) -> Result<()> {
+        self_attention::backward(self, layer, adapters, input, saved, gradient, gradients)
+    }
 
     /// `act = activation(gate)·up [rows, F]` from the gate|up group's output (Shazeer 2020).
     fn gated(
@@ -379,21 +392,21 @@ pub trait Backend: Footprint + Send + Sync {
         gate_up: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// `y = residual + down(act)` with `act = activation(gate)·up` and `gate|up = gate_up(x)`; keeps in `saved` what the
+    /// `y = residual + down(act)` with `act = activation(gate)·up` and `gate|up = gate_up(norm(x))`; keeps in `saved` what the
     /// backward reads.
     fn mlp(
         &self,
         mlp: Mlp<'_, Self>,
         adapters: &Self::Floats,
-        input: LinearInput<'_, Self>,
+        input: NormedInput<'_, Self>,
         residual: Option<&Self::Buffer>,
         saved: MlpSaved<'_, Self>,
         y: &mut Self::Buffer,
     ) -> Result<()> {
         mlp::forward(self, mlp, adapters, input, residual, saved, y)
     }
-    /// Given `gradient.dy` and what the forward read and left: adds the gradients of every `A` and `B` to `gradients`, as far
-    /// as `gradient.reach` says, and no further. What `saved` holds is undefined afterwards, but for both `s`.
+    /// Given `gradient.dy`, what gate and up read and what the forward left: adds the gradients of every `A` and `B` to
+    /// `gradients`, as far as `gradient.reach` says, and no further. What `saved` holds is undefined afterwards, but for both `s`.
     fn mlp_backward(
         &self,
         mlp: Mlp<'_, Self>,

@@ -1,6 +1,6 @@
 //! What the operations are given besides rows: norms, heads and their rotations, the embedding, the output head.
 
-use super::{Backend, LinearGroup, MatrixWeight, VectorWeight, Weight, Work, attention_pairs};
+use super::{Backend, MatrixWeight, VectorWeight, Weight, Work, attention_pairs};
 
 // Derived, these would ask for `B: Copy`.
 macro_rules! copy {
@@ -107,38 +107,6 @@ impl<B: Backend + ?Sized> Attention<'_, B> {
         let pairs = attention_pairs(lengths, self.window);
         Work::of_attention(rows, query, qkv, pairs, element, is_backward)
     }
-}
-
-/// Attention with the projection of what it reads.
-pub struct SelfAttention<'a, B: Backend + ?Sized> {
-    /// Of queries, keys and values.
-    pub projection: &'a LinearGroup<B>,
-    /// What reads them.
-    pub attention: &'a Attention<'a, B>,
-}
-
-/// What [`SelfAttention`]'s forward leaves for its backward.
-pub struct AttentionResults<'a, B: Backend + ?Sized> {
-    /// The projection's `s`.
-    pub s: &'a mut B::Buffer,
-    /// `[T, (Q + 2K)·D]`, in a form that is the backend's own.
-    pub qkv: &'a mut B::Buffer,
-    /// `[T, Q]` logarithms of the softmax's sums.
-    pub log_sum: &'a mut B::Floats,
-    /// `[T, Q·D]`.
-    pub out: &'a mut B::Buffer,
-}
-
-/// Gradients of [`SelfAttention`].
-pub struct AttentionGradients<'a, B: Backend + ?Sized> {
-    /// Given: at the output, `[T, Q·D]`.
-    pub dout: &'a B::Buffer,
-    /// Room for those at the projection's output, `[T, (Q + 2K)·D]`.
-    pub dqkv: &'a mut B::Buffer,
-    /// The adapters', added to.
-    pub adapters: &'a mut B::Floats,
-    /// Where those at the input are wanted: `[T, H]`.
-    pub dx: Option<&'a mut B::Buffer>,
 }
 
 /// Keys (rotated) and values of earlier positions of one layer: each `[capacity, K·D]`.

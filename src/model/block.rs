@@ -23,9 +23,9 @@ use super::lora::AdaptedLinear;
 use super::weights::NormWeight;
 use super::whole::BlockNorm;
 use crate::backend::{
-    Activation, Attention, AttentionGradients, AttentionResults, Backend, KvCache, LinearGroup, LinearInput,
-    Mlp, MlpGradient, MlpReach, MlpSaved, Projection, RmsNorm, Rotations, SelfAttention, VectorWeight,
-    Weight,
+    Activation, Attention, AttentionGradient, AttentionSaved, Backend, KvCache, LinearGroup, LinearInput,
+    Mlp, MlpGradient, MlpSaved, NormedInput, Projection, Reach, RmsNorm, Rotations, SelfAttention,
+    VectorWeight, Weight,
 };
 use crate::checkpoint::base::BaseModel;
 use crate::error::Result;
@@ -146,6 +146,15 @@ impl<'a, B: Backend> Pass<'a, B> {
     fn input(&self, x: &'a B::Buffer) -> LinearInput<'a, B> {
         LinearInput { x, rows: self.tokens, batch: self.batch }
     }
+
+    fn normed_input(
+        &self,
+        norm: RmsNorm<'a, B>,
+        x: &'a B::Buffer,
+        normed: &'a mut B::Buffer,
+    ) -> NormedInput<'a, B> {
+        NormedInput { norm, x, rows: self.tokens, batch: self.batch, normed }
+    }
 }
 
 impl<B: Backend> Block<B> {
@@ -253,14 +262,18 @@ impl<B: Backend> Block<B> {
 
     /// `x_out` from `x_in`, both `[T, H]`, with attention inside each sample.
     pub(super) fn forward(&self, pass: Pass<'_, B>, mut buffers: ForwardBuffers<'_, B>) -> Result<()> {
-        self.normalise_input(pass, &mut buffers)?;
-        let Saved { qkv, log_sum, attended, s, .. } = &mut *buffers.saved;
-        let results = AttentionResults { s: &mut s[QKV], qkv, log_sum, out: attended };
-        let input = pass.input(&buffers.inputs.normed_input);
+        let ForwardBuffers { x_in, saved, inputs, .. } = &mut buffers;
+        let input = pass.normed_input(self.norm(&self.input_norm, pass), x_in, &mut inputs.normed_input);
+        let Saved { qkv, log_sum, attended, middle, s: [projection_s, output_s, ..], branches, .. } =
+            &mut **saved;
         let attention = self.attention(pass.rotations);
-        let layer = SelfAttention { projection: &self.qkv, attention: &attention };
-        pass.backend.self_attention(&layer, pass.adapters, input, results)?;
-        self.after_attention(pass, &mut buffers)
+        let layer = self.self_attention(&attention);
+        let behind = self.attention_norm.as_ref().zip(split(branches)[0].take());
+        self.add_branch(pass, behind, x_in, middle, |residual, y| {
+            let saved = AttentionSaved { projection_s, qkv, log_sum, out: attended, output_s };
+            pass.backend.self_attention(layer, pass.adapters, input, residual, saved, y)
+        })?;
+        self.mlp_forward(pass, buffers)
     }
 
     /// The same for new tokens from `position` on, whose attention goes over `cache`.
@@ -271,38 +284,36 @@ impl<B: Backend> Block<B> {
         cache: &mut KvCache<B>,
         mut buffers: ForwardBuffers<'_, B>,
     ) -> Result<()> {
-        self.normalise_input(pass, &mut buffers)?;
-        let Saved { qkv, attended, s, .. } = &mut *buffers.saved;
-        let input = pass.input(&buffers.inputs.normed_input);
-        pass.backend.linear(&self.qkv, pass.adapters, input, None, &mut s[QKV], qkv)?;
-        let attention = self.attention(pass.rotations);
-        pass.backend.attention_cached(&attention, pass.tokens, position, qkv, cache, attended)?;
-        self.after_attention(pass, &mut buffers)
-    }
-
-    fn normalise_input(&self, pass: Pass<'_, B>, buffers: &mut ForwardBuffers<'_, B>) -> Result<()> {
-        let norm = self.shape.norm(self.input_norm.with(pass.adapters));
-        pass.backend.rms_norm(norm, pass.tokens, buffers.x_in, None, &mut buffers.inputs.normed_input)
-    }
-
-    fn after_attention(&self, pass: Pass<'_, B>, buffers: &mut ForwardBuffers<'_, B>) -> Result<()> {
         let Pass { backend, adapters, tokens, .. } = pass;
-        let ForwardBuffers { x_in, saved, inputs, x_out } = buffers;
-        let Inputs { normed_middle, act, .. } = &mut **inputs;
-        let Saved { attended, middle, gate_up, s: [_, output_s, gate_up_s, down_s], branches, .. } =
-            &mut **saved;
-        let [attention_branch, mlp_branch] = split(branches);
-        let behind = self.attention_norm.as_ref().zip(attention_branch);
+        let ForwardBuffers { x_in, saved, inputs, .. } = &mut buffers;
+        let input = pass.normed_input(self.norm(&self.input_norm, pass), x_in, &mut inputs.normed_input);
+        let Saved { qkv, attended, middle, s: [projection_s, output_s, ..], branches, .. } = &mut **saved;
+        backend.normed_linear(&self.qkv, adapters, input, projection_s, qkv)?;
+        backend.attention_cached(&self.attention(pass.rotations), tokens, position, qkv, cache, attended)?;
+        let behind = self.attention_norm.as_ref().zip(split(branches)[0].take());
         self.add_branch(pass, behind, x_in, middle, |residual, y| {
             backend.linear(&self.output, adapters, pass.input(attended), residual, output_s, y)
         })?;
-        let norm = self.shape.norm(self.middle_norm.with(adapters));
-        backend.rms_norm(norm, tokens, middle, None, normed_middle)?;
-        let behind = self.mlp_norm.as_ref().zip(mlp_branch);
+        self.mlp_forward(pass, buffers)
+    }
+
+    fn mlp_forward(&self, pass: Pass<'_, B>, buffers: ForwardBuffers<'_, B>) -> Result<()> {
+        let ForwardBuffers { saved, inputs: Inputs { normed_middle, act, .. }, x_out, .. } = buffers;
+        let Saved { middle, gate_up, s: [.., gate_up_s, down_s], branches, .. } = saved;
+        let input = pass.normed_input(self.norm(&self.middle_norm, pass), middle, normed_middle);
+        let behind = self.mlp_norm.as_ref().zip(split(branches)[1].take());
         self.add_branch(pass, behind, middle, x_out, |residual, y| {
             let saved = MlpSaved { gate_up, gate_up_s, act, down_s };
-            backend.mlp(self.mlp(), adapters, pass.input(normed_middle), residual, saved, y)
+            pass.backend.mlp(self.mlp(), pass.adapters, input, residual, saved, y)
         })
+    }
+
+    fn norm<'a>(&'a self, weight: &'a NormWeight<B>, pass: Pass<'a, B>) -> RmsNorm<'a, B> {
+        self.shape.norm(weight.with(pass.adapters))
+    }
+
+    fn self_attention<'a>(&'a self, attention: &'a Attention<'a, B>) -> SelfAttention<'a, B> {
+        SelfAttention { projection: &self.qkv, attention, output: &self.output }
     }
 
     fn mlp(&self) -> Mlp<'_, B> {
@@ -321,7 +332,7 @@ impl<B: Backend> Block<B> {
     ) -> Result<()> {
         let Some((weight, branch)) = behind else { return write(Some(residual), sum) };
         write(None, branch)?;
-        let norm = self.shape.norm(weight.with(pass.adapters));
+        let norm = self.norm(weight, pass);
         pass.backend.rms_norm(norm, pass.tokens, branch, Some(residual), sum)
     }
 
@@ -337,7 +348,7 @@ impl<B: Backend> Block<B> {
     ) -> Result<&'a B::Buffer> {
         let Some(((weight, branch), dbranch)) = behind.zip(dbranch) else { return Ok(dx) };
         let Pass { backend, tokens, .. } = pass;
-        let norm = self.shape.norm(weight.with(pass.adapters));
+        let norm = self.norm(weight, pass);
         backend.zero_buffer(dbranch, tokens * self.shape.hidden_size)?;
         backend.rms_norm_backward(norm, tokens, branch, dx, dbranch)?;
         if weight.is_trained() {
@@ -359,7 +370,7 @@ impl<B: Backend> Block<B> {
         let Pass { backend, adapters, tokens, .. } = pass;
         let BackwardBuffers { x_in, saved, inputs, inputs_are_kept, gradient, dx } = buffers;
         let Saved { qkv, log_sum, attended, middle, gate_up, s, branches } = saved;
-        let [qkv_s, output_s, gate_up_s, down_s] = s;
+        let [projection_s, output_s, gate_up_s, down_s] = s;
         let [attention_branch, mlp_branch] = split(branches).map(|branch| branch.map(|branch| &*branch));
         let Inputs { normed_input, normed_middle, act } = inputs;
         let GradientScratch { dnormed, dqkv, dattended, dact, dbranch } = gradient;
@@ -367,16 +378,16 @@ impl<B: Backend> Block<B> {
         let must_recompute = |group: usize| !inputs_are_kept && ranks[group] > 0;
         let needs_dx = |group: usize| trains_below || self.trains_before(group);
 
-        let norm = self.shape.norm(self.middle_norm.with(adapters));
+        let norm = self.norm(&self.middle_norm, pass);
         if must_recompute(GATE_UP) {
             backend.rms_norm(norm, tokens, middle, None, normed_middle)?;
         }
         let behind = self.mlp_norm.as_ref().zip(mlp_branch);
         let dy = self.branch_gradient(pass, behind, dx, dbranch.as_mut(), gradients)?;
         let reach = match (needs_dx(DOWN), needs_dx(GATE_UP)) {
-            (false, _) => MlpReach::Down,
-            (true, false) => MlpReach::GateUp,
-            (true, true) => MlpReach::Input(&mut *dnormed),
+            (false, _) => Reach::Second,
+            (true, false) => Reach::First,
+            (true, true) => Reach::Input(&mut *dnormed),
         };
         let saved = MlpSaved { gate_up, gate_up_s, act, down_s };
         let gradient = MlpGradient { dy, act_is_kept: inputs_are_kept, dact, reach };
@@ -389,24 +400,23 @@ impl<B: Backend> Block<B> {
             backend.rms_norm_weight_backward(norm, tokens, middle, dnormed, gradients)?;
         }
 
-        let wanted = needs_dx(OUTPUT).then_some(&mut *dattended);
-        let behind = self.attention_norm.as_ref().zip(attention_branch);
-        let dy = self.branch_gradient(pass, behind, dx, dbranch.as_mut(), gradients)?;
-        let input = pass.input(attended);
-        backend.linear_backward(&self.output, adapters, input, output_s, dy, gradients, wanted)?;
-        if !needs_dx(OUTPUT) {
-            return Ok(());
-        }
-        let norm = self.shape.norm(self.input_norm.with(adapters));
+        let norm = self.norm(&self.input_norm, pass);
         if must_recompute(QKV) {
             backend.rms_norm(norm, tokens, x_in, None, normed_input)?;
         }
+        let behind = self.attention_norm.as_ref().zip(attention_branch);
+        let dy = self.branch_gradient(pass, behind, dx, dbranch.as_mut(), gradients)?;
+        let reach = match (needs_dx(OUTPUT), needs_dx(QKV)) {
+            (false, _) => Reach::Second,
+            (true, false) => Reach::First,
+            (true, true) => Reach::Input(&mut *dnormed),
+        };
         let attention = self.attention(pass.rotations);
-        let layer = SelfAttention { projection: &self.qkv, attention: &attention };
-        let results = AttentionResults { s: qkv_s, qkv, log_sum, out: attended };
-        let wanted = needs_dx(QKV).then_some(&mut *dnormed);
-        let gradients_of = AttentionGradients { dout: dattended, dqkv, adapters: gradients, dx: wanted };
-        backend.self_attention_backward(&layer, adapters, pass.input(normed_input), results, gradients_of)?;
+        let layer = self.self_attention(&attention);
+        let saved = AttentionSaved { projection_s, qkv, log_sum, out: attended, output_s };
+        let gradient = AttentionGradient { dy, dout: dattended, dqkv, reach };
+        let input = pass.input(normed_input);
+        backend.self_attention_backward(layer, adapters, input, saved, gradient, gradients)?;
         if !needs_dx(QKV) {
             return Ok(());
         }

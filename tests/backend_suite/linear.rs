@@ -130,6 +130,11 @@ pub struct Setup<B: Backend> {
 
 impl<B: Backend> Setup<B> {
     pub fn new(backend: &B, case: Case, precision: Precision) -> Self {
+        Self::behind(0, backend, case, precision)
+    }
+
+    /// The same with its adapters behind the first `taken` numbers of the flat buffer.
+    pub fn behind(taken: usize, backend: &B, case: Case, precision: Precision) -> Self {
         let case = Case { in_features: precision.width(case.in_features), ..case };
         let width = case.in_features;
         let widened = case.projections.iter().map(|&(out, rank)| (precision.width(out), rank));
@@ -150,7 +155,7 @@ impl<B: Backend> Setup<B> {
         let bias = precision.values(outs, 40);
         // A matrices side by side, B matrices behind them in the opposite order, gaps around.
         let ranks: usize = case.projections.iter().map(|&(_, rank)| rank).sum();
-        let mut a_offset = precision.width(3);
+        let mut a_offset = precision.width(taken + 3);
         let mut b_offset = a_offset + ranks * width + 2;
         let mut projections = Vec::new();
         let ranked = widened.clone().filter(|&(_, rank)| rank > 0);

@@ -1,15 +1,16 @@
 //! The gated MLP: adapters on any of its linears, dropout, the activation kept or not, and how far gradients go.
 
 use fastlora::backend::{
-    Activation, Backend, Dropout, LinearGroup, LinearInput, LoraSlot, Mlp, MlpGradient, MlpReach, MlpSaved,
-    PassSettings, PlacedAdapter, Projection,
+    Activation, Backend, Dropout, LinearGroup, LinearInput, LoraSlot, Mlp, MlpGradient, MlpSaved,
+    NormedInput, PassSettings, PlacedAdapter, Projection, Reach,
 };
 use fastlora::batch::Batch;
 use fastlora::dtype::DType;
 
 use super::reference::{self, dot, dropout_factors};
 use super::{
-    Record, batch_of, buffer, finite_differences, read, read_floats, resident_with, stored, values, widen,
+    Record, batch_of, buffer, finite_differences, norm_of, norm_weight, read, read_floats, resident_with,
+    stored, values, widen,
 };
 
 /// What is in front of the MLP's own numbers in the flat buffer, and behind them.
@@ -84,6 +85,7 @@ impl<B: Backend> Linear<B> {
 
 /// What a forward leaves.
 struct Left<B: Backend> {
+    normed: B::Buffer,
     gate_up: B::Buffer,
     gate_up_s: B::Buffer,
     act: B::Buffer,
@@ -91,9 +93,9 @@ struct Left<B: Backend> {
 }
 
 impl<B: Backend> Left<B> {
-    fn saved(&mut self) -> MlpSaved<'_, B> {
-        let Self { gate_up, gate_up_s, act, down_s } = self;
-        MlpSaved { gate_up, gate_up_s, act, down_s }
+    fn split(&mut self) -> (&mut B::Buffer, MlpSaved<'_, B>) {
+        let Self { normed, gate_up, gate_up_s, act, down_s } = self;
+        (normed, MlpSaved { gate_up, gate_up_s, act, down_s })
     }
 }
 
@@ -129,13 +131,15 @@ fn check<B: Backend>(backend: &B, record: &mut Record, case: Case) {
     for group in [mlp.gate_up, mlp.down] {
         backend.renew_group(group, &adapters).unwrap();
     }
-    let [x, residual, dy] = [62, 63, 64].map(|seed| precision.values(rows * hidden, seed));
-    let (x_buffer, dy_buffer) = (buffer(backend, &x), buffer(backend, &dy));
+    let [stream, residual, dy] = [62, 63, 64].map(|seed| precision.values(rows * hidden, seed));
+    let (stream_buffer, dy_buffer) = (buffer(backend, &stream), buffer(backend, &dy));
+    let norm_weight = norm_weight(backend, precision, hidden);
+    let norm = norm_of(&norm_weight, hidden);
     let residual_buffer = case.has_residual.then(|| buffer(backend, &residual));
-    let input = || LinearInput { x: &x_buffer, rows, batch: &batch };
     let stride = |group: &LinearGroup<B>| backend.low_rank_stride(group.total_rank()).max(1);
     let buffer_of = |width: usize| backend.buffer(rows * width).unwrap();
     let mut left = Left::<B> {
+        normed: buffer_of(hidden),
         gate_up: buffer_of(2 * width),
         gate_up_s: buffer_of(stride(mlp.gate_up)),
         act: buffer_of(width),
@@ -143,9 +147,15 @@ fn check<B: Backend>(backend: &B, record: &mut Record, case: Case) {
     };
     let mut y = buffer_of(hidden);
     let forward = |left: &mut Left<B>, y: &mut B::Buffer| {
-        backend.mlp(mlp, &adapters, input(), residual_buffer.as_ref(), left.saved(), y).unwrap();
+        let (normed, saved) = left.split();
+        let input = NormedInput { norm, x: &stream_buffer, rows, batch: &batch, normed };
+        backend.mlp(mlp, &adapters, input, residual_buffer.as_ref(), saved, y).unwrap();
     };
     forward(&mut left, &mut y);
+    let x = read(backend, &left.normed, rows * hidden);
+    let mut separate = buffer_of(hidden);
+    backend.rms_norm(norm, rows, &stream_buffer, None, &mut separate).unwrap();
+    assert_eq!(x, read(backend, &separate, rows * hidden), "mlp {case:?}: normed");
 
     let factors = [gate_up.factors(&host_batch, case.dropout), down.factors(&host_batch, case.dropout)];
     let exact = |x: &[f64], adapters: &[f64]| -> Vec<f64> {
@@ -178,13 +188,15 @@ fn check<B: Backend>(backend: &B, record: &mut Record, case: Case) {
         }
         backend.write_buffer(&mut dx, &vec![f32::NAN; rows * hidden]).unwrap();
         let reach = match goes_to {
-            "input" => MlpReach::Input(&mut dx),
-            "gate|up" => MlpReach::GateUp,
-            _ => MlpReach::Down,
+            "input" => Reach::Input(&mut dx),
+            "gate|up" => Reach::First,
+            _ => Reach::Second,
         };
         let gradient = MlpGradient { dy: &dy_buffer, act_is_kept, dact: &mut dact, reach };
         let mut gradients = backend.floats(&before).unwrap();
-        backend.mlp_backward(mlp, &adapters, input(), left.saved(), gradient, &mut gradients).unwrap();
+        let (normed, saved) = left.split();
+        let input = LinearInput { x: normed, rows, batch: &batch };
+        backend.mlp_backward(mlp, &adapters, input, saved, gradient, &mut gradients).unwrap();
         let found = read_floats(backend, &gradients, before.len());
         let case = format!("mlp {case:?} to {goes_to}, act kept: {act_is_kept}");
         if goes_to == "input" {

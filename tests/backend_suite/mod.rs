@@ -15,11 +15,12 @@ mod mlp;
 mod optimizer;
 mod self_attention;
 
-use fastlora::backend::{Backend, Dropout, EmbeddingNoise, PassSettings};
+use fastlora::backend::{Backend, Dropout, EmbeddingNoise, PassSettings, RmsNorm, Weight};
 use fastlora::batch::Batch;
 #[allow(unused_imports)] // Each backend's test uses its part.
 pub use fastlora::selftest::inputs::{batch_of, rope_table, stored, values, widen};
 pub use fastlora::selftest::{Precision, reference};
+use fastlora::tensor::WeightTensor;
 
 #[allow(unused_imports)] // Only backends in f32 promise it.
 pub use invariance::batch_cuts_agree;
@@ -138,4 +139,15 @@ pub fn resident_with<B: Backend>(backend: &B, batch: &Batch, settings: PassSetti
     backend.load_batch(&mut resident, &batch_of(&[9, 30], 7), before).unwrap();
     backend.load_batch(&mut resident, batch, settings).unwrap();
     resident
+}
+
+/// Weights of a norm over rows of `width`: halved, as the rows of `values` grow by √3 when they are normalised.
+pub fn norm_weight<B: Backend>(backend: &B, precision: Precision, width: usize) -> B::Vector {
+    let weight: Vec<f32> = precision.values(width, 66).iter().map(|value| value / 2.0).collect();
+    backend.vector(&[WeightTensor::from_f32("norm", vec![width], &weight)]).unwrap()
+}
+
+/// The norm with them.
+pub fn norm_of<B: Backend>(weight: &B::Vector, width: usize) -> RmsNorm<'_, B> {
+    RmsNorm { weight: Weight::Frozen(weight), weight_offset: 0.0, epsilon: 1e-5, width }
 }

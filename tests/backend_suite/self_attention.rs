@@ -1,15 +1,17 @@
-//! Attention with its projection: what the two operations give one after the other, bit for bit.
+//! Attention with the linears around it: what the operations give one after the other, bit for bit.
 
 use fastlora::backend::{
-    AttentionGradients, AttentionResults, Backend, LinearInput, PassSettings, SelfAttention,
+    AttentionGradient, AttentionSaved, Backend, LinearInput, NormedInput, PassSettings, Reach, SelfAttention,
 };
 use fastlora::dtype::DType;
 
 use super::attention::{self, Inputs, case};
 use super::linear::{self, Setup};
-use super::{Precision, Record, batch_of, buffer, read, read_floats, resident_with};
+use super::{Precision, Record, batch_of, buffer, norm_of, norm_weight, read, read_floats, resident_with};
 
-const IN_FEATURES: usize = 40;
+/// Width of the residual stream, and rank of the output's adapter.
+const HIDDEN: usize = 40;
+const OUTPUT: &[(usize, usize)] = &[(HIDDEN, 5)];
 
 /// Attention, the width and rank of each projection, and the probability of dropout.
 type Case = (attention::Case, &'static [(usize, usize)], f32);
@@ -30,86 +32,127 @@ const CASES: &[Case] = &[
 
 pub fn run<B: Backend>(backend: &B, record: &Record) {
     for &(shape, projections, dropout) in CASES {
-        let linear = linear::Case {
+        let linear = |in_features, projections, bias| linear::Case {
             lengths: shape.lengths,
-            in_features: IN_FEATURES,
+            in_features,
             projections,
-            bias: true,
+            bias,
             residual: false,
             dropout,
             dtype: DType::F32,
             magnitudes: false,
         };
-        compare(backend, record.precision, shape, linear);
+        let queries = shape.query_heads * shape.head_dim;
+        let linears = [linear(HIDDEN, projections, true), linear(queries, OUTPUT, false)];
+        compare(backend, record.precision, shape, linears);
     }
 }
 
-fn compare<B: Backend>(backend: &B, precision: Precision, shape: attention::Case, linear: linear::Case) {
-    let setup = Setup::new(backend, linear, precision);
+fn compare<B: Backend>(
+    backend: &B,
+    precision: Precision,
+    shape: attention::Case,
+    [of_projection, of_output]: [linear::Case; 2],
+) {
+    let projection = Setup::new(backend, of_projection, precision);
+    let taken = projection.adapters.len();
+    let output = Setup::behind(taken, backend, of_output, precision);
     let inputs = Inputs::new(shape, precision);
-    let batch = batch_of(linear.lengths, 7);
-    let resident =
-        resident_with(backend, &batch, PassSettings { dropout: setup.dropout, ..PassSettings::default() });
-    let (rows, width) = (batch.token_count(), setup.group.in_features);
-    let (outputs, queries) = (setup.group.out_features(), shape.query_heads * shape.head_dim);
-    let x = buffer(backend, &precision.values(rows * width, 61));
-    let dout = buffer(backend, &inputs.dout);
-    let adapters = backend.floats(&setup.adapters).unwrap();
-    backend.renew_group(&setup.group, &adapters).unwrap();
-    let input = || LinearInput { x: &x, rows, batch: &resident };
+    let batch = batch_of(shape.lengths, 7);
+    let settings = PassSettings { dropout: projection.dropout, ..PassSettings::default() };
+    let resident = resident_with(backend, &batch, settings);
+    let (rows, width) = (batch.token_count(), projection.group.in_features);
+    let (outputs, queries) = (projection.group.out_features(), shape.query_heads * shape.head_dim);
+    let [x, residual, dy] = [61, 62, 63].map(|seed| buffer(backend, &precision.values(rows * width, seed)));
+    let norm_weight = norm_weight(backend, precision, width);
+    let norm = norm_of(&norm_weight, width);
+    // The numbers of the first adapters are the same in both.
+    let adapters = backend.floats(&output.adapters).unwrap();
+    for setup in [&projection, &output] {
+        backend.renew_group(&setup.group, &adapters).unwrap();
+    }
 
     let results = |is_one: bool| {
-        let mut s = backend.buffer(rows * backend.low_rank_stride(setup.group.total_rank())).unwrap();
-        let [mut qkv, mut dqkv] = [(); 2].map(|()| backend.buffer(rows * outputs).unwrap());
-        let mut out = backend.buffer(rows * queries).unwrap();
-        let mut dx = backend.buffer(rows * width).unwrap();
+        let buffer_of = |width: usize| backend.buffer(rows * width).unwrap();
+        let stride = |setup: &Setup<B>| backend.low_rank_stride(setup.group.total_rank());
+        let [mut projection_s, mut output_s] = [&projection, &output].map(|setup| buffer_of(stride(setup)));
+        let [mut qkv, mut dqkv] = [(); 2].map(|()| buffer_of(outputs));
+        let [mut out, mut dout] = [(); 2].map(|()| buffer_of(queries));
+        let [mut normed, mut y, mut dx] = [(); 3].map(|()| buffer_of(width));
         let mut log_sum = backend.floats(&vec![0.0; rows * shape.query_heads]).unwrap();
-        let mut gradients = backend.floats(&vec![0.5; setup.adapters.len()]).unwrap();
+        let mut gradients = backend.floats(&vec![0.5; output.adapters.len()]).unwrap();
         inputs.with_attention(backend, |attention| {
-            let layer = SelfAttention { projection: &setup.group, attention };
+            let layer = SelfAttention { projection: &projection.group, attention, output: &output.group };
             if is_one {
-                let results =
-                    AttentionResults { s: &mut s, qkv: &mut qkv, log_sum: &mut log_sum, out: &mut out };
-                backend.self_attention(&layer, &adapters, input(), results).unwrap();
-                let results =
-                    AttentionResults { s: &mut s, qkv: &mut qkv, log_sum: &mut log_sum, out: &mut out };
-                let gradients = AttentionGradients {
-                    dout: &dout,
-                    dqkv: &mut dqkv,
-                    adapters: &mut gradients,
-                    dx: Some(&mut dx),
+                let input = NormedInput { norm, x: &x, rows, batch: &resident, normed: &mut normed };
+                let saved = AttentionSaved {
+                    projection_s: &mut projection_s,
+                    qkv: &mut qkv,
+                    log_sum: &mut log_sum,
+                    out: &mut out,
+                    output_s: &mut output_s,
                 };
-                backend.self_attention_backward(&layer, &adapters, input(), results, gradients).unwrap();
-            } else {
-                backend.linear(&setup.group, &adapters, input(), None, &mut s, &mut qkv).unwrap();
-                backend.attention(attention, &resident, &qkv, &mut log_sum, &mut out).unwrap();
+                backend.self_attention(layer, &adapters, input, Some(&residual), saved, &mut y).unwrap();
+                let saved = AttentionSaved {
+                    projection_s: &mut projection_s,
+                    qkv: &mut qkv,
+                    log_sum: &mut log_sum,
+                    out: &mut out,
+                    output_s: &mut output_s,
+                };
+                let reach = Reach::Input(&mut dx);
+                let gradient = AttentionGradient { dy: &dy, dout: &mut dout, dqkv: &mut dqkv, reach };
+                let input = LinearInput { x: &normed, rows, batch: &resident };
                 backend
-                    .attention_backward(attention, &resident, &qkv, &log_sum, &out, &dout, &mut dqkv)
+                    .self_attention_backward(layer, &adapters, input, saved, gradient, &mut gradients)
                     .unwrap();
-                backend
-                    .linear_backward(
-                        &setup.group,
-                        &adapters,
-                        input(),
-                        &s,
-                        &dqkv,
-                        &mut gradients,
-                        Some(&mut dx),
-                    )
-                    .unwrap();
+                return;
             }
+            let SelfAttention { projection, output, .. } = layer;
+            backend.rms_norm(norm, rows, &x, None, &mut normed).unwrap();
+            let input = || LinearInput { x: &normed, rows, batch: &resident };
+            backend.linear(projection, &adapters, input(), None, &mut projection_s, &mut qkv).unwrap();
+            backend.attention(attention, &resident, &qkv, &mut log_sum, &mut out).unwrap();
+            let of_output = || LinearInput { x: &out, rows, batch: &resident };
+            backend.linear(output, &adapters, of_output(), Some(&residual), &mut output_s, &mut y).unwrap();
+            backend
+                .linear_backward(
+                    output,
+                    &adapters,
+                    of_output(),
+                    &output_s,
+                    &dy,
+                    &mut gradients,
+                    Some(&mut dout),
+                )
+                .unwrap();
+            backend.attention_backward(attention, &resident, &qkv, &log_sum, &out, &dout, &mut dqkv).unwrap();
+            backend
+                .linear_backward(
+                    projection,
+                    &adapters,
+                    input(),
+                    &projection_s,
+                    &dqkv,
+                    &mut gradients,
+                    Some(&mut dx),
+                )
+                .unwrap();
         });
         [
+            ("normed", read(backend, &normed, rows * width)),
             ("out", read(backend, &out, rows * queries)),
             ("log_sum", read_floats(backend, &log_sum, rows * shape.query_heads)),
+            ("y", read(backend, &y, rows * width)),
+            ("dout", read(backend, &dout, rows * queries)),
             ("dqkv", read(backend, &dqkv, rows * outputs)),
-            ("gradients", read_floats(backend, &gradients, setup.adapters.len())),
+            ("gradients", read_floats(backend, &gradients, output.adapters.len())),
             ("dx", read(backend, &dx, rows * width)),
         ]
     };
     for ((what, one), (_, two)) in results(true).into_iter().zip(results(false)) {
         assert!(two.iter().any(|&value| value != 0.0 && value.is_finite()), "{shape:?}: {what} is empty");
         let first = one.iter().zip(&two).position(|(one, two)| one.to_bits() != two.to_bits());
-        assert_eq!(first, None, "{shape:?}: {what} of one operation differs from that of two");
+        assert_eq!(first, None, "{shape:?}: {what} of one operation differs from that of several");
     }
 }

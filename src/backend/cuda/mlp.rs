@@ -8,8 +8,8 @@ use super::products::{DownShare, Gated, NO_MASK};
 use super::weights::WIDTH_MULTIPLE;
 use super::{CudaBackend, CudaBatch, Scratch, lock};
 use crate::backend::{
-    Activation, AdapterShape, Backend, LinearGradients, LinearGroup, LinearInput, Mlp, MlpGradient, MlpReach,
-    MlpSaved, Work, mlp,
+    Activation, AdapterShape, Backend, LinearGradients, LinearGroup, LinearInput, Mlp, MlpGradient, MlpSaved,
+    NormedInput, Reach, Work, mlp,
 };
 use crate::device::{Argument, Device};
 use crate::error::Result;
@@ -203,12 +203,12 @@ impl<D: Device> CudaBackend<D> {
         &self,
         mlp: Mlp<'_, Self>,
         parameters: &CudaFloats<D>,
-        input: LinearInput<'_, Self>,
+        input: NormedInput<'_, Self>,
         residual: Option<&CudaBuffer<D>>,
         saved: MlpSaved<'_, Self>,
         y: &mut CudaBuffer<D>,
     ) -> Result<()> {
-        let LinearInput { rows, batch, x } = input;
+        let (rows, batch) = (input.rows, input.batch);
         if rows == 0 || !self.kernels.uses_hopper {
             return match GatePass::new(shapes_of(mlp.down), mlp.width(), rows) {
                 Some(pass) if rows > 0 => {
@@ -222,12 +222,13 @@ impl<D: Device> CudaBackend<D> {
             None => share_bytes(shapes_of(mlp.down), mlp.width(), rows),
             Some(_) => 0,
         };
+        let input = input.normalise(self)?;
         {
             let shape = || mlp.gate_up.shape(rows, mlp.gate_up.weight.bytes());
             let rank = if share > 0 { mlp.down.total_rank() } else { 0 };
             let _range = range!("linear gated"; Work::of_gated_linear(shape(), rank, HALF_BYTES));
             self.adapter_down(mlp.gate_up, parameters, &input, gate_up_s)?;
-            let product = self.forward_product(mlp.gate_up, rows, x, None, gate_up_s, gate_up)?;
+            let product = self.forward_product(mlp.gate_up, rows, input.x, None, gate_up_s, gate_up)?;
             let (elements, width) = (rows * mlp.width(), mlp.width());
             let mut scratch = lock(&self.scratch);
             let down = match share {
@@ -271,7 +272,7 @@ impl<D: Device> CudaBackend<D> {
         mlp: Mlp<'_, Self>,
         pass: GatePass,
         parameters: &CudaFloats<D>,
-        input: LinearInput<'_, Self>,
+        input: NormedInput<'_, Self>,
         residual: Option<&CudaBuffer<D>>,
         saved: MlpSaved<'_, Self>,
         y: &mut CudaBuffer<D>,
@@ -279,7 +280,7 @@ impl<D: Device> CudaBackend<D> {
         let GatePass { tokens, width, rank, .. } = pass;
         let MlpSaved { gate_up, gate_up_s, act, down_s } = saved;
         let mask = mask_arguments(input.batch, mlp.down.input_index)?;
-        self.linear(mlp.gate_up, parameters, input, None, gate_up_s, gate_up)?;
+        self.normed_linear(mlp.gate_up, parameters, input, gate_up_s, gate_up)?;
         {
             let _range = range!("gated"; Work::of_gated_with_s(tokens, width, rank, HALF_BYTES));
             let mut scratch = lock(&self.scratch);
@@ -328,7 +329,7 @@ impl<D: Device> CudaBackend<D> {
             [_, _] => MiddlePass::new(shapes_of(mlp.gate_up), shapes_of(mlp.down), mlp.width(), rows),
             _ => None,
         };
-        let (Some(pass), MlpReach::GateUp | MlpReach::Input(_)) = (pass, &gradient.reach) else {
+        let (Some(pass), Reach::First | Reach::Input(_)) = (pass, &gradient.reach) else {
             return mlp::backward(self, mlp, parameters, input, saved, gradient, gradients);
         };
         let MlpSaved { gate_up, gate_up_s, down_s, .. } = saved;
@@ -348,8 +349,8 @@ impl<D: Device> CudaBackend<D> {
             self.middle_gradient(mlp, pass, batch, buffers, gradients, &mut scratch)?
         };
         let dx = match reach {
-            MlpReach::Input(dx) => Some(&*dx),
-            MlpReach::Down | MlpReach::GateUp => None,
+            Reach::Input(dx) => Some(&*dx),
+            Reach::Second | Reach::First => None,
         };
         let wanted = LinearGradients { a: true, b: false, dx: dx.is_some() };
         let _range = linear_range(mlp.gate_up, rows, wanted);

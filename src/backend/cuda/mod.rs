@@ -36,9 +36,9 @@ pub use recordings::CudaRecordings;
 pub use trial::Trial;
 
 use crate::backend::{
-    Activation, AdamWStep, Attention, AttentionGradients, AttentionResults, Backend, Embedding, Features,
-    Head, KvCache, LinearGradients, LinearGroup, LinearInput, Mlp, MlpGradient, MlpSaved, OptimizerState,
-    PassSettings, Projection, RmsNorm, SelfAttention, Work,
+    Activation, AdamWStep, Attention, AttentionGradient, AttentionSaved, Backend, Embedding, Features, Head,
+    KvCache, LinearGradients, LinearGroup, LinearInput, Mlp, MlpGradient, MlpSaved, NormedInput,
+    OptimizerState, PassSettings, Projection, RmsNorm, SelfAttention, Work,
 };
 use crate::batch::Batch;
 use crate::device::Device;
@@ -349,23 +349,26 @@ impl<D: Device> Backend for CudaBackend<D> {
 
     fn self_attention(
         &self,
-        layer: &SelfAttention<'_, Self>,
+        layer: SelfAttention<'_, Self>,
         adapters: &Self::Floats,
-        input: LinearInput<'_, Self>,
-        results: AttentionResults<'_, Self>,
+        input: NormedInput<'_, Self>,
+        residual: Option<&Self::Buffer>,
+        saved: AttentionSaved<'_, Self>,
+        y: &mut Self::Buffer,
     ) -> Result<()> {
-        self.self_attention_forward(layer, adapters, input, results)
+        self.self_attention_forward(layer, adapters, input, residual, saved, y)
     }
 
     fn self_attention_backward(
         &self,
-        layer: &SelfAttention<'_, Self>,
+        layer: SelfAttention<'_, Self>,
         adapters: &Self::Floats,
         input: LinearInput<'_, Self>,
-        results: AttentionResults<'_, Self>,
-        gradients: AttentionGradients<'_, Self>,
+        saved: AttentionSaved<'_, Self>,
+        gradient: AttentionGradient<'_, Self>,
+        gradients: &mut Self::Floats,
     ) -> Result<()> {
-        self.self_attention_gradient(layer, adapters, input, results, gradients)
+        self.self_attention_gradient(layer, adapters, input, saved, gradient, gradients)
     }
 
     fn attention_cached(
@@ -409,7 +412,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         &self,
         mlp: Mlp<'_, Self>,
         adapters: &Self::Floats,
-        input: LinearInput<'_, Self>,
+        input: NormedInput<'_, Self>,
         residual: Option<&Self::Buffer>,
         saved: MlpSaved<'_, Self>,
         y: &mut Self::Buffer,

@@ -4,14 +4,14 @@ use super::super::comparison::{Comparison, Outcome, sample_rows};
 use super::super::inputs::{batch_of, weight, widen};
 use super::super::precision::{Precision, Tolerance};
 use super::super::reference::{self, dot, dropout_factors};
-use super::rows::stored_half;
+use super::rows::{Norm, plain_norm, stored_half};
 use super::{
     Operation, Prepared, Ready, Work, expect, poisoned, read, read_floats, read_s, ready, resident, upload,
     wide_row,
 };
 use crate::backend::{
     Activation, Backend, Dropout, LinearGradients, LinearGroup, LinearInput, LinearShape, LoraSlot, Mlp,
-    MlpGradient, MlpReach, MlpSaved, PassSettings, PlacedAdapter, Projection, placed_adapters,
+    MlpGradient, MlpSaved, NormedInput, PassSettings, PlacedAdapter, Projection, Reach, placed_adapters,
 };
 use crate::batch::Batch;
 use crate::dtype::DType;
@@ -126,7 +126,7 @@ struct MlpOperation {
     gate_up: Group,
     down: Group,
     parameters: Vec<f32>,
-    x: Vec<f32>,
+    norm: Norm,
     dy: Vec<f32>,
 }
 
@@ -141,8 +141,9 @@ pub(super) fn operations<B: Backend + 'static>(
         .into()
 }
 
-/// What a forward left, on the host: outputs of gate and up, the activation, and `s` of both groups without padding.
+/// What a forward left, on the host: what gate and up read, their outputs, the activation, and `s` of both groups without padding.
 struct Found {
+    normed: Vec<f32>,
     gate_up: Vec<f32>,
     gate_up_s: Vec<f32>,
     act: Vec<f32>,
@@ -163,7 +164,7 @@ impl MlpOperation {
             dropout: (case.dropout > 0.0).then_some(Dropout { probability: case.dropout, seed: 7, epoch: 2 }),
             // Rounded, so that a backend's copies of them in the compute type lose nothing.
             parameters: scaled(precision.values(end, 41), width),
-            x: precision.values(rows * hidden, 42),
+            norm: Norm::forward(precision, rows, hidden),
             dy: precision.values(rows * hidden, 43),
             precision,
             case,
@@ -198,9 +199,9 @@ impl MlpOperation {
         let MlpCase { hidden, width, activation, .. } = self.case;
         let compute = self.precision.compute;
         let sample = || sample_rows(self.rows(), SAMPLED_ROWS);
-        let mut outcomes = Vec::new();
+        let mut outcomes = vec![self.norm.compare_forward("norm(x)", &found.normed)];
         for (group, x, s, y, names) in [
-            (&self.gate_up, &self.x, &found.gate_up_s, &found.gate_up[..], ["s of gate|up", "gate|up"]),
+            (&self.gate_up, &found.normed, &found.gate_up_s, &found.gate_up[..], ["s of gate|up", "gate|up"]),
             (&self.down, &found.act, &found.down_s, y, ["s of down", "y"]),
         ] {
             let (reference, inputs, rank) =
@@ -305,7 +306,9 @@ struct State<B: Backend> {
     down_group: LinearGroup<B>,
     adapters: B::Floats,
     batch: B::Batch,
+    norm_weight: B::Vector,
     x: B::Buffer,
+    normed: B::Buffer,
     gate_up: B::Buffer,
     gate_up_s: B::Buffer,
     act: B::Buffer,
@@ -326,10 +329,23 @@ struct Backward<B: Backend> {
 impl<B: Backend> State<B> {
     fn forward(&mut self, backend: &B, operation: &MlpOperation) -> Result<()> {
         let Self {
-            gate_up_group, down_group, adapters, batch, x, gate_up, gate_up_s, act, down_s, y, ..
+            gate_up_group,
+            down_group,
+            adapters,
+            batch,
+            norm_weight,
+            x,
+            normed,
+            gate_up,
+            gate_up_s,
+            act,
+            down_s,
+            y,
+            ..
         } = self;
         let mlp = Mlp { gate_up: gate_up_group, down: down_group, activation: operation.case.activation };
-        let input = LinearInput { x, rows: operation.rows(), batch };
+        let norm = plain_norm(norm_weight, operation.case.hidden);
+        let input = NormedInput { norm, x, rows: operation.rows(), batch, normed };
         backend.mlp(mlp, adapters, input, None, MlpSaved { gate_up, gate_up_s, act, down_s }, y)
     }
 
@@ -339,7 +355,7 @@ impl<B: Backend> State<B> {
             down_group,
             adapters,
             batch,
-            x,
+            normed,
             gate_up,
             gate_up_s,
             act,
@@ -349,15 +365,17 @@ impl<B: Backend> State<B> {
         } = self;
         let Some(Backward { dy, dact, dx, gradients, .. }) = backward else { return Ok(()) };
         let mlp = Mlp { gate_up: gate_up_group, down: down_group, activation: operation.case.activation };
-        let input = LinearInput { x, rows: operation.rows(), batch };
+        let input = LinearInput { x: normed, rows: operation.rows(), batch };
         let saved = MlpSaved { gate_up, gate_up_s, act, down_s };
-        let gradient = MlpGradient { dy, act_is_kept: false, dact, reach: MlpReach::Input(dx) };
+        let gradient = MlpGradient { dy, act_is_kept: false, dact, reach: Reach::Input(dx) };
         backend.mlp_backward(mlp, adapters, input, saved, gradient, gradients)
     }
 
     fn read(&self, backend: &B, operation: &MlpOperation) -> Result<Found> {
-        let (rows, width) = (operation.rows(), operation.case.width);
+        let MlpCase { hidden, width, .. } = operation.case;
+        let rows = operation.rows();
         Ok(Found {
+            normed: read(backend, &self.normed, rows * hidden)?,
             gate_up: read(backend, &self.gate_up, 2 * rows * width)?,
             gate_up_s: read_s(backend, &self.gate_up_s, rows, operation.gate_up.rank())?,
             act: read(backend, &self.act, rows * width)?,
@@ -383,7 +401,8 @@ impl<B: Backend + 'static> Operation<B> for MlpOperation {
         let [gate_up, down] = [&self.gate_up, &self.down].map(|group| group.shape(rows, self.precision));
         if !self.is_backward {
             let gated = Work::of_gated(rows * width, element, false);
-            return Work::of_linear(gate_up, element) + gated + Work::of_linear(down, element);
+            let norm = Work::of_rms_norm(rows * self.case.hidden, element, false);
+            return norm + Work::of_linear(gate_up, element) + gated + Work::of_linear(down, element);
         }
         let of_down = LinearGradients { a: false, b: true, dx: true };
         let of_gate_up = LinearGradients { a: true, b: false, dx: true };
@@ -402,7 +421,9 @@ impl<B: Backend + 'static> Operation<B> for MlpOperation {
             down_group: self.down.on(backend, self.precision)?,
             adapters: backend.floats(&self.parameters)?,
             batch: resident(backend, &self.batch, settings)?,
-            x: upload(backend, &self.x)?,
+            norm_weight: self.norm.weight(backend)?,
+            x: upload(backend, &self.norm.x)?,
+            normed: poisoned(backend, rows * hidden)?,
             gate_up: poisoned(backend, 2 * rows * width)?,
             gate_up_s: room(&self.gate_up)?,
             act: poisoned(backend, rows * width)?,

@@ -22,12 +22,12 @@ enum Pass {
     Backward,
 }
 
-struct Norm {
+pub(super) struct Norm {
     precision: Precision,
     pass: Pass,
     rows: usize,
     width: usize,
-    x: Vec<f32>,
+    pub(super) x: Vec<f32>,
     dy: Vec<f32>,
     before: Vec<f32>,
     weight: Vec<f32>,
@@ -38,8 +38,13 @@ pub(super) fn norm<B: Backend + 'static>(
     rows: usize,
     width: usize,
 ) -> Vec<Box<dyn Operation<B>>> {
-    let of = |pass| -> Box<dyn Operation<B>> {
-        Box::new(Norm {
+    let of = |pass| -> Box<dyn Operation<B>> { Box::new(Norm::new(precision, pass, rows, width)) };
+    vec![of(Pass::Forward), of(Pass::Backward)]
+}
+
+impl Norm {
+    fn new(precision: Precision, pass: Pass, rows: usize, width: usize) -> Self {
+        Self {
             precision,
             pass,
             rows,
@@ -48,12 +53,24 @@ pub(super) fn norm<B: Backend + 'static>(
             dy: precision.values(rows * width, 2),
             before: precision.values(rows * width, 4),
             weight: precision.values(width, 3),
-        })
-    };
-    vec![of(Pass::Forward), of(Pass::Backward)]
-}
+        }
+    }
 
-impl Norm {
+    /// In front of another operation.
+    pub(super) fn forward(precision: Precision, rows: usize, width: usize) -> Self {
+        Self::new(precision, Pass::Forward, rows, width)
+    }
+
+    pub(super) fn weight<B: Backend>(&self, backend: &B) -> Result<B::Vector> {
+        backend.vector(&[WeightTensor::from_f32("norm", vec![self.width], &self.weight)])
+    }
+
+    pub(super) fn compare_forward(&self, output: &'static str, found: &[f32]) -> Outcome {
+        // x · rstd may be rounded before × w.
+        let tolerance = Tolerance { roundings: 2, ..Tolerance::sum(self.precision.compute, self.width) };
+        self.compare(output, tolerance, found)
+    }
+
     fn compare(&self, output: &'static str, tolerance: Tolerance, found: &[f32]) -> Outcome {
         let (weight, epsilon) = (widen(&self.weight), f64::from(EPSILON));
         let expected = expect(sample_rows(self.rows, SAMPLED_ROWS), |row| {
@@ -93,8 +110,7 @@ impl<B: Backend + 'static> Operation<B> for Norm {
 
     fn prepare<'a>(&'a self, backend: &B) -> Result<Box<dyn Prepared<B> + 'a>> {
         let (rows, width, compute) = (self.rows, self.width, self.precision.compute);
-        let tensor = WeightTensor::from_f32("norm", vec![width], &self.weight);
-        let weight = backend.vector(&[tensor])?;
+        let weight = self.weight(backend)?;
         let x = upload(backend, &self.x)?;
         match self.pass {
             Pass::Forward => Ok(ready(
@@ -103,9 +119,7 @@ impl<B: Backend + 'static> Operation<B> for Norm {
                     backend.rms_norm(plain_norm(weight, width), rows, x, None, y)
                 },
                 move |backend: &B, (_, _, y)| {
-                    // x · rstd may be rounded before × w.
-                    let tolerance = Tolerance { roundings: 2, ..Tolerance::sum(compute, width) };
-                    Ok(vec![self.compare("y", tolerance, &read(backend, y, rows * width)?)])
+                    Ok(vec![self.compare_forward("y", &read(backend, y, rows * width)?)])
                 },
             )),
             Pass::Backward => Ok(ready(
@@ -122,7 +136,7 @@ impl<B: Backend + 'static> Operation<B> for Norm {
     }
 }
 
-fn plain_norm<B: Backend>(weight: &B::Vector, width: usize) -> RmsNorm<'_, B> {
+pub(super) fn plain_norm<B: Backend>(weight: &B::Vector, width: usize) -> RmsNorm<'_, B> {
     RmsNorm { weight: Weight::Frozen(weight), weight_offset: 0.0, epsilon: EPSILON, width }
 }
 
