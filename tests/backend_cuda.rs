@@ -9,6 +9,7 @@ use std::sync::Arc;
 use backend_suite::{Precision, batch_of, run};
 use fastlora::backend::cuda::{ComputeType, CudaBackend};
 use fastlora::backend::{Backend, Dropout, EmbeddingNoise, Footprint, PassSettings};
+use fastlora::batch::BatchRows;
 use fastlora::checkpoint::base::BaseModel;
 use fastlora::config::{ActivationMemory, TargetModules};
 use fastlora::device::Device;
@@ -80,6 +81,12 @@ fn fault_59_what_does_not_fit_is_refused_at_the_start_with_what_would() {
     let [fast, balanced, small] = [Fast, Balanced, Small].map(|choice| plan(roomy, choice).unwrap());
     assert!(small.activations < balanced.activations && balanced.activations < fast.activations);
     assert_eq!((fast.recompute, small.recompute), (Recompute::Nothing, Recompute::Blocks));
+    // Norms alone are kept of what could be computed again: the backward of the MLP needs no activation.
+    let (model, rows) = (model_on(roomy), BatchRows { tokens: 20_000, labelled: 9_000 });
+    let (backend, config) = (model.backend(), model.config());
+    let of_a_norm = backend.buffer_bytes(backend.padded(rows).tokens * config.hidden_size);
+    let norms = 2 * (config.layer_count as u64 - 1) * of_a_norm;
+    assert_eq!(fast.activations - balanced.activations, norms);
     // What is left for the batches decides: the first that fits.
     let rest = roomy - free_before_batches();
     let just_enough = |plan: &MemoryPlan| rest + plan.of_batches() + (128 << 20);

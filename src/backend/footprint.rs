@@ -67,6 +67,11 @@ pub trait Footprint {
     fn padded(&self, rows: BatchRows) -> BatchRows {
         rows
     }
+    /// Whether the backward of an MLP of these groups reads the activation that its forward left.
+    fn reads_activation(&self, gate_up: &GroupShape, down: &GroupShape) -> bool {
+        let _ = gate_up;
+        down.rank() > 0
+    }
     /// Activations of `elements`.
     fn buffer_bytes(&self, elements: usize) -> u64;
     /// f32 values.

@@ -70,7 +70,7 @@ pub enum ActivationMemory {
     /// The fastest that fits the device; on the CPU `balanced`.
     #[default]
     Auto,
-    /// Everything: nothing is computed again.
+    /// All that the backward reads.
     Fast,
     /// All but the outputs of norms and activations, which are computed again.
     Balanced,

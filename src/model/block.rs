@@ -8,8 +8,8 @@
 //! Where the model has norms behind attention and MLP, what is added to the stream is `norm(linear(…))`.
 //!
 //! Kept for the backward: `x_in`, `qkv`, the attention's output and softmax sums, `middle`, `gate|up`, every adapter's `s` and
-//! the inputs of the norms behind. The other norms' outputs and the activation are cheap: they are kept where there is room,
-//! else computed again.
+//! the inputs of the norms behind. The other norms' outputs and the activation are cheap: where the backward reads them they are
+//! kept if there is room, else computed again.
 
 mod buffers;
 
@@ -32,7 +32,7 @@ use crate::error::Result;
 use crate::tensor::WeightTensor;
 
 /// Places of the four linear groups within a block, in the order of the forward.
-const QKV: usize = 0;
+pub(super) const QKV: usize = 0;
 const OUTPUT: usize = 1;
 pub(super) const GATE_UP: usize = 2;
 pub(super) const DOWN: usize = 3;
@@ -263,7 +263,7 @@ impl<B: Backend> Block<B> {
     /// `x_out` from `x_in`, both `[T, H]`, with attention inside each sample.
     pub(super) fn forward(&self, pass: Pass<'_, B>, mut buffers: ForwardBuffers<'_, B>) -> Result<()> {
         let ForwardBuffers { x_in, saved, inputs, .. } = &mut buffers;
-        let input = pass.normed_input(self.norm(&self.input_norm, pass), x_in, &mut inputs.normed_input);
+        let input = pass.normed_input(self.norm(&self.input_norm, pass), x_in, inputs.normed_input);
         let Saved { qkv, log_sum, attended, middle, s: [projection_s, output_s, ..], branches, .. } =
             &mut **saved;
         let attention = self.attention(pass.rotations);
@@ -286,7 +286,7 @@ impl<B: Backend> Block<B> {
     ) -> Result<()> {
         let Pass { backend, adapters, tokens, .. } = pass;
         let ForwardBuffers { x_in, saved, inputs, .. } = &mut buffers;
-        let input = pass.normed_input(self.norm(&self.input_norm, pass), x_in, &mut inputs.normed_input);
+        let input = pass.normed_input(self.norm(&self.input_norm, pass), x_in, inputs.normed_input);
         let Saved { qkv, attended, middle, s: [projection_s, output_s, ..], branches, .. } = &mut **saved;
         backend.normed_linear(&self.qkv, adapters, input, projection_s, qkv)?;
         backend.attention_cached(&self.attention(pass.rotations), tokens, position, qkv, cache, attended)?;
@@ -368,14 +368,14 @@ impl<B: Backend> Block<B> {
         gradients: &mut B::Floats,
     ) -> Result<()> {
         let Pass { backend, adapters, tokens, .. } = pass;
-        let BackwardBuffers { x_in, saved, inputs, inputs_are_kept, gradient, dx } = buffers;
+        let BackwardBuffers { x_in, saved, inputs, norms_are_kept, act_is_kept, gradient, dx } = buffers;
         let Saved { qkv, log_sum, attended, middle, gate_up, s, branches } = saved;
         let [projection_s, output_s, gate_up_s, down_s] = s;
         let [attention_branch, mlp_branch] = split(branches).map(|branch| branch.map(|branch| &*branch));
         let Inputs { normed_input, normed_middle, act } = inputs;
         let GradientScratch { dnormed, dqkv, dattended, dact, dbranch } = gradient;
         let ranks = self.ranks();
-        let must_recompute = |group: usize| !inputs_are_kept && ranks[group] > 0;
+        let must_recompute = |group: usize| !norms_are_kept && ranks[group] > 0;
         let needs_dx = |group: usize| trains_below || self.trains_before(group);
 
         let norm = self.norm(&self.middle_norm, pass);
@@ -390,7 +390,7 @@ impl<B: Backend> Block<B> {
             (true, true) => Reach::Input(&mut *dnormed),
         };
         let saved = MlpSaved { gate_up, gate_up_s, act, down_s };
-        let gradient = MlpGradient { dy, act_is_kept: inputs_are_kept, dact, reach };
+        let gradient = MlpGradient { dy, act_is_kept, dact, reach };
         backend.mlp_backward(self.mlp(), adapters, pass.input(normed_middle), saved, gradient, gradients)?;
         if !needs_dx(GATE_UP) {
             return Ok(());

@@ -4,13 +4,13 @@ use std::fmt;
 
 use indicatif::HumanBytes;
 
-use super::block::{BlockShape, DOWN, GATE_UP};
+use super::block::{BlockShape, DOWN, GATE_UP, QKV};
 use super::config::{GROUP_COUNT, ModelConfig};
 use super::layout::AdapterLayout;
 use super::lora::{AdaptedLinear, LoraConfig, adapted_linears, layer_groups};
 use super::whole::WholePlace;
 use super::workspace::{Allocator, Kept, Limits, Purpose, Workspace};
-use crate::backend::{AdapterShape, Backend, GroupShape, OperationShapes};
+use crate::backend::{AdapterShape, Backend, Footprint, GroupShape, OperationShapes};
 use crate::config::ActivationMemory;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -170,6 +170,16 @@ impl ModelShape {
     /// Its linear groups, layer by layer.
     pub fn groups(&self) -> &[GroupShape] {
         &self.groups
+    }
+
+    /// Whether some block's backward reads what its forward left of the inputs of q, k and v, of gate and up, and of down.
+    pub(super) fn reads(&self, backend: &impl Footprint) -> [bool; 3] {
+        let any = |reads: &dyn Fn(&[GroupShape]) -> bool| self.groups.chunks(GROUP_COUNT).any(reads);
+        [
+            any(&|groups| groups[QKV].rank() > 0),
+            any(&|groups| groups[GATE_UP].rank() > 0),
+            any(&|groups| backend.reads_activation(&groups[GATE_UP], &groups[DOWN])),
+        ]
     }
 
     pub(super) fn operations(&self, needs: Needs) -> OperationShapes {

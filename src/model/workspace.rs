@@ -107,6 +107,9 @@ impl<'a, B: Backend> Allocator<'a, B> {
     }
 }
 
+/// Place of the activations among the inputs of linears.
+const ACT: usize = 2;
+
 /// The buffers of one model.
 pub(super) struct Workspace<B: Backend> {
     pub limits: Limits,
@@ -118,8 +121,8 @@ pub(super) struct Workspace<B: Backend> {
     residual: Vec<B::Buffer>,
     /// One for each kept block, or one for all.
     saved: Vec<Saved<B>>,
-    /// As `saved`.
-    inputs: Vec<Inputs<B>>,
+    /// Those of q, k and v, of gate and up, and of down: one for each kept block where its backward reads them, or one for all.
+    inputs: [Vec<B::Buffer>; 3],
     head: HeadBuffers<B>,
     gradient: Option<Gradient<B>>,
 }
@@ -165,7 +168,6 @@ impl<B: Backend> Workspace<B> {
         let residual_count = layer_count - first_kept + 1 + passing_buffers;
         let kept_count = (layer_count - first_kept).max(1);
         let saved_count = if recompute == Recompute::Blocks { 1 } else { kept_count };
-        let inputs_count = if recompute == Recompute::Nothing { kept_count } else { 1 };
         // One that blocks share must fit the widest adapters.
         let sharing = if saved_count == 1 { layer_count } else { (first_kept + 1).min(layer_count) };
         let mut shared = [Kept::default(); GROUP_COUNT];
@@ -176,7 +178,16 @@ impl<B: Backend> Workspace<B> {
         for of_block in kept.iter().skip(first_kept + 1).take(saved_count - 1) {
             saved.push(Saved::new(memory, shape, *of_block, tokens)?);
         }
-        let inputs = (0..inputs_count).map(|_| Inputs::new(memory, shape, tokens)).collect::<Result<_>>()?;
+        let [reads_input, reads_middle, reads_act] = model.reads(memory.backend);
+        let mut inputs = |width: usize, are_read: bool| -> Result<Vec<B::Buffer>> {
+            let count = if are_read && recompute == Recompute::Nothing { kept_count } else { 1 };
+            (0..count).map(|_| memory.buffer(tokens * width)).collect()
+        };
+        let inputs = [
+            inputs(hidden, reads_input)?,
+            inputs(hidden, reads_middle)?,
+            inputs(shape.intermediate_size, reads_act)?,
+        ];
         let head = HeadBuffers {
             packed: memory.buffer(labelled_rows * hidden)?,
             normed: memory.buffer(labelled_rows.max(tokens) * hidden)?,
@@ -243,7 +254,7 @@ impl<B: Backend> Workspace<B> {
         ForwardBuffers {
             x_in,
             saved: own_or_shared(&mut self.saved, kept),
-            inputs: own_or_shared(&mut self.inputs, kept),
+            inputs: inputs_of(&mut self.inputs, kept),
             x_out,
         }
     }
@@ -257,16 +268,27 @@ impl<B: Backend> Workspace<B> {
         let Gradient { dx, scratch: gradient, .. } =
             self.gradient.as_mut().expect("a workspace for training");
         let kept = layer - self.first_kept;
+        let act_is_kept = match self.recompute {
+            Recompute::Nothing => self.inputs[ACT].len() == self.saved.len(),
+            Recompute::Inputs => false,
+            Recompute::Blocks => true,
+        };
         BackwardBuffers {
             x_in,
             saved: own_or_shared(&mut self.saved, kept),
-            inputs: own_or_shared(&mut self.inputs, kept),
             // A block that has just run again left its inputs as well.
-            inputs_are_kept: self.recompute != Recompute::Inputs,
+            norms_are_kept: self.recompute != Recompute::Inputs,
+            act_is_kept,
+            inputs: inputs_of(&mut self.inputs, kept),
             gradient,
             dx,
         }
     }
+}
+
+fn inputs_of<B: Backend>(inputs: &mut [Vec<B::Buffer>; 3], kept: usize) -> Inputs<'_, B> {
+    let [normed_input, normed_middle, act] = inputs.each_mut().map(|inputs| own_or_shared(inputs, kept));
+    Inputs { normed_input, normed_middle, act }
 }
 
 /// A block's own buffers, where each has some.

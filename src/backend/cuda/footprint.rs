@@ -26,6 +26,10 @@ pub(super) struct Arena<D: Device> {
     used: usize,
 }
 
+fn middle_pass(gate_up: &GroupShape, down: &GroupShape, tokens: usize) -> Option<MiddlePass> {
+    MiddlePass::new(&gate_up.adapters, &down.adapters, down.in_features, tokens)
+}
+
 /// Sizes of the scratch buffers, in bytes.
 struct ScratchSizes {
     dropped: usize,
@@ -48,8 +52,7 @@ impl ScratchSizes {
             if group.adapters.is_empty() { 0 } else { tokens * group.in_features * HALF_BYTES }
         });
         let of_middle = |[gate_up, down]: &[GroupShape; 2]| {
-            let pass = MiddlePass::new(&gate_up.adapters, &down.adapters, down.in_features, tokens);
-            pass.map_or(0, |pass| pass.bytes())
+            middle_pass(gate_up, down, tokens).map_or(0, |pass| pass.bytes())
         };
         let gradients = largest(&|group| partial_bytes(&group.adapters, group.in_features, tokens))
             .max(shapes.mlps.iter().map(of_middle).max().unwrap_or(0));
@@ -80,6 +83,11 @@ impl ScratchSizes {
 impl<D: Device> Footprint for CudaBackend<D> {
     fn padded(&self, rows: BatchRows) -> BatchRows {
         bucket_of(rows)
+    }
+
+    /// The pass over the MLP's middle computes it again.
+    fn reads_activation(&self, gate_up: &GroupShape, down: &GroupShape) -> bool {
+        down.rank() > 0 && middle_pass(gate_up, down, 1).is_none()
     }
 
     fn buffer_bytes(&self, elements: usize) -> u64 {

@@ -40,28 +40,14 @@ impl<B: Backend> Saved<B> {
     }
 }
 
-/// Inputs of linears that are cheap to compute again; shared by all blocks, or one for each.
-pub(in crate::model) struct Inputs<B: Backend> {
+/// Inputs of linears that are cheap to compute again: one block's own, or shared.
+pub(in crate::model) struct Inputs<'a, B: Backend> {
     /// Input of q, k and v, `[T, H]`.
-    pub(super) normed_input: B::Buffer,
+    pub normed_input: &'a mut B::Buffer,
     /// Input of gate and up, `[T, H]`.
-    pub(super) normed_middle: B::Buffer,
+    pub normed_middle: &'a mut B::Buffer,
     /// Output of the gated activation, `[T, F]`.
-    pub(super) act: B::Buffer,
-}
-
-impl<B: Backend> Inputs<B> {
-    pub(in crate::model) fn new(
-        memory: &mut Allocator<'_, B>,
-        shape: &BlockShape,
-        tokens: usize,
-    ) -> Result<Self> {
-        Ok(Self {
-            normed_input: memory.buffer(tokens * shape.hidden_size)?,
-            normed_middle: memory.buffer(tokens * shape.hidden_size)?,
-            act: memory.buffer(tokens * shape.intermediate_size)?,
-        })
-    }
+    pub act: &'a mut B::Buffer,
 }
 
 /// Gradients that every block's backward uses in turn.
@@ -94,7 +80,7 @@ impl<B: Backend> GradientScratch<B> {
 pub(in crate::model) struct ForwardBuffers<'a, B: Backend> {
     pub x_in: &'a B::Buffer,
     pub saved: &'a mut Saved<B>,
-    pub inputs: &'a mut Inputs<B>,
+    pub inputs: Inputs<'a, B>,
     pub x_out: &'a mut B::Buffer,
 }
 
@@ -102,9 +88,11 @@ pub(in crate::model) struct ForwardBuffers<'a, B: Backend> {
 pub(in crate::model) struct BackwardBuffers<'a, B: Backend> {
     pub x_in: &'a B::Buffer,
     pub saved: &'a mut Saved<B>,
-    pub inputs: &'a mut Inputs<B>,
-    /// Whether `inputs` still are what the forward left.
-    pub inputs_are_kept: bool,
+    pub inputs: Inputs<'a, B>,
+    /// Whether the outputs of the norms still are what the forward left, where a linear with adapters read them.
+    pub norms_are_kept: bool,
+    /// Whether that of the activation is.
+    pub act_is_kept: bool,
     pub gradient: &'a mut GradientScratch<B>,
     /// Gradient of the residual stream: at the block's output before, at its input after.
     pub dx: &'a mut B::Buffer,
