@@ -34,6 +34,7 @@ const KERNELS: &[&str] = &[
     "lora_back",
     "mlp_back",
     "rms_norm",
+    "rms_norm_down",
     "rope",
     "rows",
 ];

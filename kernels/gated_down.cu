@@ -32,30 +32,6 @@ DEVICE void go_through_gate(unsigned char* g, const unsigned char* u, T* __restr
     });
 }
 
-// sums[16][N / 2] += rows first … first + 15 of a tile · rows first_rank … of A's [N][64], transposed.
-template <class T, int TILES>
-DEVICE void multiply_transposed(float (&sums)[1][TILES][4], const unsigned char* tile, int first, const unsigned char* a_tile,
-                                int first_rank) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int k = 0; k < side; k += 32) {
-        uint32_t upper[1][4], lower[1][4], b_upper[TILES][2], b_lower[TILES][2];
-        load_rows(upper[0], tile, first, k);
-        load_rows(lower[0], tile, first, k + 16);
-#pragma unroll
-        for (int j = 0; j < TILES; j++) {
-            uint32_t both[4];
-            ldmatrix_x4(both, a_tile + WideRows::offset(first_rank + j * 8 + lane % 8, k / lanes_wide + lane / 8));
-            b_upper[j][0] = both[0];
-            b_upper[j][1] = both[1];
-            b_lower[j][0] = both[2];
-            b_lower[j][1] = both[3];
-        }
-        mma_tile<T>(sums, upper, b_upper);
-        mma_tile<T>(sums, lower, b_lower);
-    }
-}
-
 // partials [gridDim.y][T][r̄], zero beyond r. Grid: T by 64; F by block_columns, a multiple of 64. Dynamic shared memory: two stages of two tiles
 // of 64 × 64 halves and one of N × 64. N is at least r.
 template <class T, class F, int N>
@@ -85,7 +61,9 @@ DEVICE void gated_down(const T* __restrict__ gate_up, T* __restrict__ act, const
         cp_async_wait<1>();
         go_through_gate<T, F>(tile, tile + WideRows::tile_bytes, act, width, first_token, tokens, column, mask);
         __syncthreads();  // everybody's x̃ is there, and A
-        multiply_transposed<T>(sums, tile, rows, tile + 2 * WideRows::tile_bytes, first_rank);
+#pragma unroll
+        for (int k = 0; k < side; k += 32)
+            multiply_transposed<T, WideRows>(sums, tile, rows, k, tile + 2 * WideRows::tile_bytes, first_rank, k);
     }
     cp_async_wait<0>();
     float* partial = partials + static_cast<long long>(blockIdx.y) * tokens * rank_leading;

@@ -10,23 +10,9 @@
 // backward, whose first pass finds both sums at once. A row's 16-byte loads are all started before the first is used, and it is
 // kept in registers until it is normalised: up to 256 elements for each of a kernel's ROUNDS. Wider rows are read twice
 // (ROUNDS 0), the second time from L1.
-#include "common/norm_weight.h"
-#include "ptx/warp.h"
+#include "common/rms_norm_row.h"
 
-constexpr int rms_norm_threads = 128, elements_per_round = 32 * vector_width;
-
-// Calls visit(round, column) for each eight elements of a row that belong to the lane.
-template <int ROUNDS, class Visit>
-DEVICE void for_each_vector(int width, const Visit& visit) {
-    const int first = threadIdx.x % 32 * vector_width;
-    if constexpr (ROUNDS > 0) {
-#pragma unroll
-        for (int round = 0; round < ROUNDS; round++)
-            if (first + round * elements_per_round < width) visit(round, first + round * elements_per_round);
-    } else {
-        for (int column = first; column < width; column += elements_per_round) visit(0, column);
-    }
-}
+constexpr int rms_norm_threads = 128;
 
 // What a lane reads of a row; it may be absent.
 template <class T, int ROUNDS>
@@ -63,22 +49,12 @@ DEVICE void rms_norm_forward(const T* __restrict__ x, const T* __restrict__ w, c
     long long begin;
     if (!find_row(rows, width, begin)) return;
     const Row<T, ROUNDS> row(x + begin, width), added(residual ? residual + begin : nullptr, width);
-    float squares = 0.f;
+    const float rstd = reciprocal_rms<ROUNDS>(row, width, epsilon);
     for_each_vector<ROUNDS>(width, [&](int round, int column) {
-        float h[vector_width];
+        float h[vector_width], total[vector_width] = {};
         row.get(h, round, column);
-#pragma unroll
-        for (int i = 0; i < vector_width; i++) squares += h[i] * h[i];
-    });
-    const float rstd = rsqrtf(warp_sum(squares) / width + epsilon);
-
-    for_each_vector<ROUNDS>(width, [&](int round, int column) {
-        float h[vector_width], weight[vector_width], total[vector_width] = {};
-        row.get(h, round, column);
-        load8(weight, w + column);
         if (residual) added.get(total, round, column);
-#pragma unroll
-        for (int i = 0; i < vector_width; i++) total[i] += weighted<T>(h[i] * rstd, weight[i], offset);
+        add_normed(total, h, rstd, w + column, offset);
         store8(y + begin + column, total);
     });
 }

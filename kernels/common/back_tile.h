@@ -1,5 +1,5 @@
-// What the passes over gradients for the adapters share: square tiles of halves in shared memory, and a warp's products of
-// them with the narrow matrices of the adapters.
+// What the passes share that take a product for the adapters from rows on their way: tiles of halves in shared memory, and a
+// warp's products of them with the narrow matrices of the adapters.
 #pragma once
 #include "../ptx/cp_async.h"
 #include "../ptx/ldmatrix.h"
@@ -121,6 +121,28 @@ DEVICE void multiply_columns(float (&sums)[1][TILES][4], const unsigned char* ti
                              int first_right) {
     multiply_narrow<T, Narrow>(sums, narrow, first_right,
                                [&](uint32_t (&fragment)[4], int k) { load_columns(fragment, tile, first, k); });
+}
+
+// sums[16][W] += rows first … first + 15 of a tile at columns k … k + 31 · the transpose of rows first_right … of another,
+// `Right`, at its columns right_k ….
+template <class T, class Right, int TILES>
+DEVICE void multiply_transposed(float (&sums)[1][TILES][4], const unsigned char* tile, int first, int k,
+                                const unsigned char* right, int first_right, int right_k) {
+    const int lane = threadIdx.x % 32;
+    uint32_t upper[1][4], lower[1][4], b_upper[TILES][2], b_lower[TILES][2];
+    load_rows(upper[0], tile, first, k);
+    load_rows(lower[0], tile, first, k + 16);
+#pragma unroll
+    for (int j = 0; j < TILES; j++) {
+        uint32_t both[4];
+        ldmatrix_x4(both, right + Right::offset(first_right + j * 8 + lane % 8, right_k / lanes_wide + lane / 8));
+        b_upper[j][0] = both[0];
+        b_upper[j][1] = both[1];
+        b_lower[j][0] = both[2];
+        b_lower[j][1] = both[3];
+    }
+    mma_tile<T>(sums, upper, b_upper);
+    mma_tile<T>(sums, lower, b_lower);
 }
 
 // Calls store(row, column, value) for what a warp holds of 16 rows.

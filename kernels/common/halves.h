@@ -64,9 +64,14 @@ DEVICE void load8(float (&values)[vector_width], const T* address) {
 }
 
 template <class T>
-DEVICE void store8(T* address, const float (&values)[vector_width]) {
+DEVICE Vector8<T> rounded8(const float (&values)[vector_width]) {
     Vector8<T> vector;
 #pragma unroll
     for (int i = 0; i < vector_width; i++) vector.values[i] = from_float<T>(values[i]);
-    *reinterpret_cast<uint4*>(address) = vector.bits;
+    return vector;
+}
+
+template <class T>
+DEVICE void store8(T* address, const float (&values)[vector_width]) {
+    *reinterpret_cast<uint4*>(address) = rounded8<T>(values).bits;
 }

@@ -4,6 +4,7 @@ use fastlora::device::Argument;
 
 use crate::activation::Activation;
 use crate::harness::*;
+use crate::lora::expected_s;
 use crate::lora_group::*;
 
 #[derive(Clone, Copy)]
@@ -84,12 +85,7 @@ fn forward(half: Half, case: Case) {
         false => act[i],
     };
     let x: Vec<f64> = (0..tokens * width).map(dropped).collect();
-    let element = |i: usize| {
-        let terms = (0..width).map(|k| x[i / rank * width + k] * a[i % rank * width + k]);
-        let (sum, magnitude) = sum_and_magnitude(terms);
-        Expected::rounded_sum(half, sum, magnitude, width)
-    };
-    let expected: Vec<Expected> = (0..tokens * rank).map(element).collect();
+    let expected = expected_s(half, &x, &a, width);
     assert!(s.chunks(leading).all(|row| row[rank..].iter().all(|&bits| bits == 0)), "{name}: padding");
     let s: Vec<u16> = s.chunks(leading).flat_map(|row| &row[..rank]).copied().collect();
     let s = half.decode_all(&s);

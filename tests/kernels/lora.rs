@@ -29,6 +29,44 @@ pub fn without_padding(values: &[u16], rank: usize, leading: usize) -> Vec<u16> 
     values.chunks(leading).flat_map(|row| row[..rank].iter().copied()).collect()
 }
 
+/// Launches lora_down: s of x and A.
+pub fn launch_down(
+    place: &Place,
+    half: Half,
+    [x, a, s]: [&PlaceMemory; 3],
+    [tokens, inputs, rank, leading]: [usize; 4],
+) {
+    let mut arguments = [x, a, s].map(Argument::of).to_vec();
+    arguments.extend([tokens, inputs, rank, leading].map(i32_of));
+    let kernel = format!("lora_down_{}", half.suffix());
+    launch_grid(place, &kernel, [tiles(tokens, rank), 1, 1], 128, SHARED_BYTES, &arguments);
+}
+
+/// Launches lora_dropout.
+pub fn launch_dropout(
+    place: &Place,
+    half: Half,
+    [x, dropped]: [&PlaceMemory; 2],
+    [tokens, inputs]: [usize; 2],
+    mask: [Argument; 8],
+) {
+    let mut arguments = vec![Argument::of(x), Argument::of(dropped), i32_of(tokens), i32_of(inputs)];
+    arguments.extend(mask);
+    let kernel = format!("lora_dropout_{}", half.suffix());
+    launch(place, &kernel, (tokens * inputs / 4).div_ceil(256), 256, &arguments);
+}
+
+/// s by the formula, of x̃ and A.
+pub fn expected_s(half: Half, x: &[f64], a: &[f64], inputs: usize) -> Vec<Expected> {
+    let (tokens, rank) = (x.len() / inputs, a.len() / inputs);
+    let element = |i: usize| {
+        let terms = (0..inputs).map(|k| x[i / rank * inputs + k] * a[i % rank * inputs + k]);
+        let (sum, magnitude) = sum_and_magnitude(terms);
+        Expected::rounded_sum(half, sum, magnitude, inputs)
+    };
+    (0..tokens * rank).map(element).collect()
+}
+
 fn down(half: Half, group: &Group) {
     let name = format!("lora_down_{} {}", half.suffix(), group.name);
     let (tokens, inputs, rank, leading) =
@@ -38,19 +76,10 @@ fn down(half: Half, group: &Group) {
     let a = random.halves(half, rank * inputs, 1.0);
     let s = run_everywhere(&name, |device| {
         let (x, a, s) = (upload(device, &x), upload(device, &a), poisoned::<u16>(device, tokens * leading));
-        let mut arguments = vec![Argument::of(&x), Argument::of(&a), Argument::of(&s)];
-        arguments.extend([tokens, inputs, rank, leading].map(i32_of));
-        let kernel = format!("lora_down_{}", half.suffix());
-        launch_grid(device, &kernel, [tiles(tokens, rank), 1, 1], 128, SHARED_BYTES, &arguments);
+        launch_down(device, half, [&x, &a, &s], [tokens, inputs, rank, leading]);
         download::<u16>(device, &s)
     });
-    let (x, a) = (half.decode_all(&x), half.decode_all(&a));
-    let element = |i: usize| {
-        let terms = (0..inputs).map(|k| x[i / rank * inputs + k] * a[i % rank * inputs + k]);
-        let (sum, magnitude) = sum_and_magnitude(terms);
-        Expected::rounded_sum(half, sum, magnitude, inputs)
-    };
-    let expected: Vec<Expected> = (0..tokens * rank).map(element).collect();
+    let expected = expected_s(half, &half.decode_all(&x), &half.decode_all(&a), inputs);
     assert_close(&name, rank, &half.decode_all(&without_padding(&s, rank, leading)), &expected);
 }
 
@@ -118,9 +147,7 @@ fn the_device_drops_what_the_cpu_drops() {
         let dropped = run_everywhere(&name, |device| {
             let (x, out) = (upload(device, &x), poisoned::<u16>(device, tokens * inputs));
             let memories = mask.upload(device);
-            let mut arguments = vec![Argument::of(&x), Argument::of(&out), i32_of(tokens), i32_of(inputs)];
-            arguments.extend(mask.arguments(Some(&memories)));
-            launch(device, &name, (tokens * inputs / 4).div_ceil(256), 256, &arguments);
+            launch_dropout(device, half, [&x, &out], [tokens, inputs], mask.arguments(Some(&memories)));
             download::<u16>(device, &out)
         });
         let expected: Vec<Expected> = half

@@ -22,4 +22,5 @@ mod lora_back;
 mod lora_group;
 mod mlp_back;
 mod norms;
+mod rms_norm_down;
 mod rope;

@@ -4,7 +4,7 @@ use fastlora::device::Argument;
 
 use crate::harness::*;
 
-const EPSILON: f32 = 1e-5;
+pub const EPSILON: f32 = 1e-5;
 /// (rows, width): one row, a ragged last block, widths that leave lanes idle, and of every number of rounds.
 const SHAPES: [(usize, usize); 6] = [(1, 8), (9, 512), (3, 520), (17, 1536), (2, 4096), (2, 4104)];
 
@@ -18,6 +18,51 @@ fn rstd(row: &[f64]) -> f64 {
     1.0 / (mean_square + f64::from(EPSILON)).sqrt()
 }
 
+/// Launches rms_norm_forward over x with w, and with a residual if there is one.
+pub fn launch_forward(
+    place: &Place,
+    half: Half,
+    [x, w, y]: [&PlaceMemory; 3],
+    residual: Option<&PlaceMemory>,
+    [rows, width]: [usize; 2],
+    offset: f32,
+) {
+    let arguments = [
+        Argument::of(x),
+        Argument::of(w),
+        residual.map_or(Argument::Address(0), Argument::of),
+        Argument::of(y),
+        Argument::I32(rows as i32),
+        Argument::I32(width as i32),
+        Argument::F32(offset),
+        Argument::F32(EPSILON),
+    ];
+    launch(place, &kernel("rms_norm_forward", width, half), rows.div_ceil(4), 128, &arguments);
+}
+
+/// y by the formula; `weight` tells the rows' width.
+pub fn expected_norm(
+    half: Half,
+    x: &[f64],
+    weight: &[f64],
+    residual: Option<&[f64]>,
+    offset: f32,
+) -> Vec<Expected> {
+    let (u, width) = (half.unit_roundoff(), weight.len());
+    let element = |i: usize| {
+        let row = &x[i / width * width..][..width];
+        let normed = row[i % width] * rstd(row) * (f64::from(offset) + weight[i % width]);
+        let value = normed + residual.map_or(0.0, |residual| residual[i]);
+        // Rounded before × w, unless there is an offset, and after all; rstd carries the sum's f32 error.
+        let inner = if offset == 0.0 { u } else { 0.0 };
+        let tolerance = normed.abs() * (inner + u * u + F32_ROUNDOFF * (width as f64 / 32.0 + 16.0))
+            + value.abs() * (u + F32_ROUNDOFF)
+            + half.underflow() * (1.0 + weight[i % width].abs());
+        Expected { value, tolerance }
+    };
+    (0..x.len()).map(element).collect()
+}
+
 fn forward(half: Half, rows: usize, width: usize, with_residual: bool, offset: f32) {
     let name =
         format!("rms_norm_forward_{} {rows}×{width}, residual {with_residual}, {offset} + w", half.suffix());
@@ -28,35 +73,13 @@ fn forward(half: Half, rows: usize, width: usize, with_residual: bool, offset: f
     let outputs = run_everywhere(&name, |device| {
         let (x, residual, w) = (upload(device, &x), upload(device, &residual), upload(device, &weight));
         let y = poisoned::<u16>(device, rows * width);
-        let arguments = [
-            Argument::of(&x),
-            Argument::of(&w),
-            if with_residual { Argument::of(&residual) } else { Argument::Address(0) },
-            Argument::of(&y),
-            Argument::I32(rows as i32),
-            Argument::I32(width as i32),
-            Argument::F32(offset),
-            Argument::F32(EPSILON),
-        ];
-        launch(device, &kernel("rms_norm_forward", width, half), rows.div_ceil(4), 128, &arguments);
+        let residual = with_residual.then_some(&residual);
+        launch_forward(device, half, [&x, &w, &y], residual, [rows, width], offset);
         download::<u16>(device, &y)
     });
 
     let [x, residual, weight] = [&x, &residual, &weight].map(|values| half.decode_all(values));
-    let u = half.unit_roundoff();
-    let expected: Vec<Expected> = (0..rows * width)
-        .map(|i| {
-            let row = &x[i / width * width..][..width];
-            let normed = row[i % width] * rstd(row) * (f64::from(offset) + weight[i % width]);
-            let value = normed + if with_residual { residual[i] } else { 0.0 };
-            // Rounded before × w, unless there is an offset, and after all; rstd carries the sum's f32 error.
-            let inner = if offset == 0.0 { u } else { 0.0 };
-            let tolerance = normed.abs() * (inner + u * u + F32_ROUNDOFF * (width as f64 / 32.0 + 16.0))
-                + value.abs() * (u + F32_ROUNDOFF)
-                + half.underflow() * (1.0 + weight[i % width].abs());
-            Expected { value, tolerance }
-        })
-        .collect();
+    let expected = expected_norm(half, &x, &weight, with_residual.then_some(&residual), offset);
     assert_close(&name, width, &half.decode_all(&outputs), &expected);
 }
 
