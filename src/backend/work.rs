@@ -69,10 +69,10 @@ impl Work {
         Self { flops: linear.flops - 2.0 * (rows * rank) as f64 * inputs as f64, ..linear }
     }
 
-    /// [`of_linear`](Self::of_linear) for gate and up, the activation of what it gives, and the `s` of an adapter of `down_rank`
-    /// that reads it.
+    /// [`of_linear_given_s`](Self::of_linear_given_s) for gate and up, the activation of what it gives, and the `s` of an adapter
+    /// of `down_rank` that reads it.
     pub fn of_gated_linear(shape: LinearShape, down_rank: usize, element: usize) -> Self {
-        let (linear, LinearShape { rows, outputs, .. }) = (Self::of_linear(shape, element), shape);
+        let (linear, LinearShape { rows, outputs, .. }) = (Self::of_linear_given_s(shape, element), shape);
         let gated = Self::of_gated_with_s(rows, outputs / 2, down_rank, element);
         // Gate and up are not read again.
         let bytes = linear.bytes + gated.bytes - (element * rows * outputs) as f64;
@@ -128,10 +128,19 @@ impl Work {
 
     /// A gated activation of `rows` rows of `width` with `s = act · Aᵀ` of an adapter of `rank` that reads it.
     pub fn of_gated_with_s(rows: usize, width: usize, rank: usize, element: usize) -> Self {
-        let gates = Self::of_gated(rows * width, element, false);
+        Self::of_gated(rows * width, element, false) + Self::of_s(rows, width, rank, element)
+    }
+
+    /// RMSNorm of `rows` rows of `width` with `s = y · Aᵀ` of adapters of `rank` together that read it.
+    pub fn of_rms_norm_with_s(rows: usize, width: usize, rank: usize, element: usize) -> Self {
+        Self::of_rms_norm(rows * width, element, false) + Self::of_s(rows, width, rank, element)
+    }
+
+    /// `s = x · Aᵀ` of rows of `width` that are at hand.
+    fn of_s(rows: usize, width: usize, rank: usize, element: usize) -> Self {
         Self {
-            flops: gates.flops + 2.0 * (rows * rank) as f64 * width as f64,
-            bytes: gates.bytes + (element * rank * (rows + width)) as f64,
+            flops: 2.0 * (rows * rank) as f64 * width as f64,
+            bytes: (element * rank * (rows + width)) as f64,
         }
     }
 

@@ -13,7 +13,7 @@ use crate::device::{Argument, Device};
 use crate::error::{Error, Result};
 
 /// Tiles of the adapters' own products.
-const LORA_TILE: usize = 64;
+pub(super) const LORA_TILE: usize = 64;
 const LORA_THREADS: u32 = 128;
 const LORA_SHARED_BYTES: usize = 32 << 10;
 /// Threads of lora.cu's element-wise kernels.
@@ -97,6 +97,11 @@ pub(super) fn work<D: Device>(group: &LinearGroup<CudaBackend<D>>, rows: usize) 
     Work::of_linear(group.shape(rows, group.weight.bytes()), HALF_BYTES)
 }
 
+/// The same where `s` is there already.
+pub(super) fn work_given_s<D: Device>(group: &LinearGroup<CudaBackend<D>>, rows: usize) -> Work {
+    Work::of_linear_given_s(group.shape(rows, group.weight.bytes()), HALF_BYTES)
+}
+
 pub(super) fn upload<D: Device, T: bytemuck::NoUninit>(device: &D, values: &[T]) -> Result<Region<D>> {
     let bytes = bytemuck::cast_slice(values);
     let region = Region::allocate(device, bytes.len())?;
@@ -176,7 +181,20 @@ impl<D: Device> CudaBackend<D> {
         y: &CudaBuffer<D>,
     ) -> Result<()> {
         self.adapter_down(group, parameters, &input, s)?;
-        let product = self.forward_product(group, input.rows, input.x, residual, s, y)?;
+        self.linear_given_s(group, input.rows, input.x, residual, s, y)
+    }
+
+    /// `y = residual + x · Wᵀ + s · B̂ᵀ`.
+    pub(super) fn linear_given_s(
+        &self,
+        group: &LinearGroup<Self>,
+        rows: usize,
+        x: &CudaBuffer<D>,
+        residual: Option<&CudaBuffer<D>>,
+        s: &CudaBuffer<D>,
+        y: &CudaBuffer<D>,
+    ) -> Result<()> {
+        let product = self.forward_product(group, rows, x, residual, s, y)?;
         // SAFETY: every stretch was asked for by its shape.
         unsafe { self.kernels.linear_forward(&product) }
     }

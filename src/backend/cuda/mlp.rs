@@ -2,7 +2,7 @@
 
 use super::adapter_gradients::{BackSums, GRADIENT_BLOCKS};
 use super::launch::{NULL, Shape, int};
-use super::linear::{ELEMENT_THREADS, Sizes, mask_arguments, rank_leading};
+use super::linear::{ELEMENT_THREADS, Sizes, mask_arguments, rank_leading, work, work_given_s};
 use super::memory::{CudaBuffer, CudaFloats, FLOAT_BYTES, HALF_BYTES};
 use super::products::{DownShare, Gated, NO_MASK};
 use super::weights::WIDTH_MULTIPLE;
@@ -222,12 +222,11 @@ impl<D: Device> CudaBackend<D> {
             None => share_bytes(shapes_of(mlp.down), mlp.width(), rows),
             Some(_) => 0,
         };
-        let input = input.normalise(self)?;
+        let input = self.normed_down(mlp.gate_up, parameters, input, gate_up_s)?;
         {
             let shape = || mlp.gate_up.shape(rows, mlp.gate_up.weight.bytes());
             let rank = if share > 0 { mlp.down.total_rank() } else { 0 };
             let _range = range!("linear gated"; Work::of_gated_linear(shape(), rank, HALF_BYTES));
-            self.adapter_down(mlp.gate_up, parameters, &input, gate_up_s)?;
             let product = self.forward_product(mlp.gate_up, rows, input.x, None, gate_up_s, gate_up)?;
             let (elements, width) = (rows * mlp.width(), mlp.width());
             let mut scratch = lock(&self.scratch);
@@ -251,18 +250,13 @@ impl<D: Device> CudaBackend<D> {
                 unsafe { self.sum_s(partials, tiles, s, elements)? };
             }
         }
-        let work = |shape| match share {
-            0 => Work::of_linear(shape, HALF_BYTES),
-            _ => Work::of_linear_given_s(shape, HALF_BYTES),
-        };
-        let _range = range!("linear"; work(mlp.down.shape(rows, mlp.down.weight.bytes())));
+        let work = if share == 0 { work } else { work_given_s };
+        let _range = range!("linear"; work(mlp.down, rows));
         let input = LinearInput { x: act, rows, batch };
         if share == 0 {
             self.adapter_down(mlp.down, parameters, &input, down_s)?;
         }
-        let product = self.forward_product(mlp.down, rows, act, residual, down_s, y)?;
-        // SAFETY: every stretch was asked for by its shape.
-        unsafe { self.kernels.linear_forward(&product) }
+        self.linear_given_s(mlp.down, rows, act, residual, down_s, y)
     }
 
     /// The forward of kernels that every GPU runs: the activation with the `s` of down.
@@ -297,11 +291,8 @@ impl<D: Device> CudaBackend<D> {
                 self.sum_s(partials, pass.column_blocks(), s, pass.s_elements())?;
             }
         }
-        let shape = || mlp.down.shape(tokens, mlp.down.weight.bytes());
-        let _range = range!("linear"; Work::of_linear_given_s(shape(), HALF_BYTES));
-        let product = self.forward_product(mlp.down, tokens, act, residual, down_s, y)?;
-        // SAFETY: every stretch was asked for by its shape.
-        unsafe { self.kernels.linear_forward(&product) }
+        let _range = range!("linear"; work_given_s(mlp.down, tokens));
+        self.linear_given_s(mlp.down, tokens, act, residual, down_s, y)
     }
 
     /// Adds up the partial sums of `s`, whose `elements` are a multiple of 8.

@@ -14,6 +14,7 @@ mod launch;
 mod linear;
 mod memory;
 mod mlp;
+mod normed_down;
 mod optimizer;
 mod products;
 mod recordings;
@@ -302,6 +303,19 @@ impl<D: Device> Backend for CudaBackend<D> {
     ) -> Result<()> {
         let _range = range!("linear"; linear::work(group, input.rows));
         self.linear_forward(group, adapters, input, residual, s, y)
+    }
+
+    fn normed_linear(
+        &self,
+        group: &LinearGroup<Self>,
+        adapters: &Self::Floats,
+        input: NormedInput<'_, Self>,
+        s: &mut Self::Buffer,
+        y: &mut Self::Buffer,
+    ) -> Result<()> {
+        let input = self.normed_down(group, adapters, input, s)?;
+        let _range = range!("linear"; linear::work_given_s(group, input.rows));
+        self.linear_given_s(group, input.rows, input.x, None, s, y)
     }
 
     fn linear_backward(

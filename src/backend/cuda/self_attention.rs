@@ -35,16 +35,15 @@ impl<D: Device> CudaBackend<D> {
             return self_attention::forward(self, layer, parameters, input, residual, saved, y);
         }
         let AttentionSaved { projection_s, qkv, log_sum, out, output_s } = saved;
-        let input = input.normalise(self)?;
+        let input = self.normed_down(projection, parameters, input, projection_s)?;
         {
-            let _range = range!("linear"; linear::work(projection, rows));
+            let _range = range!("linear"; linear::work_given_s(projection, rows));
             let heads = attention.query_heads + attention.key_value_heads;
             let rotation = Rotation {
                 angles: self.batch_positions(attention, batch)?.angles(&attention.rotations)?,
                 head_dim: attention.head_dim,
                 rotated_columns: heads * attention.head_dim,
             };
-            self.adapter_down(projection, parameters, &input, projection_s)?;
             let product = self.forward_product(projection, rows, input.x, None, projection_s, qkv)?;
             // SAFETY: every stretch was asked for by its shape, and the table covers every position.
             unsafe { self.kernels.rotated_forward(&product, &rotation)? };
