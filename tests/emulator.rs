@@ -395,3 +395,22 @@ fn copies_outside_memory_are_refused() {
     assert!(device.download(&memory, usize::MAX, &mut [0; 2]).is_err());
     assert!(device.upload(&[1, 2, 3], &memory, 7).is_ok());
 }
+
+/// A step that does not wait for its batch reads the one before.
+#[test]
+fn an_upload_beside_the_work_arrives_when_the_work_waits_for_it() {
+    for flavour in [Flavour::Fast, Flavour::Checked] {
+        let device = Emulator::new(flavour, 0).unwrap();
+        let memory = memory_of(&device, &[1f32; 4]);
+        let mut buffer = device.allocate_upload_buffer(16).unwrap();
+        let mut bytes = bytemuck::bytes_of(&[2f32; 3]).to_vec();
+        device.start_upload(&bytes, &mut buffer).unwrap();
+        bytes.fill(0);
+        assert_eq!(floats_of(&device, &memory), [1.0; 4]);
+        device.finish_upload(&mut buffer, &memory, 4).unwrap();
+        assert_eq!(floats_of(&device, &memory), [1.0, 2.0, 2.0, 2.0]);
+        let error = device.finish_upload(&mut buffer, &memory, 0).unwrap_err();
+        assert!(error.message().contains("not started"), "{error}");
+        assert!(device.start_upload(&[0; 17], &mut buffer).is_err());
+    }
+}

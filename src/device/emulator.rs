@@ -3,6 +3,7 @@
 //! The build script makes two libraries of the same kernels: fast, and with the race checker compiled in.
 
 mod library;
+mod memory;
 
 use std::ffi::{CStr, CString, c_int, c_void};
 use std::ops::Range;
@@ -11,9 +12,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use library::{Functions, KernelHandle};
+pub use memory::{EmulatorMemory, EmulatorUploadBuffer};
 
 use super::boxes::{Boxes, Values};
-use super::{Argument, Device, Launch, Limits, Memory, check_range, not_while_recording};
+use super::{
+    Argument, Device, Launch, Limits, Memory, check_range, check_room, not_while_recording, nothing_started,
+};
 use crate::error::{Error, Result};
 
 /// Which of the two libraries.
@@ -269,52 +273,6 @@ fn kind_of(argument: &Argument) -> char {
 #[repr(C, align(64))]
 struct TensorMap([u64; 16]);
 
-/// Memory of the emulated device: ends at a guard page, starts as NaN.
-pub struct EmulatorMemory {
-    functions: Arc<Functions>,
-    address: *mut c_void,
-    bytes: usize,
-    counted_by: Option<Arc<Limited>>,
-}
-
-// SAFETY: the address is only used through the library's functions, which lock.
-unsafe impl Send for EmulatorMemory {}
-// SAFETY: as above; shared references only read the address.
-unsafe impl Sync for EmulatorMemory {}
-
-impl std::fmt::Debug for EmulatorMemory {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(formatter, "{} bytes at {:?}", self.bytes, self.address)
-    }
-}
-
-impl EmulatorMemory {
-    fn at(&self, offset: usize) -> u64 {
-        self.address() + offset as u64
-    }
-}
-
-impl Memory for EmulatorMemory {
-    fn address(&self) -> u64 {
-        self.address as u64
-    }
-
-    fn bytes(&self) -> usize {
-        self.bytes
-    }
-}
-
-impl Drop for EmulatorMemory {
-    fn drop(&mut self) {
-        // SAFETY: the address came from the library's allocate and is released once.
-        let released = unsafe { (self.functions.release)(self.address) };
-        if let Some(limited) = &self.counted_by {
-            limited.used.fetch_sub(self.bytes as u64, Ordering::Relaxed);
-        }
-        debug_assert!(released, "memory was released twice");
-    }
-}
-
 fn pointer(address: u64) -> *mut c_void {
     address as *mut c_void
 }
@@ -328,6 +286,7 @@ impl Device for Emulator {
     type Event = Instant;
     type Graph = Recording;
     type Landing = Vec<u8>;
+    type UploadBuffer = EmulatorUploadBuffer;
     const IS_REAL: bool = false;
 
     fn name(&self) -> String {
@@ -393,6 +352,28 @@ impl Device for Emulator {
         copied(unsafe {
             (self.functions.upload)(pointer(memory.at(offset)), bytes.as_ptr().cast(), bytes.len())
         })
+    }
+
+    fn allocate_upload_buffer(&self, bytes: usize) -> Result<EmulatorUploadBuffer> {
+        Ok(EmulatorUploadBuffer { arrived: self.allocate(bytes)?, under_way: None })
+    }
+
+    fn start_upload(&self, bytes: &[u8], buffer: &mut EmulatorUploadBuffer) -> Result<()> {
+        check_room(bytes.len(), buffer.arrived.bytes())?;
+        self.not_while_recording("take bytes from the host")?;
+        buffer.under_way = Some(bytes.to_vec());
+        self.fill(&buffer.arrived, 0..bytes.len(), 0xFF)
+    }
+
+    fn finish_upload(
+        &self,
+        buffer: &mut EmulatorUploadBuffer,
+        memory: &EmulatorMemory,
+        offset: usize,
+    ) -> Result<()> {
+        let bytes = buffer.under_way.take().ok_or_else(nothing_started)?;
+        self.upload(&bytes, &buffer.arrived, 0)?;
+        self.copy(&buffer.arrived, 0..bytes.len(), memory, offset)
     }
 
     fn download(&self, memory: &EmulatorMemory, offset: usize, into: &mut [u8]) -> Result<()> {

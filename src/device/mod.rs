@@ -2,7 +2,8 @@
 //! kernels on the CPU, for tests. Shapes live a level higher, in the backend.
 //!
 //! All work of a device is ordered: copies and launches run one after the other, as on one CUDA stream. That is why memory is
-//! written through shared references: who may write which part is the backend's to know.
+//! written through shared references: who may write which part is the backend's to know. Beside it runs one kind of copy alone,
+//! from the host into an upload buffer, which the work then waits for.
 
 mod boxes;
 pub mod driver;
@@ -122,6 +123,8 @@ pub trait Device: Clone + Send + Sync + 'static {
     type Graph: Send + Sync;
     /// Where a copy to the host arrives.
     type Landing: Default + Send + Sync;
+    /// Where a copy from the host arrives that runs beside the work.
+    type UploadBuffer: Send;
 
     /// Whether it is hardware, and not only played.
     const IS_REAL: bool;
@@ -143,6 +146,24 @@ pub trait Device: Clone + Send + Sync + 'static {
     /// Copies `bytes` to `memory` from byte `offset` on, in the order of the work; `bytes` may be reused when it returns,
     /// which is before the copy is done.
     fn upload(&self, bytes: &[u8], memory: &Self::Memory, offset: usize) -> Result<()>;
+    /// Room for `bytes`, which count as allocated.
+    fn allocate_upload_buffer(&self, bytes: usize) -> Result<Self::UploadBuffer>;
+    /// Starts to copy `bytes` to `buffer`, at once and beside the work so far; `bytes` may be reused when it returns. It waits
+    /// until the bytes before them have left the host.
+    ///
+    /// # Errors
+    /// More bytes than there is room for: a bug of the caller.
+    fn start_upload(&self, bytes: &[u8], buffer: &mut Self::UploadBuffer) -> Result<()>;
+    /// Makes the work wait for that copy, and then move what arrived to byte `offset` of `memory`. Returns before it has.
+    ///
+    /// # Errors
+    /// Nothing was started since the last time: a bug of the caller.
+    fn finish_upload(
+        &self,
+        buffer: &mut Self::UploadBuffer,
+        memory: &Self::Memory,
+        offset: usize,
+    ) -> Result<()>;
     /// Waits for the work so far and copies from byte `offset` of `memory`.
     fn download(&self, memory: &Self::Memory, offset: usize, into: &mut [u8]) -> Result<()>;
     /// Starts to copy `bytes` from byte `offset` of `memory` to `landing`, in the order of the work, and returns.
@@ -192,6 +213,18 @@ fn not_while_recording(is_recording: bool, action: &str) -> Result<()> {
     } else {
         Ok(())
     }
+}
+
+/// Refuses what does not fit an upload buffer.
+fn check_room(bytes: usize, capacity: usize) -> Result<()> {
+    if bytes <= capacity {
+        return Ok(());
+    }
+    Err(Error::internal(format!("{bytes} bytes for an upload buffer of {capacity}")))
+}
+
+fn nothing_started() -> Error {
+    Error::internal("an upload is finished that was not started")
 }
 
 /// Refuses a copy that leaves its memory, before it reaches the device.

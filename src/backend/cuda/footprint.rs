@@ -1,6 +1,7 @@
 //! What things take on a GPU, and one arena for the activations.
 
 use super::adapter_gradients::partial_bytes;
+use super::batch::most_bytes;
 use super::head::logits_bytes;
 use super::linear::rank_leading;
 use super::memory::{FLOAT_BYTES, HALF_BYTES, Region};
@@ -38,6 +39,7 @@ struct ScratchSizes {
     rotated: usize,
     delta: usize,
     logits: usize,
+    upload: usize,
 }
 
 impl ScratchSizes {
@@ -69,11 +71,12 @@ impl ScratchSizes {
             rotated: tokens * (query_heads + key_value_heads) * head_dim * HALF_BYTES,
             delta: only(shapes.is_training, tokens * query_heads * FLOAT_BYTES),
             logits: logits_bytes(vocabulary, labelled_rows.clamp(1, head_rows)),
+            upload: most_bytes(tokens, labelled_rows),
         }
     }
 
     fn total(&self) -> usize {
-        [self.dropped, self.ds, self.partials, self.rotated, self.delta, self.logits]
+        [self.dropped, self.ds, self.partials, self.rotated, self.delta, self.logits, self.upload]
             .map(aligned)
             .iter()
             .sum()
@@ -116,6 +119,7 @@ impl<D: Device> Footprint for CudaBackend<D> {
     fn reserve_scratch(&self, shapes: &OperationShapes) -> Result<()> {
         let sizes = ScratchSizes::new(shapes, self);
         let mut scratch = lock(&self.scratch);
+        scratch.upload_buffer(self.device(), sizes.upload)?;
         let Scratch { dropped, ds, partials, rotated, delta, logits, .. } = &mut *scratch;
         for (growing, bytes) in [
             (dropped, sizes.dropped),

@@ -75,6 +75,11 @@ impl<D: Device> Region<D> {
         device.upload(bytes, &self.memory, self.range.start + offset)
     }
 
+    /// Makes the work wait for what was started to arrive in `buffer`, and moves it to the beginning.
+    pub fn finish_upload(&self, device: &D, buffer: &mut D::UploadBuffer) -> Result<()> {
+        device.finish_upload(buffer, &self.memory, self.range.start)
+    }
+
     /// Waits for the work so far and copies from the beginning.
     pub fn download(&self, device: &D, into: &mut [u8]) -> Result<()> {
         self.check(0, into.len())?;

@@ -2,7 +2,7 @@
 //!
 //! Activations and frozen weights are in the compute type; adapters, gradients, moments and losses are f32. Every product
 //! and sum has an order that depends on shapes alone, so results have the same bits on every run. All work goes to one
-//! stream: an operation returns when it is enqueued, and only reading waits.
+//! stream: an operation returns when it is enqueued, and only reading waits. A batch crosses the bus beside it.
 
 mod adapter_gradients;
 mod attention;
@@ -244,7 +244,7 @@ impl<D: Device> Backend for CudaBackend<D> {
     }
 
     fn load_batch(&self, resident: &mut Self::Batch, batch: &Batch, settings: PassSettings) -> Result<()> {
-        resident.load(self.device(), batch, settings)
+        resident.load(self, batch, settings)
     }
 
     fn embedding(

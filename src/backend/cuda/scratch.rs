@@ -4,6 +4,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::memory::Growing;
 use crate::device::Device;
+use crate::error::Result;
 
 /// Memory that one operation uses and the next may overwrite: the stream runs them in turn.
 pub(super) struct Scratch<D: Device> {
@@ -25,6 +26,21 @@ pub(super) struct Scratch<D: Device> {
     pub norm_landing: D::Landing,
     /// 0, 1, …
     pub counting: Growing<D>,
+    /// Where batches arrive, with its capacity.
+    upload_buffer: Option<(usize, D::UploadBuffer)>,
+}
+
+impl<D: Device> Scratch<D> {
+    /// One for at least `bytes`.
+    pub fn upload_buffer(&mut self, device: &D, bytes: usize) -> Result<&mut D::UploadBuffer> {
+        if self.upload_buffer.as_ref().is_none_or(|(capacity, _)| *capacity < bytes) {
+            // The old one first: both may not fit.
+            self.upload_buffer = None;
+            self.upload_buffer = Some((bytes, device.allocate_upload_buffer(bytes)?));
+        }
+        let (_, buffer) = self.upload_buffer.as_mut().expect("just made");
+        Ok(buffer)
+    }
 }
 
 impl<D: Device> Default for Scratch<D> {
@@ -39,6 +55,7 @@ impl<D: Device> Default for Scratch<D> {
             norm: Growing::default(),
             norm_landing: D::Landing::default(),
             counting: Growing::default(),
+            upload_buffer: None,
         }
     }
 }

@@ -22,6 +22,7 @@ const SYMBOLS: &[&str] = &[
     "cuCtxSetCurrent",
     "cuStreamCreate",
     "cuStreamSynchronize",
+    "cuStreamWaitEvent",
     "cuStreamDestroy_v2",
     "cuModuleLoadData",
     "cuModuleGetFunction",

@@ -8,9 +8,11 @@ mod landing;
 mod launch;
 mod library;
 mod memory;
+mod pinned;
 mod staging;
 mod survey;
 mod tensor_map;
+mod upload_buffer;
 
 use std::collections::HashMap;
 use std::ffi::CString;
@@ -25,9 +27,10 @@ pub use graph::DriverGraph;
 pub use landing::DriverLanding;
 pub use memory::{DriverEvent, DriverMemory};
 pub use survey::{GpuSummary, KernelBuild, Survey, kernel_build, survey};
+pub use upload_buffer::DriverUploadBuffer;
 
 use super::boxes::Values;
-use super::{Device, Launch, Limits, check_range};
+use super::{Device, Launch, Limits, check_range, check_room, nothing_started};
 use crate::error::{Error, Result};
 use launch::LastLaunch;
 use library::{check_library, check_version, failed};
@@ -47,7 +50,7 @@ pub fn is_compiled_in() -> bool {
     !compiled::MODULES.is_empty()
 }
 
-/// A GPU and one stream on it.
+/// A GPU, a stream for its work, and one for copies from the host beside it.
 #[derive(Clone)]
 pub struct Driver {
     inner: Arc<Inner>,
@@ -57,6 +60,7 @@ struct Inner {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
+    copy_stream: sys::CUstream,
     modules: Vec<sys::CUmodule>,
     functions: Mutex<HashMap<String, Function>>,
     /// The latest launch: a fault inside a kernel surfaces in a later call, whose error names it.
@@ -177,7 +181,7 @@ fn read_limits(device: sys::CUdevice) -> std::result::Result<Limits, DriverError
     })
 }
 
-/// Retains the primary context, loads every module and makes the stream.
+/// Retains the primary context, loads every module and makes the streams.
 fn open(device: sys::CUdevice, name: String, limits: Limits) -> Result<Inner> {
     // SAFETY: the device handle is valid; Inner's drop releases what was retained, also when a later step fails.
     let context = unsafe { result::primary_ctx::retain(device) }
@@ -186,6 +190,7 @@ fn open(device: sys::CUdevice, name: String, limits: Limits) -> Result<Inner> {
         device,
         context,
         stream: std::ptr::null_mut(),
+        copy_stream: std::ptr::null_mut(),
         modules: Vec::new(),
         functions: Mutex::default(),
         last_launch: Mutex::default(),
@@ -196,8 +201,10 @@ fn open(device: sys::CUdevice, name: String, limits: Limits) -> Result<Inner> {
         limits,
     };
     inner.enter().map_err(|error| failed("use the GPU", error))?;
-    inner.stream = result::stream::create(result::stream::StreamKind::NonBlocking)
-        .map_err(|error| failed("make a CUDA stream", error))?;
+    for stream in [&mut inner.stream, &mut inner.copy_stream] {
+        *stream = result::stream::create(result::stream::StreamKind::NonBlocking)
+            .map_err(|error| failed("make a CUDA stream", error))?;
+    }
     let modules =
         compiled::MODULES.iter().filter(|(_, is_for_hopper, _)| !is_for_hopper || limits.is_hopper());
     for (module_name, _, image) in modules {
@@ -232,14 +239,14 @@ fn allow_all_shared_memory(
 impl Drop for Inner {
     fn drop(&mut self) {
         // Errors are ignored: after a lost device nothing can be released, and there is nobody left to tell.
-        // SAFETY: all handles are ours and used nowhere after this; the stream is idle before it goes.
+        // SAFETY: all handles are ours and used nowhere after this; the streams are idle before they go.
         unsafe {
             if self.enter().is_ok() {
-                if !self.stream.is_null() {
-                    let _ = result::stream::synchronize(self.stream);
-                    self.staging.get_mut().unwrap_or_else(PoisonError::into_inner).free();
-                    let _ = result::stream::destroy(self.stream);
+                for stream in [self.copy_stream, self.stream].into_iter().filter(|stream| !stream.is_null()) {
+                    let _ = result::stream::synchronize(stream);
+                    let _ = result::stream::destroy(stream);
                 }
+                self.staging.get_mut().unwrap_or_else(PoisonError::into_inner).free();
                 for &module in &self.modules {
                     let _ = result::module::unload(module);
                 }
@@ -254,6 +261,7 @@ impl Device for Driver {
     type Event = DriverEvent;
     type Graph = DriverGraph;
     type Landing = DriverLanding;
+    type UploadBuffer = DriverUploadBuffer;
     const IS_REAL: bool = true;
 
     fn name(&self) -> String {
@@ -302,6 +310,36 @@ impl Device for Driver {
         // SAFETY: the range is inside the allocation, the context is current, and the stream is alive.
         unsafe { staging.copy(bytes, memory.address + offset as u64, self.inner.stream) }
             .map_err(|error| self.failed_after_launch("copy to the GPU", error))
+    }
+
+    fn allocate_upload_buffer(&self, bytes: usize) -> Result<DriverUploadBuffer> {
+        DriverUploadBuffer::new(&self.inner, self.allocate(bytes)?).map_err(|error| {
+            self.failed_after_launch(&format!("allocate {bytes} bytes of pinned memory"), error)
+        })
+    }
+
+    fn start_upload(&self, bytes: &[u8], buffer: &mut DriverUploadBuffer) -> Result<()> {
+        check_room(bytes.len(), buffer.capacity())?;
+        self.not_while_recording("take bytes from the host")?;
+        self.enter()?;
+        // SAFETY: there is room, and the context is current.
+        unsafe { buffer.start(bytes, &self.inner) }
+            .map_err(|error| self.failed_after_launch("copy to the GPU", error))
+    }
+
+    fn finish_upload(
+        &self,
+        buffer: &mut DriverUploadBuffer,
+        memory: &DriverMemory,
+        offset: usize,
+    ) -> Result<()> {
+        let bytes = buffer.take_started().ok_or_else(nothing_started)?;
+        check_range(memory, offset, bytes)?;
+        self.not_while_recording("take bytes from the host")?;
+        self.enter()?;
+        // SAFETY: the bytes were started, the range is inside the allocation, and the context is current.
+        unsafe { buffer.finish(bytes, memory.address + offset as u64, &self.inner) }
+            .map_err(|error| self.failed_after_launch("copy inside the GPU", error))
     }
 
     fn download(&self, memory: &DriverMemory, offset: usize, into: &mut [u8]) -> Result<()> {

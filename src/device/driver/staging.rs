@@ -78,7 +78,7 @@ impl Staging {
     /// Frees the slots; errors have nobody to be told.
     pub fn free(&mut self) {
         for slot in self.slots.drain(..) {
-            // SAFETY: the stream is idle, and nobody uses the slot after this.
+            // SAFETY: the copies are done, and nobody uses the slot after this.
             unsafe {
                 let _ = result::event::destroy(slot.copied);
                 let _ = result::free_host(slot.host);
