@@ -168,6 +168,7 @@ fn recorded_work_has_the_bits_of_work_that_is_enqueued() {
     let (plain, none) = figures_of_a_run(false);
     let (recorded, replays) = figures_of_a_run(true);
     assert_same_bits("a recording", &[("run".into(), plain)], &[("run".into(), recorded)]);
-    // Three pieces of work for each batch of the last two epochs, when everything was recorded; and the last evaluation.
-    assert_eq!((none, replays), (0, 2 * 3 * 3 + 1));
+    // For each batch of the last two epochs, when everything was recorded: forward, backward, and after the update the renewal
+    // of what depends on the adapters, and the evaluation. And the last evaluation, of other adapters.
+    assert_eq!((none, replays), (0, 2 * 3 * 4 + 2));
 }

@@ -2,11 +2,13 @@
 
 mod decoding;
 mod parameters;
+mod scores;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 pub use decoding::{Cache, decoding_limits};
+pub use scores::TokenScores;
 
 use super::block::{Block, BlockShape, ForwardBuffers, Pass};
 use super::config::ModelConfig;
@@ -58,40 +60,6 @@ pub struct Transformer<B: Backend> {
     /// Of the cache that was made last.
     cache_bytes: u64,
     scores: TokenScores,
-}
-
-/// Figures of each labelled row of a batch, in its order.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct TokenScores {
-    /// Cross-entropy in nats.
-    pub losses: Vec<f32>,
-    /// Whether the target had the highest logit.
-    pub correct: Vec<bool>,
-    host: Vec<f32>,
-}
-
-impl TokenScores {
-    /// Sum of the losses.
-    pub fn loss_sum(&self) -> f64 {
-        self.losses.iter().map(|loss| f64::from(*loss)).sum()
-    }
-
-    /// Takes the figures of `labelled` rows from what was read of `rows`.
-    fn read<B: Backend>(
-        &mut self,
-        backend: &B,
-        landing: &B::Landing,
-        labelled: usize,
-        rows: usize,
-    ) -> Result<()> {
-        self.host.resize(2 * rows, 0.0);
-        backend.finish_reading(landing, &mut self.host)?;
-        self.losses.clear();
-        self.losses.extend_from_slice(&self.host[..labelled]);
-        self.correct.clear();
-        self.correct.extend(self.host[rows..][..labelled].iter().map(|hit| *hit > 0.5));
-        Ok(())
-    }
 }
 
 impl<B: Backend> Transformer<B> {
@@ -281,11 +249,15 @@ impl<B: Backend> Transformer<B> {
             positions: sample_lengths.max().unwrap_or(0),
         };
         self.reserve(purpose, limits)?;
+        self.backend.load_batch(&mut self.batch, batch, settings)?;
         if !self.is_renewed {
-            self.blocks.iter().try_for_each(|block| block.renew(&self.backend, &self.parameters))?;
+            let no_shape = [0; 6];
+            self.repeat("renewal", no_shape, |model| {
+                model.blocks.iter().try_for_each(|block| block.renew(&model.backend, &model.parameters))
+            })?;
             self.is_renewed = true;
         }
-        self.backend.load_batch(&mut self.batch, batch, settings)
+        Ok(())
     }
 
     /// Loads a batch that has tokens, filled up to a shape that comes again, and tells its rows.
@@ -303,13 +275,23 @@ impl<B: Backend> Transformer<B> {
         loaded.map(|()| rows)
     }
 
-    /// Runs `work` over the loaded batch, or what was recorded of it.
-    fn repeat(&mut self, name: &'static str, work: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+    /// Runs `work`, or what was recorded of it.
+    fn repeat(
+        &mut self,
+        name: &'static str,
+        shape: [u64; 6],
+        work: impl FnOnce(&mut Self) -> Result<()>,
+    ) -> Result<()> {
         let backend = Arc::clone(&self.backend);
         let mut recordings = std::mem::take(&mut self.recordings);
-        let done = backend.repeat(&mut recordings, name, backend.shape_of(&self.batch), || work(self));
+        let done = backend.repeat(&mut recordings, name, shape, || work(self));
         self.recordings = recordings;
         done
+    }
+
+    /// The same over the loaded batch.
+    fn repeat_pass(&mut self, name: &'static str, work: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        self.repeat(name, self.backend.shape_of(&self.batch), work)
     }
 
     /// Forward without gradients: loss and hit of every labelled row.
@@ -319,7 +301,7 @@ impl<B: Backend> Transformer<B> {
             return Ok(&self.scores);
         }
         let rows = self.load_padded(Purpose::Inference, batch, PassSettings::default())?;
-        self.repeat("evaluation", |model| {
+        self.repeat_pass("evaluation", |model| {
             model.forward(rows.tokens)?;
             model.head_loss(rows.labelled, false)
         })?;
@@ -337,12 +319,15 @@ impl<B: Backend> Transformer<B> {
             return Ok(&self.scores);
         }
         let rows = self.load_padded(Purpose::Training, batch, settings)?;
-        self.repeat("forward", |model| {
+        self.repeat_pass("forward", |model| {
             model.forward(rows.tokens)?;
             model.head_loss(rows.labelled, true)
         })?;
+        // Two recordings, with the losses' event between them. With the event inside one, the host would read the losses of an
+        // earlier start unless every start arms it anew, which only a GPU can show; and one saves a start, made while the
+        // forward runs.
         self.start_reading(rows)?;
-        self.repeat("backward", |model| model.backward(rows.tokens))?;
+        self.repeat_pass("backward", |model| model.backward(rows.tokens))?;
         self.read_scores(batch, rows)
     }
 
