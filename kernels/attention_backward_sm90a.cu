@@ -14,9 +14,13 @@
 // Registers at D = 128, of 240: dk and dv 128 and two tiles of 64×64 in 64, so that 64 queries pass by; dq 64 and two tiles
 // of 64×128 in 128, so that 128 keys do. p is computed under the product dp, dr under that of dv; what remains uncovered
 // runs under the products of the other warpgroup.
+//
+// Given angles, dq and dk are rotated back before they leave, to the bits of rope.cu's kernel over what would leave without: it
+// would read and write 2·(Q + K)·D bytes a token each.
 #include <type_traits>
 
 #include "common/hopper_attention.h"
+#include "common/rotated_sums.h"
 
 // Turns a tile of scores (score_tile) into p · dz/d(scale · q·k) and hands each two neighbouring p to use_p(i, first, second),
 // i being the first's accumulator. log_sum(i): of the accumulator's query, in base two.
@@ -47,7 +51,23 @@ struct HopperBackward {
     int query_heads, key_value_heads;
     Score score;
     int window;
+    Angles angles;  // without a table: dq and dk leave as they are
 };
+
+// Stores a lane's sums of one row (half 0 or 1), times `scale` and rotated back.
+template <class T, int D>
+DEVICE void store_gradient(T* out, float (&sums)[D / 2], int half, float scale, const Angles& angles, int row) {
+    float* own = sums + 2 * half;
+#pragma unroll
+    for (int j = 0; j < D / 8; j++)
+        for (int e = 0; e < 2; e++) own[4 * j + e] *= scale;
+    if (angles.table)
+        for_each_angle<D>(angles.of(row), [&](int j, float2 cosines, float2 sines) {
+            rotate_two_pairs<T, D>(own + 4 * j, cosines, make_float2(-sines.x, -sines.y));
+        });
+#pragma unroll
+    for (int j = 0; j < D / 8; j++) store2(out + j * 8, own[4 * j], own[4 * j + 1]);
+}
 
 // ---- dq. Grid: tiles of 128 rows in x, query heads in y.
 template <class T, int D>
@@ -145,9 +165,7 @@ DEVICE void attention_backward_queries_sm90a(const TensorMap& q, const TensorMap
         const int row = own_row + half * 8;
         if (row >= end_row) continue;
         T* out = dq + row * static_cast<long long>(dq_leading) + head * D + threadIdx.x % 4 * 2;
-#pragma unroll
-        for (int j = 0; j < D / 8; j++)
-            store2(out + j * 8, sums[4 * j + 2 * half] * in.score.scale, sums[4 * j + 2 * half + 1] * in.score.scale);
+        store_gradient<T, D>(out, sums, half, in.score.scale, in.angles, row);
     }
 }
 
@@ -259,11 +277,9 @@ DEVICE void attention_backward_keys_sm90a(const TensorMap& q, const TensorMap& k
         const int row = own_row + half * 8;
         if (row >= tile.first + rows) continue;
         const long long at = row * static_cast<long long>(leading) + key_head * D + threadIdx.x % 4 * 2;
+        store_gradient<T, D>(dk + at, dk_sums, half, in.score.scale, in.angles, row);
 #pragma unroll
-        for (int j = 0; j < D / 8; j++) {
-            store2(dk + at + j * 8, dk_sums[4 * j + 2 * half] * in.score.scale, dk_sums[4 * j + 2 * half + 1] * in.score.scale);
-            store2(dv + at + j * 8, dv_sums[4 * j + 2 * half], dv_sums[4 * j + 2 * half + 1]);
-        }
+        for (int j = 0; j < D / 8; j++) store2(dv + at + j * 8, dv_sums[4 * j + 2 * half], dv_sums[4 * j + 2 * half + 1]);
     }
 }
 
@@ -271,16 +287,20 @@ DEVICE void attention_backward_keys_sm90a(const TensorMap& q, const TensorMap& k
 #define HOPPER_BACKWARD_PARAMETERS \
     const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, \
         const __grid_constant__ TensorMap dout, const float *log_sum, const float *delta, const int *tiles, int query_heads, \
-        int key_value_heads, float scale, float soft_cap, int window
-#define HOPPER_BACKWARD_INPUTS \
-    q, k, v, dout, HopperBackward { log_sum, delta, tiles, query_heads, key_value_heads, Score{scale, {soft_cap}}, window }
+        int key_value_heads, float scale, float soft_cap, int window, const float *table, const unsigned *positions, \
+        const unsigned *lengths, int first_row, int longer_than, int long_first_row
+#define HOPPER_BACKWARD_INPUTS(D) \
+    q, k, v, dout, HopperBackward { \
+        log_sum, delta, tiles, query_heads, key_value_heads, Score{scale, {soft_cap}}, window, \
+            Angles{table, positions, lengths, first_row, longer_than, long_first_row, D / 2} \
+    }
 #define EXPORT_HOPPER_BACKWARD(D, type) \
     EXPORT_KERNEL_AS(attention_backward_queries_sm90a_d##D##_##type, type, (hopper_attention_threads, 1), \
                      (HOPPER_BACKWARD_PARAMETERS, type* dq, int leading), \
-                     (attention_backward_queries_sm90a<T, D>(HOPPER_BACKWARD_INPUTS, dq, leading))) \
+                     (attention_backward_queries_sm90a<T, D>(HOPPER_BACKWARD_INPUTS(D), dq, leading))) \
     EXPORT_KERNEL_AS(attention_backward_keys_sm90a_d##D##_##type, type, (hopper_attention_threads, 1), \
                      (HOPPER_BACKWARD_PARAMETERS, type* dk, type* dv, int leading), \
-                     (attention_backward_keys_sm90a<T, D>(HOPPER_BACKWARD_INPUTS, dk, dv, leading)))
+                     (attention_backward_keys_sm90a<T, D>(HOPPER_BACKWARD_INPUTS(D), dk, dv, leading)))
 EXPORT_HOPPER_BACKWARD(64, f16)
 EXPORT_HOPPER_BACKWARD(128, f16)
 EXPORT_HOPPER_BACKWARD(64, bf16)

@@ -14,7 +14,7 @@
 #include "common/hopper_matmul.h"
 #include "common/philox.h"
 #include "common/rank_range.h"
-#include "common/rope_angles.h"
+#include "common/rotated_sums.h"
 
 constexpr int hopper_threads = 384;
 
@@ -190,34 +190,20 @@ struct MaskedEpilogue : PlainEpilogue<Matmul> {
     }
 };
 
-// Rotates the heads of D columns that begin before `rotated_columns`. A lane holds both columns of a pair: they are D / 2 apart.
+// Rotates the heads of D columns that begin before `rotated_columns`.
 template <class Matmul, int D>
 DEVICE void rotate_heads(const Angles& angles, int rows, int rotated_columns, const HopperConsumer<Matmul>& consumer,
                          const HopperTile& tile, float (&sums)[Matmul::tile_n / 2]) {
-    using T = typename Matmul::T;
-    const int quad = threadIdx.x % 4;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = tile.m + Matmul::own_row(consumer.index) + half * 8;
         if (row >= rows) continue;
-        const float* cosines = angles.of(row);
+        for_each_angle<D>(angles.of(row), [&](int j, float2 cosines, float2 sines) {
 #pragma unroll
-        for (int j = 0; j < D / 16; j++) {
-            const float2 cosine = *reinterpret_cast<const float2*>(cosines + j * 8 + quad * 2);
-            const float2 sine = *reinterpret_cast<const float2*>(cosines + D / 2 + j * 8 + quad * 2);
-#pragma unroll
-            for (int head = 0; head < Matmul::tile_n / D; head++) {
-                if (tile.low + head * D >= rotated_columns) continue;
-                float* low = sums + (head * (D / 8) + j) * 4 + half * 2;
-                float* high = low + D / 16 * 4;
-                for (int e = 0; e < 2; e++) {
-                    low[e] = rounded<T>(low[e]);
-                    high[e] = rounded<T>(high[e]);
-                }
-                rotate_pair(low[0], high[0], cosine.x, sine.x);
-                rotate_pair(low[1], high[1], cosine.y, sine.y);
-            }
-        }
+            for (int head = 0; head < Matmul::tile_n / D; head++)
+                if (tile.low + head * D < rotated_columns)
+                    rotate_two_pairs<typename Matmul::T, D>(sums + (head * (D / 8) + j) * 4 + half * 2, cosines, sines);
+        });
     }
 }
 

@@ -4,6 +4,7 @@ use fastlora::device::Argument;
 
 use crate::harness::*;
 use crate::lora_group::*;
+use crate::random_angles::RandomAngles;
 
 const NULL: Argument = Argument::Address(0);
 
@@ -16,12 +17,6 @@ enum Rest {
     Rotated { head_dim: usize, rotated_heads: usize },
 }
 use Rest::{Gated, Rotated};
-
-/// Rows of the table of angles: for short texts, then for long ones, which have more than `LONGER_THAN` tokens.
-const FIRST_ROW: usize = 1;
-const LONG_FIRST_ROW: usize = 9;
-const LONGER_THAN: u32 = 20;
-const ROWS: usize = 17;
 
 /// `A [rank, width]` of down.
 fn down_a(half: Half, rank: usize, width: usize) -> Vec<u16> {
@@ -38,13 +33,8 @@ fn outputs(place: &Place, half: Half, group: &Group, columns: usize, rest: Rest,
         [tokens * inputs, outputs * inputs, outputs].map(|count| random.halves(half, count, 1.0));
     let s = group.with_poisoned_padding(random.halves(half, tokens * leading, 1.0));
     let b_hat = group.b_hat(half, &random.floats(group.parameter_count(), 1.0));
-    let angles: Vec<f32> = random.floats(ROWS * outputs, 1.0);
-    let positions: Vec<u32> = (0..tokens).map(|_| random.below(ROWS - LONG_FIRST_ROW) as u32).collect();
-    let lengths: Vec<u32> = (0..tokens as u32).map(|token| LONGER_THAN + token % 2).collect();
 
     let memories = [&x, &w, &bias, &s, &b_hat].map(|values| upload(place, values));
-    let [angles, positions, lengths] =
-        [bytemuck::cast_slice(&angles), &positions, &lengths].map(|values: &[u32]| upload(place, values));
     let tables = SlotTables::new(place, &group.slots());
     let y = poisoned::<u16>(place, tokens * outputs);
     let [x, w, bias, s, b_hat] = &memories;
@@ -109,26 +99,19 @@ fn outputs(place: &Place, half: Half, group: &Group, columns: usize, rest: Rest,
             launch(place, &format!("gated_{name}_forward_{suffix}"), blocks, 256, &arguments);
         }
         Rotated { head_dim, rotated_heads } => {
-            let table = [&angles, &positions, &lengths].map(Argument::of);
-            let rows = [i32_of(FIRST_ROW), Argument::I32(LONGER_THAN as i32), i32_of(LONG_FIRST_ROW)];
+            let angles = RandomAngles::new(place, tokens, head_dim);
             if is_fused {
                 arguments.extend([whole_y, bias, slots]);
-                arguments.extend(table);
-                arguments.extend(rows);
+                arguments.extend(angles.arrays());
+                arguments.extend(angles.rows());
                 arguments.extend([head_dim, rotated_heads * head_dim].map(i32_of));
                 arguments.extend(sizes);
                 product("_rotated", &arguments);
             } else {
                 let key_heads = outputs / head_dim - rotated_heads;
-                let mut arguments = vec![Argument::of(&y), NULL, NULL];
-                arguments.extend(table);
-                arguments.push(Argument::of(&second));
-                arguments
-                    .extend([tokens, rotated_heads - key_heads, key_heads, head_dim, head_dim].map(i32_of));
-                arguments.extend(rows);
-                arguments.extend([Argument::F32(0.0); 2]);
-                let blocks = (tokens * rotated_heads).div_ceil(4);
-                launch(place, &format!("rope_forward_{suffix}"), blocks, 128, &arguments);
+                let heads = [rotated_heads - key_heads, key_heads, head_dim];
+                let memories = [&y, &second].map(Argument::of);
+                angles.rope(place, &format!("rope_forward_{suffix}"), tokens, heads, memories);
             }
         }
     }

@@ -107,10 +107,13 @@ impl Operands {
     }
 }
 
+/// `Angles` where Hopper's kernels rotate nothing back.
+const NO_ANGLES: [Argument; 6] = [NULL, NULL, NULL, Argument::I32(0), Argument::I32(0), Argument::I32(0)];
+
 /// What the projection left, `[T, (Q + 2K)·D]`.
 pub(super) struct Projected<'a, D: Device> {
     pub qkv: &'a CudaBuffer<D>,
-    /// Whether queries and keys are as attention reads them.
+    /// Whether queries and keys are as attention reads them, which Hopper's kernels alone rotate back.
     pub is_rotated: bool,
 }
 
@@ -349,10 +352,17 @@ impl<D: Device> CudaBackend<D> {
             inputs.extend(statistics);
             inputs.push(batch.hopper_sample_tiles()?);
             inputs.extend(self.hopper_shape_arguments(attention)?);
+            inputs.extend(match projected.is_rotated {
+                true => positions.angles(&attention.rotations)?,
+                false => NO_ANGLES,
+            });
             let shape = Self::hopper_shape(batch, query_heads, dim, HOPPER_QUERIES_ROWS);
             launch("queries_sm90a", shape, &inputs, &[dq, leading])?;
             let shape = Self::hopper_shape(batch, key_heads, dim, HOPPER_KEYS_ROWS);
             launch("keys_sm90a", shape, &inputs, &[dk, dv, leading])?;
+            if projected.is_rotated {
+                return Ok(());
+            }
         } else {
             let mut inputs = vec![operands.q, operands.k, operands.v, dout];
             inputs.extend(statistics);
