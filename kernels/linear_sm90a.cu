@@ -15,6 +15,7 @@
 #include "common/philox.h"
 #include "common/rank_range.h"
 #include "common/rotated_sums.h"
+#include "common/shares_of_s.h"
 
 constexpr int hopper_threads = 384;
 
@@ -227,20 +228,20 @@ struct RotatedEpilogue : PlainEpilogue<Matmul> {
 
 // A tile's low half is of the gate, its high half the same columns of up. Both leave first; from where they stand act is
 // computed, eight columns of a row at a time, and it leaves from the gate's place. There its share of s for the adapter of down is
-// taken: partial sums [ceil(F / tile_columns)][T][R̄], R̄ the adapter's leading dimension. None are wanted without s_partials.
+// taken, if it is wanted: stretches of tile_columns.
 template <class Matmul>
 struct GatedEpilogue : EpilogueBase<Matmul> {
     using typename EpilogueBase<Matmul>::T, typename EpilogueBase<Matmul>::Sums;
     static constexpr int half = Matmul::tile_n / 2, tile_columns = half, boxes = Matmul::boxes_of_tile / 2;
     const TensorMap &gate, &up, &act, &down_a;
     const T* bias;
-    float* s_partials;
-    int rows, width, down_leading;
+    SharesOfS down_shares;
+    int rows, width;
     bool is_gelu;
 
     __device__ __forceinline__ int high_half(int n) const { return width + n; }
     __device__ __forceinline__ void load(unsigned char* shared, typename Matmul::Ring& ring, const HopperTile& tile) const {
-        if (s_partials) Matmul::load_beside(shared, ring, down_a, tile.low, boxes);
+        if (down_shares.are_wanted()) Matmul::load_beside(shared, ring, down_a, tile.low, boxes);
     }
 
     __device__ __forceinline__ void finish(const HopperConsumer<Matmul>& consumer, typename Matmul::Ring& ring, const HopperTile& tile,
@@ -263,38 +264,26 @@ struct GatedEpilogue : EpilogueBase<Matmul> {
             consumer.send(act, 0, boxes, tile.m, tile.low);
             tma_store_commit();
         }
-        if (s_partials) multiply_by_down(consumer, ring, tile);
+        if (down_shares.are_wanted()) multiply_by_down(consumer, ring, tile);
     }
 
     // This tile's share of s = act · Aᵀ of down, A [r, F] with r at most 64: act stands where it leaves as wgmma wants it.
     __device__ __forceinline__ void multiply_by_down(const HopperConsumer<Matmul>& consumer, typename Matmul::Ring& ring,
                                                      const HopperTile& tile) const {
-        constexpr int ranks = box_columns;
-        float shares[ranks / 2];
+        float shares[share_ranks / 2];
         const uint64_t a = wgmma_operand(Matmul::take_beside(consumer.shared, ring)), own_act = wgmma_operand(consumer.out_box(0));
         wgmma_fence(shares);
 #pragma unroll
         for (int box = 0; box < boxes; box++)
 #pragma unroll
             for (int step = 0; step < box_columns / 16; step++)
-                wgmma<T, ranks, false>(shares, wgmma_operand_after(own_act, box * Matmul::out_box_bytes + step * 32),
-                                       wgmma_operand_after(a, box * box_columns * box_row_bytes + step * 32), box + step > 0);
+                wgmma<T, share_ranks, false>(shares, wgmma_operand_after(own_act, box * Matmul::out_box_bytes + step * 32),
+                                             wgmma_operand_after(a, box * share_ranks * box_row_bytes + step * 32),
+                                             box + step > 0);
         wgmma_commit();
         wgmma_wait<0>(shares);
         Matmul::release_beside(consumer.shared, ring);
-        float* partial = s_partials + static_cast<long long>(tile.low / tile_columns) * rows * down_leading;
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int row = tile.m + Matmul::own_row(consumer.index) + half * 8;
-            if (row >= rows) continue;
-#pragma unroll
-            for (int j = 0; j < ranks / 8; j++) {
-                const int rank = j * 8 + threadIdx.x % 4 * 2;
-                if (rank < down_leading)
-                    *reinterpret_cast<float2*>(partial + static_cast<long long>(row) * down_leading + rank) =
-                        make_float2(shares[j * 4 + half * 2], shares[j * 4 + half * 2 + 1]);
-            }
-        }
+        down_shares.store(shares, tile.low / tile_columns, tile.m + Matmul::own_row(consumer.index), rows);
     }
 
     template <class F>
@@ -353,7 +342,7 @@ DEVICE void linear_forward_gated_sm90a(const HopperOperands& operands, const Ten
             const int2 high = rank_range(slots, adapters, tile.high, tile.high + TILE_N / 2);
             return make_int2(min(low.x, high.x), max(low.y, high.y));
         },
-        GatedEpilogue<Matmul>{{}, gate, up, act, down_a, bias, s_partials, tokens, width, down_leading, is_gelu != 0});
+        GatedEpilogue<Matmul>{{}, gate, up, act, down_a, bias, {s_partials, tokens, down_leading}, tokens, width, is_gelu != 0});
 }
 
 template <class T, int TILE_N>

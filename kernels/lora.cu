@@ -2,7 +2,7 @@
 //
 //   dropout     x̃ = mask ∘ x / (1 − p)
 //   down        s = x̃ · Aᵀ                                                  forward
-//   sum_s       s of partial sums, where the product in front took them
+//   sum_s       s of shares, where the kernel in front took them
 //   gradient    dA = dsᵀ · x̃                                                added to the flat f32 gradients
 //   pack        B̂ from the f32 parameters                                   B̂ holds α/r (linear.cu)
 //
@@ -87,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(element_threads)
 }
 REGISTER_KERNEL(lora_add_a_gradient);
 
-// s [T, R̄] of its partial sums (linear_sm90a.cu), four elements a thread. Grid: ceil(elements / 4 / 256) blocks.
+// s [T, R̄] of its shares (common/shares_of_s.h, gated_down.cu), four elements a thread. Grid: ceil(elements / 4 / 256) blocks.
 template <class T>
 DEVICE void lora_sum_s(const float* __restrict__ partials, T* __restrict__ s, int tiles, long long elements) {
     const long long i = (static_cast<long long>(blockIdx.x) * element_threads + threadIdx.x) * 4;

@@ -136,8 +136,8 @@ impl Work {
         Self::of_rms_norm(rows * width, element, false) + Self::of_s(rows, width, rank, element)
     }
 
-    /// `s = x · Aᵀ` of rows of `width` that are at hand.
-    fn of_s(rows: usize, width: usize, rank: usize, element: usize) -> Self {
+    /// `s = x · Aᵀ` of adapters of `rank` together that read `rows` rows of `width`, where these are made.
+    pub fn of_s(rows: usize, width: usize, rank: usize, element: usize) -> Self {
         Self {
             flops: 2.0 * (rows * rank) as f64 * width as f64,
             bytes: (element * rank * (rows + width)) as f64,

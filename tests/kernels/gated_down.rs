@@ -4,8 +4,8 @@ use fastlora::device::Argument;
 
 use crate::activation::Activation;
 use crate::harness::*;
-use crate::lora::expected_s;
 use crate::lora_group::*;
+use crate::shares_of_s::{Shares, check_s};
 
 #[derive(Clone, Copy)]
 struct Case {
@@ -48,10 +48,10 @@ fn forward(half: Half, case: Case) {
     let parts = width.div_ceil(block_columns);
     let outputs = run_everywhere(&name, |device| {
         let (gate_up, a) = (upload(device, &gate_up), upload(device, &a));
-        let (act, s) = (poisoned::<u16>(device, tokens * width), poisoned::<u16>(device, tokens * leading));
-        let partials = poisoned::<f32>(device, parts * tokens * leading);
+        let act = poisoned::<u16>(device, tokens * width);
+        let shares = Shares::new(device, parts, tokens, rank);
         let masks = has_dropout.then(|| mask.upload(device));
-        let mut arguments = [&gate_up, &act, &a, &partials].map(Argument::of).to_vec();
+        let mut arguments = [&gate_up, &act, &a, &shares.partials].map(Argument::of).to_vec();
         arguments.extend([tokens, width, block_columns, rank, leading].map(i32_of));
         arguments.extend(mask.arguments(masks.as_ref()));
         let ranks = [16, 32, 64].into_iter().find(|&ranks| rank <= ranks).unwrap();
@@ -62,17 +62,12 @@ fn forward(half: Half, case: Case) {
         let kernel = format!("gated_down_{gate}_{ranks}_{}", half.suffix());
         let grid = [tokens.div_ceil(64) as u32, parts as u32, 1];
         launch_grid(device, &kernel, grid, 256, 2 * 2 * 64 * (2 * 64 + ranks as u32), &arguments);
-        let elements = tokens * leading;
-        let mut arguments = [&partials, &s].map(Argument::of).to_vec();
-        arguments.extend([i32_of(parts), Argument::I64(elements as i64)]);
-        let blocks = (elements / 4).div_ceil(256);
-        launch(device, &format!("lora_sum_s_{}", half.suffix()), blocks, 256, &arguments);
         let mut outputs: Vec<u16> = download(device, &act);
-        outputs.extend(download::<u16>(device, &s));
+        outputs.extend(shares.sum(device, half));
         outputs
     });
     let (act, s) = outputs.split_at(tokens * width);
-    let (gate_up, a, act) = (half.decode_all(&gate_up), half.decode_all(&a), half.decode_all(act));
+    let (gate_up, act) = (half.decode_all(&gate_up), half.decode_all(act));
     let expected: Vec<Expected> = gate_up
         .chunks(2 * width)
         .flat_map(|row| (0..width).map(|column| activation.act(half, row[column], row[width + column])))
@@ -85,11 +80,7 @@ fn forward(half: Half, case: Case) {
         false => act[i],
     };
     let x: Vec<f64> = (0..tokens * width).map(dropped).collect();
-    let expected = expected_s(half, &x, &a, width);
-    assert!(s.chunks(leading).all(|row| row[rank..].iter().all(|&bits| bits == 0)), "{name}: padding");
-    let s: Vec<u16> = s.chunks(leading).flat_map(|row| &row[..rank]).copied().collect();
-    let s = half.decode_all(&s);
-    assert_close(&format!("{name} s"), rank, &s, &expected);
+    check_s(&name, half, rank, &x, &a, s);
 }
 
 #[test]

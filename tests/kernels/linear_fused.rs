@@ -5,6 +5,7 @@ use fastlora::device::Argument;
 use crate::harness::*;
 use crate::lora_group::*;
 use crate::random_angles::RandomAngles;
+use crate::shares_of_s::{Shares, check_s};
 
 const NULL: Argument = Argument::Address(0);
 
@@ -62,7 +63,7 @@ fn outputs(place: &Place, half: Half, group: &Group, columns: usize, rest: Rest,
         let cluster_blocks = if is_fused { 2 } else { 1 };
         launch_clusters(place, &kernel, [2, 1, 1], cluster_blocks, 384, 227 << 10, arguments);
     };
-    let mut s_of_down = poisoned::<u16>(place, 0);
+    let mut s_of_down = Vec::new();
     if !is_fused {
         arguments.extend([whole_y, whole_y, bias, slots, Argument::I32(0)]);
         arguments.extend(sizes);
@@ -73,23 +74,17 @@ fn outputs(place: &Place, half: Half, group: &Group, columns: usize, rest: Rest,
             for (memory, first, stride) in [(&y, 0, outputs), (&y, width, outputs), (&second, 0, width)] {
                 arguments.push(boxes_from(memory, first, [tokens, width], stride, 64));
             }
-            let (a, leading) = (down_a(half, down_rank, width), down_rank.next_multiple_of(8));
-            let a = upload(place, &a);
-            let elements = tokens * leading;
-            let tiles = width.div_ceil(columns / 2);
-            let partials = poisoned::<f32>(place, tiles * elements);
+            let a = upload(place, &down_a(half, down_rank, width));
+            let shares = Shares::new(place, width.div_ceil(columns / 2), tokens, down_rank);
             let (down, partials) = match down_rank {
                 0 => (x, NULL),
-                _ => (boxes(&a, [down_rank, width], width, 64), Argument::of(&partials)),
+                _ => (boxes(&a, [down_rank, width], width, 64), Argument::of(&shares.partials)),
             };
             arguments.extend([down, bias, slots, partials, sizes[0], sizes[1], i32_of(width), sizes[3]]);
-            arguments.extend([i32_of(leading), Argument::I32(i32::from(is_gelu))]);
+            arguments.extend([i32_of(down_rank.next_multiple_of(8)), Argument::I32(i32::from(is_gelu))]);
             product("_gated", &arguments);
             if down_rank > 0 {
-                s_of_down = poisoned::<u16>(place, elements);
-                let arguments =
-                    [partials, Argument::of(&s_of_down), i32_of(tiles), Argument::I64(elements as i64)];
-                launch(place, &format!("lora_sum_s_{suffix}"), elements.div_ceil(1024), 256, &arguments);
+                s_of_down = shares.sum(place, half);
             }
         }
         Gated { is_gelu, .. } => {
@@ -119,7 +114,7 @@ fn outputs(place: &Place, half: Half, group: &Group, columns: usize, rest: Rest,
     match rest {
         Gated { .. } => {
             y.extend(second);
-            y.extend(download::<u16>(place, &s_of_down));
+            y.extend(s_of_down);
         }
         // Where queries and keys stand in y.
         Rotated { head_dim, rotated_heads } if !is_fused => {
@@ -146,25 +141,10 @@ fn check(group: &Group, columns: usize, rest: Rest) {
         assert_eq!(first, None, "{name}: first element that differs");
         assert!(fused.iter().all(|&bits| half.decode(bits).is_finite()), "{name}: something was not written");
         if let Gated { down_rank: rank @ 1.., .. } = rest {
-            check_s(&name, half, rank, &fused[group.tokens * group.out_features()..], s);
+            let act = half.decode_all(&fused[group.tokens * group.out_features()..]);
+            check_s(&name, half, rank, &act, &down_a(half, rank, group.out_features() / 2), s);
         }
     }
-}
-
-/// `s = act · Aᵀ`, zero behind its ranks.
-fn check_s(name: &str, half: Half, rank: usize, act: &[u16], s: &[u16]) {
-    let leading = rank.next_multiple_of(8);
-    let width = act.len() * leading / s.len();
-    let [a, act] = [&down_a(half, rank, width)[..], act].map(|values| half.decode_all(values));
-    let mut expected = Vec::new();
-    for row in act.chunks(width) {
-        for r in 0..leading {
-            let terms = (0..width).map(|k| if r < rank { row[k] * a[r * width + k] } else { 0.0 });
-            let (sum, magnitude) = sum_and_magnitude(terms);
-            expected.push(Expected::rounded_sum(half, sum, magnitude, width));
-        }
-    }
-    assert_close(&format!("{name}, s of down"), leading, &half.decode_all(s), &expected);
 }
 
 /// Widths beside the tile's, ranks that only one half has, and more tiles than blocks.

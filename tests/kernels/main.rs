@@ -27,3 +27,4 @@ mod norms;
 mod rms_norm_down;
 mod random_angles;
 mod rope;
+mod shares_of_s;

@@ -5,8 +5,9 @@ use super::batch::most_bytes;
 use super::head::logits_bytes;
 use super::linear::rank_leading;
 use super::memory::{FLOAT_BYTES, HALF_BYTES, Region};
-use super::mlp::{GatePass, MiddlePass, share_bytes};
+use super::mlp::{GatePass, MiddlePass, gated_shares};
 use super::recordings::bucket_of;
+use super::shares_of_s::SharesOfS;
 use super::{CudaBackend, Scratch, lock};
 use crate::backend::{Footprint, GroupShape, OperationShapes};
 use crate::batch::BatchRows;
@@ -58,11 +59,11 @@ impl ScratchSizes {
         };
         let gradients = largest(&|group| partial_bytes(&group.adapters, group.in_features, tokens))
             .max(shapes.mlps.iter().map(of_middle).max().unwrap_or(0));
-        let of_share = |[_, down]: &[GroupShape; 2]| match uses_hopper {
-            true => share_bytes(&down.adapters, down.in_features, tokens),
-            false => GatePass::new(&down.adapters, down.in_features, tokens).map_or(0, |pass| pass.bytes()),
+        let of_down = |[_, down]: &[GroupShape; 2]| match uses_hopper {
+            true => gated_shares(&down.adapters, down.in_features, tokens),
+            false => GatePass::new(&down.adapters, down.in_features, tokens).map(|pass| pass.shares()),
         };
-        let shares = shapes.mlps.iter().map(of_share).max().unwrap_or(0);
+        let shares = shapes.mlps.iter().filter_map(of_down).map(SharesOfS::bytes).max().unwrap_or(0);
         let only = |wanted: bool, size: usize| if wanted { size } else { 0 };
         Self {
             dropped: only(shapes.has_dropout && shapes.is_training, dropped),

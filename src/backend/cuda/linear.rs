@@ -11,6 +11,7 @@ use crate::backend::{
 };
 use crate::device::{Argument, Device};
 use crate::error::{Error, Result};
+use crate::range;
 
 /// Tiles of the adapters' own products.
 pub(super) const LORA_TILE: usize = 64;
@@ -50,6 +51,11 @@ impl<D: Device> Adapters<D> {
             self.scales.first(self.shapes.len() * FLOAT_BYTES)?,
         ])
     }
+}
+
+/// The adapters of a group; none.
+pub(super) fn shapes_of<D: Device>(group: &LinearGroup<CudaBackend<D>>) -> &[AdapterShape] {
+    group.prepared.adapters.as_ref().map_or(&[], |adapters| &adapters.shapes)
 }
 
 /// `R` rounded up to whole vectors.
@@ -181,20 +187,22 @@ impl<D: Device> CudaBackend<D> {
         y: &CudaBuffer<D>,
     ) -> Result<()> {
         self.adapter_down(group, parameters, &input, s)?;
-        self.linear_given_s(group, input.rows, input.x, residual, s, y)
+        let product = self.forward_product(group, input.rows, input.x, residual, s, y)?;
+        // SAFETY: every stretch was asked for by its shape.
+        unsafe { self.kernels.linear_forward(&product) }
     }
 
-    /// `y = residual + x · Wᵀ + s · B̂ᵀ`.
+    /// [`linear`](crate::backend::Backend::linear) where `s` is there already.
     pub(super) fn linear_given_s(
         &self,
         group: &LinearGroup<Self>,
-        rows: usize,
-        x: &CudaBuffer<D>,
+        input: LinearInput<'_, Self>,
         residual: Option<&CudaBuffer<D>>,
         s: &CudaBuffer<D>,
         y: &CudaBuffer<D>,
     ) -> Result<()> {
-        let product = self.forward_product(group, rows, x, residual, s, y)?;
+        let _range = range!("linear"; work_given_s(group, input.rows));
+        let product = self.forward_product(group, input.rows, input.x, residual, s, y)?;
         // SAFETY: every stretch was asked for by its shape.
         unsafe { self.kernels.linear_forward(&product) }
     }

@@ -2,9 +2,10 @@
 
 use super::adapter_gradients::{BackSums, GRADIENT_BLOCKS};
 use super::launch::{NULL, Shape, int};
-use super::linear::{ELEMENT_THREADS, Sizes, mask_arguments, rank_leading, work, work_given_s};
+use super::linear::{Sizes, mask_arguments, rank_leading, shapes_of};
 use super::memory::{CudaBuffer, CudaFloats, FLOAT_BYTES, HALF_BYTES};
-use super::products::{DownShare, Gated, NO_MASK};
+use super::products::{Gated, NO_MASK};
+use super::shares_of_s::SharesOfS;
 use super::weights::WIDTH_MULTIPLE;
 use super::{CudaBackend, CudaBatch, Scratch, lock};
 use crate::backend::{
@@ -53,24 +54,16 @@ impl GatePass {
         Some(Self { tokens, width, rank, block_ranks, block_columns })
     }
 
-    fn column_blocks(&self) -> usize {
-        self.width.div_ceil(self.block_columns)
-    }
-
-    /// Elements of `s [T, r̄]`.
-    fn s_elements(&self) -> usize {
-        self.tokens * rank_leading(self.rank)
-    }
-
-    /// Bytes of its partial sums.
-    pub fn bytes(&self) -> usize {
-        self.column_blocks() * self.s_elements() * FLOAT_BYTES
+    /// The shares that it leaves.
+    pub fn shares(&self) -> SharesOfS {
+        let stretches = self.width.div_ceil(self.block_columns);
+        SharesOfS { stretches, tokens: self.tokens, rank: self.rank }
     }
 
     /// Two stages of two tiles and of one of `A`.
     fn shape(&self) -> Shape {
         Shape {
-            grid: [self.tokens.div_ceil(SIDE), self.column_blocks(), 1],
+            grid: [self.tokens.div_ceil(SIDE), self.shares().stretches, 1],
             threads: 256,
             shared_bytes: 2 * (2 * SIDE + self.block_ranks) * SIDE * HALF_BYTES,
         }
@@ -169,24 +162,13 @@ impl MiddlePass {
     }
 }
 
-/// The adapters of a group; none.
-fn shapes_of<D: Device>(group: &LinearGroup<CudaBackend<D>>) -> &[AdapterShape] {
-    group.prepared.adapters.as_ref().map_or(&[], |adapters| &adapters.shapes)
-}
-
-/// Columns of `act` in a tile of the product that takes it, where it multiplies them by the `A` of down as well, and the ranks
-/// that it has room for: see `GatedEpilogue` in linear_sm90a.cu. One width alone, so that no choice of tiles changes a sum.
+/// Columns of `act` in a tile of the product that takes it, where it takes the shares of down's `s` as well: one width alone, so
+/// that no choice of tiles changes a sum.
 const GATED_TILE_COLUMNS: usize = 128;
-const GATED_RANKS: usize = 64;
 
-/// Bytes of the partial sums of down's `s`; none where it is computed from `act`.
-pub(super) fn share_bytes(down: &[AdapterShape], width: usize, tokens: usize) -> usize {
-    match down {
-        [adapter] if adapter.rank <= GATED_RANKS => {
-            width.div_ceil(GATED_TILE_COLUMNS) * tokens * rank_leading(adapter.rank) * FLOAT_BYTES
-        }
-        _ => 0,
-    }
+/// The shares of down's `s`; none where it is computed from `act`.
+pub(super) fn gated_shares(down: &[AdapterShape], width: usize, tokens: usize) -> Option<SharesOfS> {
+    SharesOfS::on_hopper(down, width.div_ceil(GATED_TILE_COLUMNS), tokens)
 }
 
 /// The activation in a kernel's name.
@@ -218,45 +200,33 @@ impl<D: Device> CudaBackend<D> {
             };
         }
         let MlpSaved { gate_up, gate_up_s, act, down_s } = saved;
-        let share = match batch.dropout {
-            None => share_bytes(shapes_of(mlp.down), mlp.width(), rows),
-            Some(_) => 0,
+        let shares = match batch.dropout {
+            None => gated_shares(shapes_of(mlp.down), mlp.width(), rows),
+            Some(_) => None,
         };
         let input = self.normed_down(mlp.gate_up, parameters, input, gate_up_s)?;
         {
             let shape = || mlp.gate_up.shape(rows, mlp.gate_up.weight.bytes());
-            let rank = if share > 0 { mlp.down.total_rank() } else { 0 };
+            let rank = shares.map_or(0, |shares| shares.rank);
             let _range = range!("linear gated"; Work::of_gated_linear(shape(), rank, HALF_BYTES));
             let product = self.forward_product(mlp.gate_up, rows, input.x, None, gate_up_s, gate_up)?;
             let (elements, width) = (rows * mlp.width(), mlp.width());
             let mut scratch = lock(&self.scratch);
-            let down = match share {
-                0 => None,
-                _ => Some(DownShare {
-                    a: self.adapter_a(mlp.down, parameters)?,
-                    partials: scratch.partials.reserve(self.device(), share)?.first(share)?,
-                    rank,
-                }),
-            };
+            let operands = |shares| self.share_operands(shares, mlp.down, parameters, &mut scratch);
+            let down = shares.map(operands).transpose()?;
             let up = gate_up.at(width, 2 * elements - width)?;
             let gated = Gated { activation: mlp.activation, up, act: act.first(elements)?, down };
             // SAFETY: every stretch was asked for by its shape.
             unsafe { self.kernels.gated_forward(&product, &gated)? };
-            if let Some(DownShare { partials, rank, .. }) = gated.down {
-                let elements = rows * rank_leading(rank);
-                let s = down_s.first(elements)?;
-                let tiles = width.div_ceil(GATED_TILE_COLUMNS);
-                // SAFETY: partials [tiles, T, r̄], s [T, r̄].
-                unsafe { self.sum_s(partials, tiles, s, elements)? };
+            if let Some(down) = &gated.down {
+                self.sum_shares(down, down_s)?;
             }
         }
-        let work = if share == 0 { work } else { work_given_s };
-        let _range = range!("linear"; work(mlp.down, rows));
         let input = LinearInput { x: act, rows, batch };
-        if share == 0 {
-            self.adapter_down(mlp.down, parameters, &input, down_s)?;
+        match shares {
+            None => self.linear(mlp.down, parameters, input, residual, down_s, y),
+            Some(_) => self.linear_given_s(mlp.down, input, residual, down_s, y),
         }
-        self.linear_given_s(mlp.down, rows, act, residual, down_s, y)
     }
 
     /// The forward of kernels that every GPU runs: the activation with the `s` of down.
@@ -273,37 +243,24 @@ impl<D: Device> CudaBackend<D> {
     ) -> Result<()> {
         let GatePass { tokens, width, rank, .. } = pass;
         let MlpSaved { gate_up, gate_up_s, act, down_s } = saved;
-        let mask = mask_arguments(input.batch, mlp.down.input_index)?;
+        let batch = input.batch;
+        let mask = mask_arguments(batch, mlp.down.input_index)?;
         self.normed_linear(mlp.gate_up, parameters, input, gate_up_s, gate_up)?;
         {
             let _range = range!("gated"; Work::of_gated_with_s(tokens, width, rank, HALF_BYTES));
             let mut scratch = lock(&self.scratch);
-            let partials = scratch.partials.reserve(self.device(), pass.bytes())?.first(pass.bytes())?;
+            let down = self.share_operands(pass.shares(), mlp.down, parameters, &mut scratch)?;
             let mut arguments = vec![gate_up.first(tokens * 2 * width)?, act.first(tokens * width)?];
-            arguments.extend([self.adapter_a(mlp.down, parameters)?, partials, int(tokens)?, int(width)?]);
+            arguments.extend([down.a, down.partials, int(tokens)?, int(width)?]);
             arguments.extend([int(pass.block_columns)?, int(rank)?, int(rank_leading(rank))?]);
             arguments.extend(mask);
             let kernel = format!("gated_down_{}_{}", name_of(mlp.activation), pass.block_ranks);
-            let s = down_s.first(pass.s_elements())?;
-            // SAFETY: gate_up [T, 2F], act [T, F], A [r, F]; the partial sums are as large as the pass says, s is [T, r̄].
-            unsafe {
-                self.kernels.launch_half(&kernel, pass.shape(), &arguments)?;
-                self.sum_s(partials, pass.column_blocks(), s, pass.s_elements())?;
-            }
+            // SAFETY: gate_up [T, 2F], act [T, F], A [r, F]; the shares are cut as the pass says.
+            unsafe { self.kernels.launch_half(&kernel, pass.shape(), &arguments)? };
+            self.sum_shares(&down, down_s)?;
         }
-        let _range = range!("linear"; work_given_s(mlp.down, tokens));
-        self.linear_given_s(mlp.down, tokens, act, residual, down_s, y)
-    }
-
-    /// Adds up the partial sums of `s`, whose `elements` are a multiple of 8.
-    ///
-    /// # Safety
-    /// There are `parts` of them, f32.
-    unsafe fn sum_s(&self, partials: Argument, parts: usize, s: Argument, elements: usize) -> Result<()> {
-        let arguments = [partials, s, int(parts)?, Argument::I64(elements as i64)];
-        let shape = Shape::blocks((elements / 4).div_ceil(ELEMENT_THREADS), ELEMENT_THREADS as u32);
-        // SAFETY: the caller's.
-        unsafe { self.kernels.launch_half("lora_sum_s", shape, &arguments) }
+        let input = LinearInput { x: act, rows: tokens, batch };
+        self.linear_given_s(mlp.down, input, residual, down_s, y)
     }
 
     pub(super) fn mlp_gradient(

@@ -20,6 +20,7 @@ mod products;
 mod recordings;
 mod scratch;
 mod self_attention;
+mod shares_of_s;
 pub mod tiles;
 mod trial;
 mod weights;
@@ -314,8 +315,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         y: &mut Self::Buffer,
     ) -> Result<()> {
         let input = self.normed_down(group, adapters, input, s)?;
-        let _range = range!("linear"; linear::work_given_s(group, input.rows));
-        self.linear_given_s(group, input.rows, input.x, None, s, y)
+        self.linear_given_s(group, input, None, s, y)
     }
 
     fn linear_backward(

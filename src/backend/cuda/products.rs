@@ -2,6 +2,7 @@
 
 use super::launch::{Kernels, NULL, Shape, int};
 use super::linear::{Sizes, rank_leading};
+use super::shares_of_s::ShareOperands;
 use super::tiles::{Choice, ProductShape};
 use crate::backend::Activation;
 use crate::device::{Argument, BOX_COLUMNS, Boxes, Device};
@@ -61,18 +62,8 @@ pub(super) struct Gated {
     pub up: Argument,
     /// `[T, F]`.
     pub act: Argument,
-    /// The `s` of down, if it is wanted.
-    pub down: Option<DownShare>,
-}
-
-/// The `s = act · Aᵀ` of down as partial sums.
-pub(super) struct DownShare {
-    /// `[rank, F]`.
-    pub a: Argument,
-    /// `[tiles, T, R̄]`, f32.
-    pub partials: Argument,
-    /// At most 64.
-    pub rank: usize,
+    /// The shares of the `s` of down, if they are wanted.
+    pub down: Option<ShareOperands>,
 }
 
 /// `dx = dy · W + mask ∘ (ds · A)`.
@@ -250,10 +241,8 @@ impl<D: Device> Kernels<D> {
         for (memory, stride) in [(y, outputs), (up, outputs), (act, columns)] {
             arguments.push(boxes(memory, [tokens, columns], stride, TILE / 2)?);
         }
-        let (down_a, partials, rank) = match *down {
-            Some(DownShare { a, partials, rank }) => {
-                (boxes(a, [rank, columns], columns, TILE / 2)?, partials, rank)
-            }
+        let (down_a, partials, rank) = match down {
+            Some(down) => (down.boxes_of_a(columns)?, down.partials, down.shares.rank),
             None => (arguments[0], NULL, 0),
         };
         arguments.extend([down_a, bias, slots, partials]);
