@@ -5,8 +5,13 @@
 // warpgroup's first thread loads, two warpgroups compute 64 queries each, so that the softmax of one runs under the products of
 // the other. Queries, keys and values come as tensor maps over whole matrices [T, heads · D], boxes of 64 rows; rows of the next
 // sample that a box holds are never visible, and rows of queries beyond the sample are not written.
+//
+// Where it is wanted a block also takes its head's share of s = out · Aᵀ of the adapter that reads out: the 64×D of out that a
+// warpgroup holds, rounded as they leave, by the head's columns of A. Counted for a token, reading out again takes 2·Q·D bytes,
+// the shares, written and read, 8·Q·R̄.
 #include "common/hopper_attention.h"
 #include "common/running_softmax.h"
+#include "common/shares_of_s.h"
 
 template <int D>
 struct HopperAttention {
@@ -15,14 +20,16 @@ struct HopperAttention {
         unsigned char queries[hopper_tile_bytes<D, hopper_rows>];
         unsigned char keys[stages][hopper_tile_bytes<D, HopperAttention::keys>];
         unsigned char values[stages][hopper_tile_bytes<D, HopperAttention::keys>];
-        Mbarrier queries_full, keys_full[stages], keys_empty[stages], values_full[stages], values_empty[stages];
+        unsigned char output_a[hopper_tile_bytes<D, share_ranks>];
+        Mbarrier queries_full, keys_full[stages], keys_empty[stages], values_full[stages], values_empty[stages], output_a_full;
     };
 };
 
 template <class T, int D>
 DEVICE void attention_forward_sm90a(const TensorMap& q, const TensorMap& k, const TensorMap& v, T* __restrict__ out,
                                     float* __restrict__ log_sum, const int* __restrict__ tiles, int query_heads,
-                                    int key_value_heads, const Score& score, int window) {
+                                    int key_value_heads, const Score& score, int window, const TensorMap& output_a,
+                                    const SharesOfS& shares) {
     using Layout = HopperAttention<D>;
     constexpr int keys = Layout::keys;
     DYNAMIC_SHARED(bytes, 1024);
@@ -36,6 +43,7 @@ DEVICE void attention_forward_sm90a(const TensorMap& q, const TensorMap& k, cons
 
     if (threadIdx.x == 0) {
         mbarrier_init(&shared.queries_full, 1);
+        mbarrier_init(&shared.output_a_full, 1);
         for (int i = 0; i < Layout::stages; i++) {
             mbarrier_init(&shared.keys_full[i], 1);
             mbarrier_init(&shared.values_full[i], 1);
@@ -60,6 +68,10 @@ DEVICE void attention_forward_sm90a(const TensorMap& q, const TensorMap& k, cons
             mbarrier_wait(&shared.values_empty[stage], parity);
             mbarrier_arrive_expecting(&shared.values_full[stage], sizeof shared.values[stage]);
             load_hopper_tile<D, keys>(shared.values[stage], v, row, key_head * D, &shared.values_full[stage]);
+        }
+        if (shares.are_wanted()) {
+            mbarrier_arrive_expecting(&shared.output_a_full, sizeof shared.output_a);
+            load_hopper_tile<D, share_ranks>(shared.output_a, output_a, 0, head * D, &shared.output_a_full);
         }
         return;
     }
@@ -118,27 +130,41 @@ DEVICE void attention_forward_sm90a(const TensorMap& q, const TensorMap& k, cons
     wgmma_wait<0>(sums);
 
     softmax.finish();
+    const float inverse[2] = {1.f / softmax.total[0], 1.f / softmax.total[1]};
+#pragma unroll
+    for (int i = 0; i < D / 2; i++) sums[i] *= inverse[i / 2 % 2];
+    uint32_t leaving[D / 16][4];
+    round_weights<T, D>(leaving, sums);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = own_row + half * 8;
         if (row >= end_row) continue;
         const long long at = static_cast<long long>(row) * query_heads + head;
         if (lane % 4 == 0) log_sum[at] = softmax.log_sum(half);
-        const float inverse = 1.f / softmax.total[half];
 #pragma unroll
         for (int j = 0; j < D / 8; j++)
-            store2(out + at * D + j * 8 + lane % 4 * 2, sums[j * 4 + 2 * half] * inverse, sums[j * 4 + 2 * half + 1] * inverse);
+            *reinterpret_cast<uint32_t*>(out + at * D + j * 8 + lane % 4 * 2) = leaving[j / 2][j % 2 * 2 + half];
+    }
+    if (shares.are_wanted()) {
+        float products[share_ranks / 2];
+        mbarrier_wait(&shared.output_a_full, 0);
+        start_shares<T, D, share_ranks>(products, leaving, shared.output_a);
+        wgmma_wait<0>(products);
+        shares.store(products, head, own_row, end_row);
     }
 }
 
-// Grid: one block a tile of 128 rows in x, the query heads in y. Dynamic shared memory: 5 · 128 · D · 2 bytes and 1 KiB.
+// Grid: one block a tile of 128 rows in x, the query heads in y. Dynamic shared memory: (5 · 128 + 64) · D · 2 bytes and 1 KiB.
+// Shares of s: one stretch a head; output_a is any map where s_partials is null.
 #define EXPORT_HOPPER_ATTENTION(D, type) \
     EXPORT_KERNEL_AS(attention_forward_sm90a_d##D##_##type, type, (hopper_attention_threads, 1), \
                      (const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, \
                       const __grid_constant__ TensorMap v, T* out, float* log_sum, const int* tiles, int query_heads, \
-                      int key_value_heads, float scale, float soft_cap, int window), \
+                      int key_value_heads, float scale, float soft_cap, int window, \
+                      const __grid_constant__ TensorMap output_a, float* s_partials, int tokens, int s_leading), \
                      (attention_forward_sm90a<T, D>(q, k, v, out, log_sum, tiles, query_heads, key_value_heads, \
-                                                    Score{scale, {soft_cap}}, window)))
+                                                    Score{scale, {soft_cap}}, window, output_a, \
+                                                    SharesOfS{s_partials, tokens, s_leading})))
 EXPORT_HOPPER_ATTENTION(64, f16)
 EXPORT_HOPPER_ATTENTION(128, f16)
 EXPORT_HOPPER_ATTENTION(64, bf16)

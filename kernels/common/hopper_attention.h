@@ -53,6 +53,18 @@ DEVICE void start_weighted_sum(float (&sums)[D / 2], uint32_t (&weights)[K / 16]
     wgmma_commit();
 }
 
+// Starts products[64][N] = rows[64][D] · other[N][D]ᵀ, as a group.
+template <class T, int D, int N>
+DEVICE void start_shares(float (&products)[N / 2], uint32_t (&rows)[D / 16][4], const unsigned char* other) {
+    const uint64_t b = wgmma_operand(other);
+    wgmma_fence(products, rows);
+#pragma unroll
+    for (int step = 0; step < D / 16; step++)
+        wgmma_registers<T, N, false>(products, rows[step], wgmma_operand_after(b, step / 4 * N * box_row_bytes + step % 4 * 32),
+                                     step > 0);
+    wgmma_commit();
+}
+
 // Rounds accumulators: their layout is then that of A's fragments.
 template <class T, int N>
 DEVICE void round_weights(uint32_t (&rounded)[N / 16][4], const float (&weights)[N / 2]) {

@@ -52,6 +52,8 @@ pub struct OperationShapes {
     pub head_dim: usize,
     /// Every linear group.
     pub groups: Vec<GroupShape>,
+    /// Of them those that read what attention leaves.
+    pub attention_outputs: Vec<GroupShape>,
     /// Of them those of the MLPs: gate and up, and down.
     pub mlps: Vec<[GroupShape; 2]>,
     /// Whether adapters' inputs pass through dropout.

@@ -33,7 +33,7 @@ use crate::tensor::WeightTensor;
 
 /// Places of the four linear groups within a block, in the order of the forward.
 pub(super) const QKV: usize = 0;
-const OUTPUT: usize = 1;
+pub(super) const OUTPUT: usize = 1;
 pub(super) const GATE_UP: usize = 2;
 pub(super) const DOWN: usize = 3;
 

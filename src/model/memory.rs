@@ -4,7 +4,7 @@ use std::fmt;
 
 use indicatif::HumanBytes;
 
-use super::block::{BlockShape, DOWN, GATE_UP, QKV};
+use super::block::{BlockShape, DOWN, GATE_UP, OUTPUT, QKV};
 use super::config::{GROUP_COUNT, ModelConfig};
 use super::layout::AdapterLayout;
 use super::lora::{AdaptedLinear, LoraConfig, adapted_linears, layer_groups};
@@ -184,6 +184,7 @@ impl ModelShape {
 
     pub(super) fn operations(&self, needs: Needs) -> OperationShapes {
         let Needs { purpose, limits, has_dropout } = needs;
+        let of_layers = || self.groups.chunks(GROUP_COUNT);
         OperationShapes {
             tokens: limits.tokens,
             labelled_rows: limits.labelled_rows,
@@ -193,11 +194,8 @@ impl ModelShape {
             key_value_heads: self.block.key_value_heads,
             head_dim: self.block.head_dim,
             groups: self.groups.clone(),
-            mlps: self
-                .groups
-                .chunks(GROUP_COUNT)
-                .map(|of_layer| [of_layer[GATE_UP].clone(), of_layer[DOWN].clone()])
-                .collect(),
+            attention_outputs: of_layers().map(|of_layer| of_layer[OUTPUT].clone()).collect(),
+            mlps: of_layers().map(|of_layer| [of_layer[GATE_UP].clone(), of_layer[DOWN].clone()]).collect(),
             has_dropout,
             is_training: purpose == Purpose::Training,
         }

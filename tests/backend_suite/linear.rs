@@ -228,13 +228,13 @@ impl<B: Backend> Setup<B> {
     }
 
     /// Factors of the mask, `[T, I]`.
-    fn mask(&self, batch: &Batch) -> Vec<f64> {
+    pub fn mask(&self, batch: &Batch) -> Vec<f64> {
         let factors = |row| dropout_factors(batch, self.dropout, INPUT_INDEX, row, self.case.in_features);
         (0..batch.token_count()).flat_map(factors).collect()
     }
 
     /// `(s, v, y)`; no `v` without magnitudes.
-    fn forward(&self, mask: &[f64], x: &[f64], adapters: &[f64], residual: &[f64]) -> [Vec<f64>; 3] {
+    pub fn forward(&self, mask: &[f64], x: &[f64], adapters: &[f64], residual: &[f64]) -> [Vec<f64>; 3] {
         let width = self.case.in_features;
         let places: Vec<PlacedAdapter> = self.group.adapters().collect();
         let linear = reference::Linear {

@@ -101,7 +101,7 @@ pub fn run<B: Backend>(backend: &B, precision: Precision) -> Record {
     linear::run(backend, &mut record);
     mlp::run(backend, &mut record);
     attention::run(backend, &mut record);
-    self_attention::run(backend, &record);
+    self_attention::run(backend, &mut record);
     head::run(backend, &mut record);
     optimizer::run(backend, &mut record);
     record

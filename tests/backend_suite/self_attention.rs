@@ -1,4 +1,5 @@
-//! Attention with the linears around it: what the operations give one after the other, bit for bit.
+//! Attention with the linears around it: what the operations give one after the other, bit for bit. The sum of the output's
+//! `s` alone may have another order: it and what is made of it are held to float64, and the backward is given the same `s`.
 
 use fastlora::backend::{
     AttentionGradient, AttentionSaved, Backend, LinearInput, NormedInput, PassSettings, Reach, SelfAttention,
@@ -7,7 +8,7 @@ use fastlora::dtype::DType;
 
 use super::attention::{self, Inputs, case};
 use super::linear::{self, Setup};
-use super::{Precision, Record, batch_of, buffer, norm_of, norm_weight, read, read_floats, resident_with};
+use super::{Record, batch_of, buffer, norm_of, norm_weight, read, read_floats, resident_with, widen};
 
 /// Width of the residual stream, and rank of the output's adapter.
 const HIDDEN: usize = 40;
@@ -30,30 +31,31 @@ const CASES: &[Case] = &[
     (case(&[6], [2, 1, 16], None, false), &[(32, 2), (16, 2), (16, 2)], 0.0),
 ];
 
-pub fn run<B: Backend>(backend: &B, record: &Record) {
+pub fn run<B: Backend>(backend: &B, record: &mut Record) {
     for &(shape, projections, dropout) in CASES {
-        let linear = |in_features, projections, bias| linear::Case {
+        let linear = |in_features, projections, is_output: bool| linear::Case {
             lengths: shape.lengths,
             in_features,
             projections,
-            bias,
-            residual: false,
+            bias: !is_output,
+            residual: is_output,
             dropout,
             dtype: DType::F32,
             magnitudes: false,
         };
         let queries = shape.query_heads * shape.head_dim;
-        let linears = [linear(HIDDEN, projections, true), linear(queries, OUTPUT, false)];
-        compare(backend, record.precision, shape, linears);
+        let linears = [linear(HIDDEN, projections, false), linear(queries, OUTPUT, true)];
+        compare(backend, record, shape, linears);
     }
 }
 
 fn compare<B: Backend>(
     backend: &B,
-    precision: Precision,
+    record: &mut Record,
     shape: attention::Case,
     [of_projection, of_output]: [linear::Case; 2],
 ) {
+    let precision = record.precision;
     let projection = Setup::new(backend, of_projection, precision);
     let taken = projection.adapters.len();
     let output = Setup::behind(taken, backend, of_output, precision);
@@ -63,7 +65,8 @@ fn compare<B: Backend>(
     let resident = resident_with(backend, &batch, settings);
     let (rows, width) = (batch.token_count(), projection.group.in_features);
     let (outputs, queries) = (projection.group.out_features(), shape.query_heads * shape.head_dim);
-    let [x, residual, dy] = [61, 62, 63].map(|seed| buffer(backend, &precision.values(rows * width, seed)));
+    let stream = [61, 62, 63].map(|seed| precision.values(rows * width, seed));
+    let [x, residual, dy] = stream.each_ref().map(|values| buffer(backend, values));
     let norm_weight = norm_weight(backend, precision, width);
     let norm = norm_of(&norm_weight, width);
     // The numbers of the first adapters are the same in both.
@@ -72,13 +75,14 @@ fn compare<B: Backend>(
         backend.renew_group(&setup.group, &adapters).unwrap();
     }
 
-    let results = |is_one: bool| {
-        let buffer_of = |width: usize| backend.buffer(rows * width).unwrap();
-        let stride = |setup: &Setup<B>| backend.low_rank_stride(setup.group.total_rank());
-        let [mut projection_s, mut output_s] = [&projection, &output].map(|setup| buffer_of(stride(setup)));
+    let buffer_of = |width: usize| backend.buffer(rows * width).unwrap();
+    let stride = |setup: &Setup<B>| backend.low_rank_stride(setup.group.total_rank());
+    let (mut output_s, mut y) = (buffer_of(stride(&output)), buffer_of(width));
+    let mut results = |is_one: bool| {
+        let mut projection_s = buffer_of(stride(&projection));
         let [mut qkv, mut dqkv] = [(); 2].map(|()| buffer_of(outputs));
         let [mut out, mut dout] = [(); 2].map(|()| buffer_of(queries));
-        let [mut normed, mut y, mut dx] = [(); 3].map(|()| buffer_of(width));
+        let [mut normed, mut dx] = [(); 2].map(|()| buffer_of(width));
         let mut log_sum = backend.floats(&vec![0.0; rows * shape.query_heads]).unwrap();
         let mut gradients = backend.floats(&vec![0.5; output.adapters.len()]).unwrap();
         inputs.with_attention(backend, |attention| {
@@ -114,7 +118,6 @@ fn compare<B: Backend>(
             backend.linear(projection, &adapters, input(), None, &mut projection_s, &mut qkv).unwrap();
             backend.attention(attention, &resident, &qkv, &mut log_sum, &mut out).unwrap();
             let of_output = || LinearInput { x: &out, rows, batch: &resident };
-            backend.linear(output, &adapters, of_output(), Some(&residual), &mut output_s, &mut y).unwrap();
             backend
                 .linear_backward(
                     output,
@@ -143,14 +146,22 @@ fn compare<B: Backend>(
             ("normed", read(backend, &normed, rows * width)),
             ("out", read(backend, &out, rows * queries)),
             ("log_sum", read_floats(backend, &log_sum, rows * shape.query_heads)),
-            ("y", read(backend, &y, rows * width)),
             ("dout", read(backend, &dout, rows * queries)),
             ("dqkv", read(backend, &dqkv, rows * outputs)),
             ("gradients", read_floats(backend, &gradients, output.adapters.len())),
             ("dx", read(backend, &dx, rows * width)),
         ]
     };
-    for ((what, one), (_, two)) in results(true).into_iter().zip(results(false)) {
+    let (one, several) = (results(true), results(false));
+    let out = widen(&one[1].1);
+    let [s, _, expected_y] =
+        output.forward(&output.mask(&batch), &out, &widen(&output.adapters), &widen(&stream[1]));
+    let (rank, stride) = (output.group.total_rank(), stride(&output));
+    let found = read(backend, &output_s, rows * stride);
+    let found: Vec<f32> = found.chunks(stride).flat_map(|row| &row[..rank]).copied().collect();
+    record.check(&format!("{shape:?}, s of the output"), &found, &s, queries);
+    record.check(&format!("{shape:?}, y"), &read(backend, &y, rows * width), &expected_y, queries + rank);
+    for ((what, one), (_, two)) in one.into_iter().zip(several) {
         assert!(two.iter().any(|&value| value != 0.0 && value.is_finite()), "{shape:?}: {what} is empty");
         let first = one.iter().zip(&two).position(|(one, two)| one.to_bits() != two.to_bits());
         assert_eq!(first, None, "{shape:?}: {what} of one operation differs from that of several");

@@ -1,6 +1,6 @@
 //! attention.cu, attention_backward.cu and their counterparts for Hopper
 
-use crate::attention_launches::{Case, Rotation, Shape, run};
+use crate::attention_launches::{Case, Further, Shape, run};
 use crate::harness::*;
 
 fn dot(a: &[f64], b: &[f64]) -> (f64, f64) {
@@ -39,7 +39,7 @@ fn check(half: Half, shape: &Shape) {
     let mut random = Random(dim as u64 + tokens as u64);
     let qkv_bits = random.halves(half, tokens * leading, 1.5);
     let dout_bits = random.halves(half, tokens * shape.query_heads * dim, 1.0);
-    let results = run(half, shape, [&qkv_bits, &dout_bits], Rotation::None);
+    let results = run(half, shape, [&qkv_bits, &dout_bits], Further::default());
     let (qkv, dout) = (half.decode_all(&qkv_bits), half.decode_all(&dout_bits));
     let u = half.unit_roundoff();
     let scale = f64::from(shape.scale());

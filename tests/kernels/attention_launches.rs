@@ -5,6 +5,7 @@ use fastlora::device::Argument;
 use crate::harness::*;
 use crate::lora_group::i32_of;
 use crate::random_angles::RandomAngles;
+use crate::shares_of_s::Shares;
 
 const NULL: Argument = Argument::Address(0);
 
@@ -94,14 +95,24 @@ pub enum Rotation {
     Within,
 }
 
+/// What is wanted further.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Further<'a> {
+    pub rotation: Rotation,
+    /// `A [rank, Q·D]` of the adapter that reads `out`: Hopper's kernels then leave the shares of its `s`.
+    pub output_a: Option<&'a [u16]>,
+}
+
 pub struct Results {
     pub out: Vec<u16>,
     pub log_sum: Vec<f32>,
     pub gradient: Vec<u16>,
+    /// `[T, R̄]`; empty if it is not wanted.
+    pub s: Vec<u16>,
 }
 
 /// Forward and backward.
-pub fn run(half: Half, shape: &Shape, [qkv, dout]: [&[u16]; 2], rotation: Rotation) -> Results {
+pub fn run(half: Half, shape: &Shape, [qkv, dout]: [&[u16]; 2], further: Further<'_>) -> Results {
     let (tokens, dim) = (shape.tokens(), shape.head_dim);
     let (query_heads, key_heads, leading) = (shape.query_heads, shape.key_value_heads, shape.leading());
     let tiles = shape.tiles();
@@ -145,10 +156,25 @@ pub fn run(half: Half, shape: &Shape, [qkv, dout]: [&[u16]; 2], rotation: Rotati
         let hopper_shared = |rows: usize| (rows * dim * 2 + 3 * 1024) as u32;
 
         let rest = [Argument::of(&out), Argument::of(&log_sum), Argument::of(&tiles)];
+        let mut s = Vec::new();
         if shape.is_hopper {
-            let arguments = [&matrices[..], &rest, &without_lengths].concat();
+            let a = upload(device, further.output_a.unwrap_or_default());
+            let rank = further.output_a.map_or(0, |a| a.len() / (query_heads * dim));
+            let shares = Shares::new(device, query_heads, tokens, rank);
+            let of_output = match rank {
+                0 => [matrices[0], NULL],
+                _ => [
+                    boxes(&a, [rank, query_heads * dim], query_heads * dim, 64),
+                    Argument::of(&shares.partials),
+                ],
+            };
+            let sizes = [tokens, rank.next_multiple_of(8)].map(i32_of);
+            let arguments = [&matrices[..], &rest, &without_lengths, &of_output, &sizes].concat();
             let name = kernel("forward_sm90a");
-            launch_grid(device, &name, per_query_head, 384, hopper_shared(5 * 128), &arguments);
+            launch_grid(device, &name, per_query_head, 384, hopper_shared(5 * 128 + 64), &arguments);
+            if rank > 0 {
+                s = shares.sum(device, half);
+            }
         } else {
             let arguments = [&[q, k, v][..], &rest, &all].concat();
             let stages = if dim <= 128 { 2 } else { 1 };
@@ -166,7 +192,7 @@ pub fn run(half: Half, shape: &Shape, [qkv, dout]: [&[u16]; 2], rotation: Rotati
         let angles = RandomAngles::new(device, tokens, dim);
         if shape.is_hopper {
             let dout = matrix(&dout, 0, query_heads, query_heads * dim);
-            let angles = match rotation {
+            let angles = match further.rotation {
                 Rotation::Within => [angles.arrays(), angles.rows()],
                 _ => [[NULL; 3], [i32_of(0); 3]],
             };
@@ -189,7 +215,7 @@ pub fn run(half: Half, shape: &Shape, [qkv, dout]: [&[u16]; 2], rotation: Rotati
             run("backward_keys", [tiles, heads, dim.div_ceil(128) as u32], &[dk, dv, leading, leading]);
         }
 
-        if rotation == Rotation::Behind {
+        if further.rotation == Rotation::Behind {
             let kernel = format!("rope_backward_{}", half.suffix());
             let memories = [&qkv, &gradient].map(Argument::of);
             angles.rope(device, &kernel, tokens, [query_heads, key_heads, dim], memories);
@@ -198,9 +224,16 @@ pub fn run(half: Half, shape: &Shape, [qkv, dout]: [&[u16]; 2], rotation: Rotati
         let mut bytes: Vec<u8> = download(device, &out);
         bytes.extend(download::<u8>(device, &log_sum));
         bytes.extend(download::<u8>(device, &gradient));
+        bytes.extend_from_slice(bytemuck::cast_slice(&s));
         bytes
     });
     let (out, rest) = bytes.split_at(tokens * query_heads * dim * 2);
-    let (log_sum, gradient) = rest.split_at(tokens * query_heads * 4);
-    Results { out: values_of(out), log_sum: values_of(log_sum), gradient: values_of(gradient) }
+    let (log_sum, rest) = rest.split_at(tokens * query_heads * 4);
+    let (gradient, s) = rest.split_at(tokens * leading * 2);
+    Results {
+        out: values_of(out),
+        log_sum: values_of(log_sum),
+        gradient: values_of(gradient),
+        s: values_of(s),
+    }
 }

@@ -24,7 +24,7 @@ mod lora_back;
 mod lora_group;
 mod mlp_back;
 mod norms;
-mod rms_norm_down;
 mod random_angles;
+mod rms_norm_down;
 mod rope;
 mod shares_of_s;

@@ -2,8 +2,10 @@
 //! projection left them.
 
 use super::launch::{NULL, Shape, int};
+use super::linear::rank_leading;
 use super::memory::{CudaBuffer, CudaFloats, FLOAT_BYTES, HALF_BYTES};
 use super::products::boxes;
+use super::shares_of_s::ShareOperands;
 use super::{CudaBackend, CudaBatch, Scratch};
 use crate::backend::{Attention, KvCache, LongTexts, RmsNorm, Rotations, Work};
 use crate::device::{Argument, Device};
@@ -27,7 +29,7 @@ const HOPPER_THREADS: u32 = 384;
 /// Rows of the boxes that they load.
 const HOPPER_BOX_ROWS: usize = 64;
 /// Rows of all their tiles in shared memory.
-const HOPPER_FORWARD_ROWS: usize = (1 + 2 * 2) * 128;
+const HOPPER_FORWARD_ROWS: usize = (1 + 2 * 2) * 128 + 64;
 const HOPPER_QUERIES_ROWS: usize = (2 + 2 * 2) * 128;
 const HOPPER_KEYS_ROWS: usize = 2 * 128 + 2 * 3 * 64;
 /// Their barriers, and the log sums and deltas of queries.
@@ -254,9 +256,9 @@ impl<D: Device> CudaBackend<D> {
         Ok(arguments)
     }
 
-    /// Whether Hopper's kernels compute it.
-    fn is_for_hopper(&self, attention: &Attention<'_, Self>) -> bool {
-        self.kernels.uses_hopper && HOPPER_HEAD_DIMS.contains(&attention.head_dim)
+    /// Whether Hopper's kernels compute heads of this width.
+    pub(super) fn is_for_hopper(&self, head_dim: usize) -> bool {
+        self.kernels.uses_hopper && HOPPER_HEAD_DIMS.contains(&head_dim)
     }
 
     /// What Hopper's kernels take after the tensors: their boxes know the row lengths.
@@ -272,6 +274,8 @@ impl<D: Device> CudaBackend<D> {
         Shape { grid: [batch.hopper_tiles, heads, 1], threads: HOPPER_THREADS, shared_bytes }
     }
 
+    /// Hopper's kernels also take the shares of the adapter that reads `out`, if they are given its operands.
+    #[allow(clippy::too_many_arguments)]
     pub(super) fn attention_forward(
         &self,
         attention: &Attention<'_, Self>,
@@ -279,21 +283,27 @@ impl<D: Device> CudaBackend<D> {
         projected: &Projected<'_, D>,
         log_sum: &CudaFloats<D>,
         out: &CudaBuffer<D>,
+        output_shares: Option<&ShareOperands>,
+        scratch: &mut Scratch<D>,
     ) -> Result<()> {
         let (rows, widths, dim) = (batch.tokens, Widths::of(attention), attention.head_dim);
         if rows == 0 {
             return Ok(());
         }
-        let mut scratch = super::lock(&self.scratch);
         let positions = self.batch_positions(attention, batch)?;
-        let operands = self.operands(attention, rows, &positions, projected, &mut scratch)?;
+        let operands = self.operands(attention, rows, &positions, projected, scratch)?;
         let out = out.first(rows * widths.query)?;
         let results = [out, log_sum.first(rows * attention.query_heads)?];
-        if self.is_for_hopper(attention) {
+        if self.is_for_hopper(dim) {
             let mut arguments = operands.boxes(rows, widths)?.to_vec();
             arguments.extend(results);
             arguments.push(batch.hopper_sample_tiles()?);
             arguments.extend(self.hopper_shape_arguments(attention)?);
+            let (a, partials, rank) = match output_shares {
+                Some(of) => (of.boxes_of_a(widths.query)?, of.partials, of.shares.rank),
+                None => (arguments[0], NULL, 0),
+            };
+            arguments.extend([a, partials, int(rows)?, int(rank_leading(rank))?]);
             let shape = Self::hopper_shape(batch, attention.query_heads, dim, HOPPER_FORWARD_ROWS);
             // SAFETY: as below.
             return unsafe {
@@ -346,7 +356,7 @@ impl<D: Device> CudaBackend<D> {
             unsafe { self.kernels.launch_half(&name, shape, &[inputs, results].concat()) }
         };
         let [query_heads, key_heads] = [attention.query_heads, attention.key_value_heads];
-        if self.is_for_hopper(attention) {
+        if self.is_for_hopper(dim) {
             let mut inputs = operands.boxes(rows, widths)?.to_vec();
             inputs.push(boxes(dout, [rows, widths.query], widths.query, HOPPER_BOX_ROWS)?);
             inputs.extend(statistics);

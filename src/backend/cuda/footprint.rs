@@ -63,7 +63,11 @@ impl ScratchSizes {
             true => gated_shares(&down.adapters, down.in_features, tokens),
             false => GatePass::new(&down.adapters, down.in_features, tokens).map(|pass| pass.shares()),
         };
-        let shares = shapes.mlps.iter().filter_map(of_down).map(SharesOfS::bytes).max().unwrap_or(0);
+        let of_output =
+            |output: &GroupShape| backend.shares_of_output(&output.adapters, [query_heads, head_dim], tokens);
+        let of_outputs = shapes.attention_outputs.iter().filter_map(of_output);
+        let shares = shapes.mlps.iter().filter_map(of_down).chain(of_outputs);
+        let shares = shares.map(SharesOfS::bytes).max().unwrap_or(0);
         let only = |wanted: bool, size: usize| if wanted { size } else { 0 };
         Self {
             dropped: only(shapes.has_dropout && shapes.is_training, dropped),

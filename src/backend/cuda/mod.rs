@@ -343,7 +343,8 @@ impl<D: Device> Backend for CudaBackend<D> {
         out: &mut Self::Buffer,
     ) -> Result<()> {
         let _range = range!("attention"; attention::work(attention, batch, false));
-        self.attention_forward(attention, batch, &Projected { qkv, is_rotated: false }, log_sum, out)
+        let (projected, mut scratch) = (Projected { qkv, is_rotated: false }, lock(&self.scratch));
+        self.attention_forward(attention, batch, &projected, log_sum, out, None, &mut scratch)
     }
 
     fn attention_backward(
