@@ -69,10 +69,11 @@ fn model_on(total: u64) -> Transformer<CudaBackend<Emulator>> {
 /// What is chosen for it.
 fn plan(total: u64, choice: ActivationMemory) -> Result<MemoryPlan, Error> {
     let mut model = model_on(total);
-    let limits = Limits { tokens: 20_000, labelled_rows: 9_000, positions: 500 };
-    model.reserve_training(limits, choice, true)?;
+    model.reserve_training(LIMITS, choice, true)?;
     Ok(model.memory_plan().unwrap())
 }
+
+const LIMITS: Limits = Limits { tokens: 20_000, labelled_rows: 9_000, positions: 500 };
 
 #[test]
 fn fault_59_what_does_not_fit_is_refused_at_the_start_with_what_would() {
@@ -99,6 +100,18 @@ fn fault_59_what_does_not_fit_is_refused_at_the_start_with_what_would() {
     assert!(error.hint_text().unwrap().contains("batches of up to 19456 tokens fit"), "{error}");
     let error = plan(just_enough(&small), Fast).unwrap_err();
     assert!(error.hint_text().unwrap().contains("set activation_memory to small"), "{error}");
+}
+
+#[test]
+fn what_is_planned_for_batches_is_what_they_take() {
+    for choice in [ActivationMemory::Fast, ActivationMemory::Balanced, ActivationMemory::Small] {
+        let mut model = model_on(1 << 40);
+        model.reserve_training(LIMITS, choice, true).unwrap();
+        let taken = free_before_batches() - model.backend().free_bytes().unwrap().unwrap();
+        let planned = model.memory_plan().unwrap().of_batches();
+        // Seven buffers of scratch are planned in whole lines of 256 bytes, and are allocated as they are.
+        assert!((planned - 7 * 255..=planned).contains(&taken), "{choice:?}: {taken} of {planned}");
+    }
 }
 
 /// Bytes still free on the roomy device when the batches are planned.
