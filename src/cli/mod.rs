@@ -21,6 +21,7 @@ mod output;
 mod runs;
 mod schema;
 mod selftest;
+mod signals;
 mod tiles;
 mod tokenizer;
 mod train;

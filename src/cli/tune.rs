@@ -14,6 +14,7 @@ use super::Cli;
 use super::device::{compute_type, gpu_backend, open_gpu};
 use super::model::resolve_model;
 use super::output::print_line;
+use super::signals::Interrupts;
 use super::tiles::{file_of, read};
 use crate::backend::Backend;
 use crate::backend::cuda::tiles::{
@@ -143,7 +144,7 @@ impl TuneArgs {
         Ok(linears)
     }
 
-    /// Measures, prints and writes.
+    /// Measures, writes and prints. What is measured is written at once: a signal costs the product under way at most.
     fn tune<D: Device>(&self, backend: CudaBackend<D>, linears: &[Linear], cli: &Cli) -> Result<()> {
         backend.check_choice_of_tiles()?;
         let device = DeviceKind::of(backend.device());
@@ -153,22 +154,52 @@ impl TuneArgs {
         })?;
         let mut table = self.table(&path, &device, D::IS_REAL)?;
         info!("device: {}", backend.description());
-        let rows = self.measure(&backend, linears)?;
-        rows.iter().for_each(|row| table.add(row.product.clone()));
         let folder = parent_of(&path);
         fs::create_dir_all(folder).map_err(|source| Error::file("create", folder, source))?;
-        replace_file(&path, table.to_json().as_bytes())?;
+        let interrupts = Interrupts::install()?;
+        interrupts.arm();
+        let tuner = Tuner::new(&backend);
+        let wanted = self.products(&backend, linears);
+        let mut rows = Vec::new();
+        let mut is_stopped = false;
+        for product in &wanted {
+            is_stopped = interrupts.is_requested();
+            if is_stopped {
+                break;
+            }
+            if let Some(row) = product.measure(&backend, &tuner)? {
+                table.add(row.product.clone());
+                replace_file(&path, table.to_json().as_bytes())?;
+                rows.push(row);
+            }
+        }
+        if !rows.is_empty() {
+            self.print(&device, D::IS_REAL, &rows, &path, cli)?;
+        }
+        if is_stopped {
+            let (done, all) = (rows.len(), wanted.len());
+            let message = format!(
+                "{done} of {all} products were measured, as asked; the others go by the rule, or by what was measured before"
+            );
+            return Err(Error::stopped(message).hint("the same command measures all of them"));
+        }
+        match rows.is_empty() {
+            false => Ok(()),
+            true => Err(Error::device("no product fits the free memory").hint("name fewer rows with --rows")),
+        }
+    }
+
+    fn print(&self, device: &DeviceKind, is_real: bool, rows: &[Row], path: &Path, cli: &Cli) -> Result<()> {
         if cli.json {
             let products: Value = rows.iter().map(Row::to_json).collect();
-            let report =
-                json!({ "device": device, "is_real": D::IS_REAL, "file": path, "products": products });
+            let report = json!({ "device": device, "is_real": is_real, "file": path, "products": products });
             return print_line(&format!("{report:#}"));
         }
-        let label = match D::IS_REAL {
+        let label = match is_real {
             true => "TFLOP/s, the median of each",
             false => "TFLOP/s of the emulator: they say nothing of a GPU",
         };
-        print_line(&format!("{device}\n{label}\n{}\nwritten to {}", to_text(&rows), path.display()))
+        print_line(&format!("{device}\n{label}\n{}\nwritten to {}", to_text(rows), path.display()))
     }
 
     /// What is in the file of an earlier run, to go on with.
@@ -193,10 +224,9 @@ impl TuneArgs {
         Ok(TileTable::new(device.clone(), is_real))
     }
 
-    fn measure<D: Device>(&self, backend: &CudaBackend<D>, linears: &[Linear]) -> Result<Vec<Row>> {
-        let multiprocessors = backend.device().limits().multiprocessor_count as usize;
-        let tuner = Tuner::new(backend);
-        let mut measured: Vec<Row> = Vec::new();
+    /// What is to be measured, each shape once.
+    fn products<D: Device>(&self, backend: &CudaBackend<D>, linears: &[Linear]) -> Vec<Product> {
+        let mut wanted: Vec<Product> = Vec::new();
         for linear in linears {
             let most = if linear.is_head {
                 backend.head_rows(linear.size.outputs, linear.size.inputs)
@@ -204,39 +234,14 @@ impl TuneArgs {
                 usize::MAX
             };
             for rows in self.rows(D::IS_REAL, most) {
-                for (shape, rank) in linear.products(rows) {
-                    if measured.iter().any(|row| row.product.shape == shape) {
-                        continue;
+                for product in linear.products(rows) {
+                    if wanted.iter().all(|known| known.shape != product.shape) {
+                        wanted.push(product);
                     }
-                    let needed = Tuner::<D>::bytes_needed(shape, rank) as u64;
-                    let free = backend.device().free_memory_bytes()?;
-                    if free.is_some_and(|free| needed > free / 2) {
-                        info!(
-                            "{} {} is left out: it takes {}",
-                            linear.name,
-                            describe(shape),
-                            HumanBytes(needed)
-                        );
-                        continue;
-                    }
-                    let product = tuner.measure(shape, rank)?;
-                    let rule = Tiles::Rule.choose(shape, multiprocessors, &Choice::ALL);
-                    let row = Row { linear: linear.name, product, rule };
-                    info!(
-                        "{} {}: {}, {:+.1} %",
-                        linear.name,
-                        describe(shape),
-                        row.best(),
-                        100.0 * row.gain()
-                    );
-                    measured.push(row);
                 }
             }
         }
-        match measured.is_empty() {
-            false => Ok(measured),
-            true => Err(Error::device("no product fits the free memory").hint("name fewer rows with --rows")),
-        }
+        wanted
     }
 
     fn rows(&self, is_real: bool, most: usize) -> Vec<usize> {
@@ -250,17 +255,41 @@ impl TuneArgs {
 }
 
 impl Linear {
-    /// Forward and input gradient, each with its adapters' rank.
-    fn products(&self, rows: usize) -> [(ProductShape, usize); 2] {
+    /// Forward and input gradient.
+    fn products(&self, rows: usize) -> [Product; 2] {
         let LinearSize { inputs, outputs } = self.size;
         let [share, all] = self.ranks;
-        [
-            (ProductShape { product: ProductKind::Forward, rows, columns: outputs, depth: inputs }, share),
-            (
-                ProductShape { product: ProductKind::BackwardInput, rows, columns: inputs, depth: outputs },
-                all,
-            ),
-        ]
+        let linear = self.name;
+        let forward = ProductShape { product: ProductKind::Forward, rows, columns: outputs, depth: inputs };
+        let backward =
+            ProductShape { product: ProductKind::BackwardInput, rows, columns: inputs, depth: outputs };
+        [Product { linear, shape: forward, rank: share }, Product { linear, shape: backward, rank: all }]
+    }
+}
+
+/// A product to be measured, with the rank of its adapters.
+struct Product {
+    linear: &'static str,
+    shape: ProductShape,
+    rank: usize,
+}
+
+impl Product {
+    /// None where there is too little memory.
+    fn measure<D: Device>(&self, backend: &CudaBackend<D>, tuner: &Tuner<'_, D>) -> Result<Option<Row>> {
+        let &Self { linear, shape, rank } = self;
+        let needed = Tuner::<D>::bytes_needed(shape, rank) as u64;
+        let free = backend.device().free_memory_bytes()?;
+        if free.is_some_and(|free| needed > free / 2) {
+            info!("{linear} {} is left out: it takes {}", describe(shape), HumanBytes(needed));
+            return Ok(None);
+        }
+        let product = tuner.measure(shape, rank)?;
+        let multiprocessors = backend.device().limits().multiprocessor_count as usize;
+        let rule = Tiles::Rule.choose(shape, multiprocessors, &Choice::ALL);
+        let row = Row { linear, product, rule };
+        info!("{linear} {}: {}, {:+.1} %", describe(shape), row.best(), 100.0 * row.gain());
+        Ok(Some(row))
     }
 }
 

@@ -52,7 +52,7 @@ fn start(workspace: &Workspace, arguments: &[&str]) -> Child {
 }
 
 #[track_caller]
-fn wait_until(is_so: impl Fn() -> bool) {
+pub fn wait_until(is_so: impl Fn() -> bool) {
     let started = Instant::now();
     while !is_so() {
         assert!(started.elapsed() < Duration::from_secs(300), "it never came to that");
@@ -64,12 +64,12 @@ fn lines(path: &Path) -> usize {
     std::fs::read_to_string(path).map_or(0, |text| text.matches('\n').count())
 }
 
-fn send(child: &Child, signal: i32) {
+pub fn send(child: &Child, signal: i32) {
     // SAFETY: the child was not waited for, so its number is its own; a signal touches no memory of this process.
     assert_eq!(unsafe { libc::kill(child.id() as i32, signal) }, 0);
 }
 
-fn wait(child: Child) -> Finished {
+pub fn wait(child: Child) -> Finished {
     Finished::of(child.wait_with_output().unwrap())
 }
 

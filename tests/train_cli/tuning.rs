@@ -1,7 +1,10 @@
 //! `fastlora tune`, and runs that take what it measured.
 
+use std::process::Stdio;
+
 use serde_json::{Value, json};
 
+use crate::interruptions::{send, wait, wait_until};
 use crate::workspace::{Finished, Workspace};
 
 const HOPPER: [&str; 2] = ["--device", "emulator:hopper"];
@@ -116,6 +119,28 @@ fn measurements_that_are_of_no_use_cost_a_line_and_no_run() {
     // Tuning makes a new one in its place.
     tune(&workspace, &["--shapes", "64x72"]).succeeded();
     assert!(train(&workspace, "again", &[]).stderr.contains("tiles: tuned 2"));
+}
+
+#[test]
+fn what_was_measured_before_a_signal_is_kept() {
+    let workspace = Workspace::with_data();
+    let model = workspace.text_model("model");
+    let rows: Vec<String> = (1..=40).map(|tiles| (64 * tiles).to_string()).collect();
+    let rows = rows.join(",");
+    let arguments = ["tune", "-m", &model, "--rank", "8", "--rows", &rows];
+    let mut command = workspace.command(&[&arguments, &HOPPER[..]].concat());
+    let run = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    wait_until(|| workspace.path(TABLE).exists());
+    send(&run, libc::SIGINT);
+    let run = wait(run);
+    assert_eq!(run.code, 75, "{}", run.stderr);
+    // Five linears, forward and backward; the head has fewer rows at once.
+    let measured = table(&workspace)["products"].as_array().unwrap().len();
+    assert!((1..8 * 40).contains(&measured), "{measured} products");
+    assert!(run.stderr.contains(&format!("stopped: {measured} of ")), "{}", run.stderr);
+    assert!(run.stdout.contains("written to"), "{}", run.stdout);
+    let later = train(&workspace, "out", &[]);
+    assert!(later.stderr.contains("tiles: tuned 2"), "{}", later.stderr);
 }
 
 #[test]

@@ -6,9 +6,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::output::{AdapterWriter, checkpoints_folder};
-use super::signals::Interrupts;
 use crate::backend::Backend;
 use crate::checkpoint::run::{Checkpoint, Checkpoints, Contents};
+use crate::cli::signals::Interrupts;
 use crate::config::SaveEvery;
 use crate::error::{Error, Result};
 use crate::training::{Flow, Pause, TrainingState, TrainingSummary};

@@ -8,9 +8,9 @@ use tracing::{info, warn};
 
 use super::checkpointer::restore;
 use super::output::checkpoints_folder;
-use super::signals::Interrupts;
 use crate::checkpoint::adapter::ADAPTER_WEIGHTS;
 use crate::checkpoint::run::{Checkpoints, STATE, read_checkpoint, read_json};
+use crate::cli::signals::Interrupts;
 use crate::config::{Options, TrainingConfig};
 use crate::error::{Error, Result};
 use crate::report::PROVENANCE;
