@@ -20,6 +20,7 @@ const KERNELS: &[&str] = &[
     "attention_backward_sm90a",
     "attention_cached",
     "attention_sm90a",
+    "column_sums",
     "conformance",
     "conformance_sm90a",
     "convert",

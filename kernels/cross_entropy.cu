@@ -5,6 +5,7 @@
 //                         loss = log Σ_v exp(c_v) − c_target,   dz = (softmax(c) − onehot(target)) · scale · dc/dz   over z;
 //                         for a target that is no_target, loss and dz are 0
 //   head_backward_input   dx = dz · W                       dx [L, H]
+//   head_weight_gradient  dW += dzᵀ · x                     dW [V, H] in f32, of a head that is trained
 //
 // T is f16 or bf16; z is rounded to T, as the layer's output would be; H is a multiple of 8, V arbitrary, V̄ = V rounded up to
 // a multiple of 8: the padding columns of z are never read as logits. Sums over the vocabulary in f32: each thread a running
@@ -53,6 +54,28 @@ DEVICE void head_backward_input(const T* __restrict__ dz, const T* __restrict__ 
     Tile::store(sums, shared, [&](int row, int column, float (&values)[chunk]) {
         if (tile.m + row < rows && tile.n + column < width)
             store8(dx + static_cast<long long>(tile.m + row) * width + tile.n + column, values);
+    });
+}
+
+// The sum goes on from what is there, in the order of rows: chunks of whole tile_k rows, however many, leave the same bits.
+// Grid: ceil(V / 128) · ceil(H / 128) blocks, 64 KiB of dynamic shared memory.
+template <class T>
+DEVICE void head_weight_gradient(const T* __restrict__ dz, const T* __restrict__ x, float* __restrict__ dw, int rows,
+                                 int width, int vocabulary, int vocabulary_leading) {
+    using Tile = MatmulTile<T, Major::mn, Major::mn, head_tile, head_tile, 2, 4>;
+    DYNAMIC_SHARED(shared, 128);
+    const TilePlace tile = find_tile(blockIdx.x, head_tiles(vocabulary), head_tiles(width), head_tile, head_tile);
+    const auto at = [&](int row, int column) { return static_cast<long long>(tile.m + row) * width + tile.n + column; };
+    const auto inside = [&](int row, int column) { return tile.m + row < vocabulary && tile.n + column < width; };
+    typename Tile::Accumulators sums;
+    Tile::for_each(sums, [&](int row, int column, float& value) { value = inside(row, column) ? dw[at(row, column)] : 0.f; });
+    Tile::accumulate(sums, shared, Operand<T>{dz, vocabulary, vocabulary_leading}, Operand<T>{x, width, width}, tile.m, tile.n,
+                     0, rows);
+    Tile::store(sums, shared, [&](int row, int column, float (&values)[chunk]) {
+        if (!inside(row, column)) return;
+        float4* target = reinterpret_cast<float4*>(dw + at(row, column));
+        target[0] = make_float4(values[0], values[1], values[2], values[3]);
+        target[1] = make_float4(values[4], values[5], values[6], values[7]);
     });
 }
 
@@ -126,6 +149,9 @@ EXPORT_HALF_KERNELS(head_logits, head_threads,
 EXPORT_HALF_KERNELS(head_backward_input, head_threads,
                     (const T* dz, const T* w, T* dx, int rows, int width, int vocabulary, int vocabulary_leading),
                     (dz, w, dx, rows, width, vocabulary, vocabulary_leading))
+EXPORT_HALF_KERNELS(head_weight_gradient, head_threads,
+                    (const T* dz, const T* x, float* dw, int rows, int width, int vocabulary, int vocabulary_leading),
+                    (dz, x, dw, rows, width, vocabulary, vocabulary_leading))
 // Grid: L blocks.
 EXPORT_HALF_KERNELS(cross_entropy, head_threads,
                     (T* z, const unsigned* targets, float* losses, float* correct, const float* gradient_scale,

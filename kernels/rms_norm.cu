@@ -1,15 +1,17 @@
-// RMSNorm (Zhang & Sennrich 2019), forward and backward, one warp a row.
+// RMSNorm (Zhang & Sennrich 2019), forward and backward, one warp a row; and the gradient of a weight that is trained.
 //
 //   forward    rstd = 1 / sqrt(mean(x²) + epsilon)
 //              y = residual + x · rstd · (offset + w)          (the residual may be absent, or y itself)
 //   backward   dx = residual_gradient + rstd · ((offset + w)·dy − x · rstd² · mean((offset + w)·dy·x))
-//              (w is frozen; rounding counts as the identity; residual_gradient may be absent, or dx itself)
+//              (rounding counts as the identity; residual_gradient may be absent, or dx itself)
+//   weight     dw = Σ_rows dy · x · rstd                       as partial sums in f32 (column_sums.h)
 //
 // x, y, dy, dx [rows, width], w [width] in T (f16 or bf16); width is a multiple of 8. Where the forward rounds on its way says
 // norm_weight.h. Sums in f32: each lane adds its elements in order, then a butterfly over the warp. Nothing is saved for the
 // backward, whose first pass finds both sums at once. A row's 16-byte loads are all started before the first is used, and it is
 // kept in registers until it is normalised: up to 256 elements for each of a kernel's ROUNDS. Wider rows are read twice
 // (ROUNDS 0), the second time from L1.
+#include "common/column_sums.h"
 #include "common/rms_norm_row.h"
 
 constexpr int rms_norm_threads = 128;
@@ -94,6 +96,33 @@ DEVICE void rms_norm_backward(const T* __restrict__ x, const T* __restrict__ w, 
         store8(dx + begin + column, total);
     });
 }
+
+// partials [ceil(rows / stretch_rows)][width]. The rows are read a second time from a cache. Grid: a block for each stretch.
+template <class T>
+DEVICE void rms_norm_weight_gradient(const T* __restrict__ x, const T* __restrict__ dy, float* __restrict__ partials,
+                                     int rows, int width, float epsilon) {
+    SHARED_ARRAY(float4, sums, [column_warps][stretch_columns / 4]);
+    SHARED_ARRAY(float, rstds, [stretch_rows]);
+    const int first = blockIdx.x * stretch_rows, end = min(rows, first + stretch_rows);
+    for (int row = first + threadIdx.x / 32; row < end; row += column_warps) {
+        const float rstd = reciprocal_rms<0>(Row<T, 0>(x + static_cast<long long>(row) * width, width), width, epsilon);
+        if (threadIdx.x % 32 == 0) rstds[row - first] = rstd;
+    }
+    __syncthreads();
+    for (int column = 0; column < width; column += stretch_columns)
+        sum_columns(sums, partials + static_cast<long long>(blockIdx.x) * width, first, end, column, width,
+                    [&](float (&values)[vector_width], int row, int own) {
+                        const long long at = static_cast<long long>(row) * width + own;
+                        float gradient[vector_width];
+                        load8(values, x + at);
+                        load8(gradient, dy + at);
+#pragma unroll
+                        for (int i = 0; i < vector_width; i++) values[i] *= rstds[row - first] * gradient[i];
+                    });
+}
+EXPORT_HALF_KERNELS(rms_norm_weight_gradient, column_threads,
+                    (const T* x, const T* dy, float* partials, int rows, int width, float epsilon),
+                    (x, dy, partials, rows, width, epsilon))
 
 // Grid: ceil(rows / 4) blocks.
 #define EXPORT_RMS_NORM(ROUNDS, type) \

@@ -2,12 +2,11 @@
 
 mod support;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use fastlora::backend::PassSettings;
 use fastlora::backend::cpu::CpuBackend;
-use fastlora::checkpoint::adapter::{Adapter, AdapterConfig, read_adapter};
+use fastlora::checkpoint::adapter::{Adapter, AdapterConfig};
 use fastlora::checkpoint::base::BaseModel;
 use fastlora::config::{InitLoraWeights, TargetModules};
 use fastlora::export::merge;
@@ -15,34 +14,12 @@ use fastlora::model::{Factors, LoraConfig, Transformer};
 use fastlora::pissa;
 use fastlora::tensor::NamedTensor;
 use serde_json::Value;
-use support::golden::{Trained, batch_of, train_on};
+use support::golden::{BeyondLora as Golden, Trained, batch_of, train_on};
 use support::{Tensors, fixture, largest_difference};
 
-/// One folder of `tests/fixtures/trained`.
-struct Golden {
-    name: &'static str,
-    folder: PathBuf,
-    values: Value,
-    base: BaseModel,
-}
-
 impl Golden {
-    fn new(name: &'static str) -> Self {
-        let folder = fixture("trained").join(name);
-        let text = std::fs::read_to_string(folder.join("golden.json")).unwrap();
-        let values: Value = serde_json::from_str(&text).unwrap();
-        let base = BaseModel::open(fixture(values["base"].as_str().unwrap())).unwrap();
-        Self { name, folder, values, base }
-    }
-
-    fn start(&self) -> Adapter {
-        read_adapter(&self.folder.join("adapter_init")).unwrap()
-    }
-
-    fn train(&self, learning_rate: f64, ratio: f64) -> Trained<CpuBackend> {
-        let cpu = Arc::new(CpuBackend::new(None).unwrap());
-        let model = Transformer::load_with_adapter(cpu, &self.base, &self.start()).unwrap();
-        train_on(model, &batch_of(self.base.folder()), learning_rate, ratio)
+    fn train_on_cpu(&self, learning_rate: f64, ratio: f64) -> Trained<CpuBackend> {
+        self.train(Arc::new(CpuBackend::new(None).unwrap()), learning_rate, ratio)
     }
 
     /// PEFT's configuration of the PiSSA run.
@@ -79,10 +56,10 @@ impl Golden {
 fn check(name: &'static str) {
     let golden = Golden::new(name);
     let rate = golden.values["lr"].as_f64().unwrap();
-    check_trained(&golden, &golden.train(rate, 1.0), rate);
+    check_trained(&golden, &golden.train_on_cpu(rate, 1.0), rate);
     let plus = &golden.values["loraplus"];
     let number = |key: &str| plus[key].as_f64().unwrap();
-    let trained = golden.train(number("lr"), number("loraplus_lr_ratio"));
+    let trained = golden.train_on_cpu(number("lr"), number("loraplus_lr_ratio"));
     golden.check_numbers("LoRA+ loss", &trained.losses, &plus["losses_f64"], 1e-5);
 }
 

@@ -56,6 +56,8 @@ pub struct OperationShapes {
     pub attention_outputs: Vec<GroupShape>,
     /// Of them those of the MLPs: gate and up, and down.
     pub mlps: Vec<[GroupShape; 2]>,
+    /// Whether norms have weights that are trained.
+    pub trains_norms: bool,
     /// Whether adapters' inputs pass through dropout.
     pub has_dropout: bool,
     /// Whether there is a backward.

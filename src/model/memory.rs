@@ -103,6 +103,7 @@ pub struct ModelShape {
     pub(super) lowest_trained: usize,
     groups: Vec<GroupShape>,
     vocabulary: usize,
+    trains_norms: bool,
     parameter_count: usize,
     /// Frozen elements as they are stored, and those that are f32 whatever was stored.
     frozen_count: [u64; 2],
@@ -142,10 +143,11 @@ impl ModelShape {
         let residual_count: u64 = linears.iter().filter(is_residual).map(elements).sum();
         let is_adapted = |kept: &[Kept; GROUP_COUNT]| kept.iter().any(|kept| kept.rank > 0);
         let mut lowest_trained = kept.iter().position(is_adapted).unwrap_or(config.layer_count);
-        let mut whole_count = 0;
+        let (mut whole_count, mut trains_norms) = (0, false);
         for module in lora.map_or(Ok(Vec::new()), |lora| lora.whole_modules(config))? {
             layout.push_whole(&module);
             whole_count += module.shape.iter().product::<usize>() as u64;
+            trains_norms |= module.place != WholePlace::Head;
             if let WholePlace::Norm(layer, _) = module.place {
                 lowest_trained = lowest_trained.min(layer);
             }
@@ -156,6 +158,7 @@ impl ModelShape {
             lowest_trained,
             groups,
             vocabulary: config.vocabulary,
+            trains_norms,
             parameter_count: layout.parameter_count(),
             frozen_count: [config.parameter_count() - whole_count - residual_count, residual_count],
             rotations_per_position: config.rope_table_length(1),
@@ -196,6 +199,7 @@ impl ModelShape {
             groups: self.groups.clone(),
             attention_outputs: of_layers().map(|of_layer| of_layer[OUTPUT].clone()).collect(),
             mlps: of_layers().map(|of_layer| [of_layer[GATE_UP].clone(), of_layer[DOWN].clone()]).collect(),
+            trains_norms: self.trains_norms,
             has_dropout,
             is_training: purpose == Purpose::Training,
         }

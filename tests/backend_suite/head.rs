@@ -1,6 +1,6 @@
 //! Output head: losses, hits and gradients; logits of one row.
 
-use fastlora::backend::{Backend, Features, Head, PassSettings, Weight};
+use fastlora::backend::{Backend, Head, PassSettings, Weight};
 use fastlora::batch::BatchRows;
 use fastlora::dtype::DType;
 
@@ -106,9 +106,6 @@ fn check<B: Backend>(
 
 /// A trained head: the gradient of its weight, and the same losses and `dx`.
 fn trained<B: Backend>(backend: &B, record: &mut Record, vocabulary: usize, width: usize, cap: Option<f32>) {
-    if backend.check_features(Features { trained_head: true, ..Features::default() }).is_err() {
-        return;
-    }
     let case = format!("head_loss V={vocabulary} H={width} cap {cap:?} trained");
     let table = record.precision.values(vocabulary * width, 60);
     let parameters = backend.floats(&[&[9.0; 8][..], &table, &[9.0; 3]].concat()).unwrap();

@@ -1,11 +1,13 @@
 //! cross_entropy.cu
 
-use fastlora::device::Argument;
+use fastlora::device::{Argument, Memory};
 
 use crate::harness::*;
 use crate::lora_group::{i32_of, sum_and_magnitude};
 
 const SHARED_BYTES: u32 = 64 << 10;
+/// Rows of the first of two chunks of the weight's gradient.
+const FIRST_CHUNK: usize = 96;
 
 struct Results {
     logits: Vec<u16>,
@@ -13,17 +15,18 @@ struct Results {
     correct: Vec<f32>,
     gradient: Vec<u16>,
     dx: Vec<u16>,
+    dw: Vec<f32>,
 }
 
-/// Logits, losses and gradients of `rows` labelled rows.
+/// Logits, losses and gradients of `rows` labelled rows; that of the weight is added to `before`, of two chunks.
 fn run(
     half: Half,
     [rows, width, vocabulary]: [usize; 3],
     x: &[u16],
     w: &[u16],
     targets: &[u32],
-    scale: f32,
-    cap: f32,
+    [scale, cap]: [f32; 2],
+    before: &[f32],
 ) -> Results {
     let leading = vocabulary.next_multiple_of(8);
     let name = format!("head {} L={rows} H={width} V={vocabulary}", half.suffix());
@@ -62,7 +65,19 @@ fn run(
             SHARED_BYTES,
             &arguments,
         );
-        for memory in [&losses, &correct, &z, &dx] {
+        let dw = upload(device, before);
+        let kernel = kernel("head_weight_gradient");
+        let tiles = vocabulary.div_ceil(128) * width.div_ceil(128);
+        let mut first = 0;
+        for chunk in [rows.min(FIRST_CHUNK), rows.saturating_sub(FIRST_CHUNK)] {
+            let [dz, x] = [(&z, leading), (&x, width)]
+                .map(|(memory, leading)| Argument::Address(memory.address() + 2 * (first * leading) as u64));
+            let mut arguments = vec![dz, x, Argument::of(&dw), i32_of(chunk)];
+            arguments.extend(&shape[1..]);
+            launch_grid(device, &kernel, [tiles as u32, 1, 1], 256, SHARED_BYTES, &arguments);
+            first += chunk;
+        }
+        for memory in [&losses, &correct, &z, &dx, &dw] {
             bytes.extend(download::<u8>(device, memory));
         }
         bytes
@@ -71,7 +86,8 @@ fn run(
     let (logits, rest) = bytes.split_at(rows * leading * 2);
     let (losses, rest) = rest.split_at(rows * 4);
     let (correct, rest) = rest.split_at(rows * 4);
-    let (gradient, dx) = rest.split_at(rows * leading * 2);
+    let (gradient, rest) = rest.split_at(rows * leading * 2);
+    let (dx, dw) = rest.split_at(rows * width * 2);
     let unpadded = |bytes: &[u8]| -> Vec<u16> {
         halves(bytes).chunks(leading).flat_map(|row| row[..vocabulary].iter().copied()).collect()
     };
@@ -81,6 +97,7 @@ fn run(
         correct: values_of(correct),
         gradient: unpadded(gradient),
         dx: halves(dx),
+        dw: values_of(dw),
     }
 }
 
@@ -92,7 +109,8 @@ fn check(half: Half, [rows, width, vocabulary]: [usize; 3], cap: f32) {
     let w_bits = random.halves(half, vocabulary * width, 1.0);
     let targets: Vec<u32> = (0..rows).map(|_| random.below(vocabulary) as u32).collect();
     let scale = 0.25f32;
-    let results = run(half, [rows, width, vocabulary], &x_bits, &w_bits, &targets, scale, cap);
+    let before = random.floats(vocabulary * width, 1.0);
+    let results = run(half, [rows, width, vocabulary], &x_bits, &w_bits, &targets, [scale, cap], &before);
     let (x, w) = (half.decode_all(&x_bits), half.decode_all(&w_bits));
 
     let element = |i: usize| {
@@ -145,6 +163,16 @@ fn check(half: Half, [rows, width, vocabulary]: [usize; 3], cap: f32) {
     };
     let dx: Vec<Expected> = (0..rows * width).map(element).collect();
     assert_close(&format!("head_backward_input {name}"), width, &half.decode_all(&results.dx), &dx);
+
+    let element = |i: usize| {
+        let terms = (0..rows).map(|row| dz[row * vocabulary + i / width] * x[row * width + i % width]);
+        let (sum, magnitude) = sum_and_magnitude(terms);
+        let already = f64::from(before[i]);
+        Expected::float_sum(already + sum, already.abs() + magnitude, rows)
+    };
+    let dw: Vec<Expected> = (0..vocabulary * width).map(element).collect();
+    let actual: Vec<f64> = results.dw.iter().map(|&value| f64::from(value)).collect();
+    assert_close(&format!("head_weight_gradient {name}"), width, &actual, &dw);
 }
 
 #[test]
@@ -165,7 +193,7 @@ fn of_equal_highest_logits_the_first_counts() {
         let rows_of_w = [0.0, 1.0, 1.0, 0.5];
         let w: Vec<u16> = rows_of_w.iter().flat_map(|&value| [half.encode(value); 8]).collect();
         let x = vec![half.encode(1.0); 3 * 8];
-        let results = run(half, [3, 8, 4], &x, &w, &[1, 2, 3], 1.0, 0.0);
+        let results = run(half, [3, 8, 4], &x, &w, &[1, 2, 3], [1.0, 0.0], &[0.0; 4 * 8]);
         assert_eq!(results.correct, [1.0, 0.0, 0.0]);
     }
 }

@@ -1,8 +1,9 @@
-//! rms_norm.cu
+//! rms_norm.cu, and column_sums.cu, which adds up what its weight's gradient leaves
 
 use fastlora::device::Argument;
 
 use crate::harness::*;
+use crate::lora_group::{i32_of, sum_and_magnitude};
 
 pub const EPSILON: f32 = 1e-5;
 /// (rows, width): one row, a ragged last block, widths that leave lanes idle, and of every number of rounds.
@@ -134,6 +135,49 @@ fn backward(half: Half, rows: usize, width: usize, residual: bool, offset: f32) 
         }
     }
     assert_close(&name, width, &half.decode_all(&outputs), &expected);
+}
+
+/// The gradient of a trained weight, added to what is there.
+fn weight_gradient(half: Half, rows: usize, width: usize) {
+    let name = format!("rms_norm_weight_gradient_{} {rows}×{width}", half.suffix());
+    let mut random = Random(rows as u64 * 13 + width as u64);
+    let [x, dy] = [2.0, 1.0].map(|limit| random.halves(half, rows * width, limit));
+    let before = random.floats(width, 1.0);
+    let stretches = rows.div_ceil(64);
+    let after = run_everywhere(&name, |device| {
+        let (x, dy, gradients) = (upload(device, &x), upload(device, &dy), upload(device, &before));
+        let partials = poisoned::<f32>(device, stretches * width);
+        let mut arguments = [&x, &dy, &partials].map(Argument::of).to_vec();
+        arguments.extend([rows, width].map(i32_of));
+        arguments.push(Argument::F32(EPSILON));
+        let kernel = format!("rms_norm_weight_gradient_{}", half.suffix());
+        launch(device, &kernel, stretches, 256, &arguments);
+        let mut arguments = vec![Argument::of(&partials), Argument::Address(0), Argument::of(&gradients)];
+        arguments.extend([stretches, width, width].map(i32_of));
+        launch(device, "add_column_sums", width.div_ceil(32), 256, &arguments);
+        download::<f32>(device, &gradients)
+    });
+    let [x, dy] = [&x, &dy].map(|values| half.decode_all(values));
+    let rstds: Vec<f64> = x.chunks(width).map(rstd).collect();
+    let expected = (0..width).map(|column| {
+        let term = |row: usize| dy[row * width + column] * x[row * width + column] * rstds[row];
+        let (sum, magnitude) = sum_and_magnitude((0..rows).map(term));
+        let already = f64::from(before[column]);
+        // A term's rstd has the error of a sum over the row: a lane's share in order, and five levels of the butterfly.
+        Expected::float_sum(already + sum, already.abs() + magnitude, rows + width / 32 + 16)
+    });
+    let actual: Vec<f64> = after.iter().map(|&value| f64::from(value)).collect();
+    assert_close(&name, width, &actual, &expected.collect::<Vec<_>>());
+}
+
+/// Fewer and more stretches than the threads that add them up, a ragged last one, and columns that leave lanes idle.
+#[test]
+fn the_gradient_of_a_norms_weight_matches_float64() {
+    for half in HALVES {
+        for (rows, width) in [(1, 8), (64, 264), (131, 520), (700, 40)] {
+            weight_gradient(half, rows, width);
+        }
+    }
 }
 
 #[test]

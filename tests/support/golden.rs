@@ -1,10 +1,11 @@
 //! The golden runs (`tests/fixtures/README.md`): what they start from, ten steps of them, what they expect.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use fastlora::backend::{Backend, PassSettings};
 use fastlora::batch::Batch;
-use fastlora::checkpoint::adapter::read_adapter;
+use fastlora::checkpoint::adapter::{Adapter, read_adapter};
 use fastlora::checkpoint::base::BaseModel;
 use fastlora::model::Transformer;
 use fastlora::optim::{AdamW, AdamWSettings};
@@ -47,6 +48,35 @@ impl Golden {
     /// The model's batch.
     pub fn batch(&self) -> Batch {
         batch_of(&self.folder)
+    }
+}
+
+/// One folder of `tests/fixtures/trained`: what goes beyond plain LoRA.
+pub struct BeyondLora {
+    pub name: &'static str,
+    pub folder: PathBuf,
+    pub values: Value,
+    pub base: BaseModel,
+}
+
+impl BeyondLora {
+    pub fn new(name: &'static str) -> Self {
+        let folder = fixture("trained").join(name);
+        let text = std::fs::read_to_string(folder.join("golden.json")).unwrap();
+        let values: Value = serde_json::from_str(&text).unwrap();
+        let base = BaseModel::open(fixture(values["base"].as_str().unwrap())).unwrap();
+        Self { name, folder, values, base }
+    }
+
+    /// The adapter that the run starts from.
+    pub fn start(&self) -> Adapter {
+        read_adapter(&self.folder.join("adapter_init")).unwrap()
+    }
+
+    /// Ten steps from there.
+    pub fn train<B: Backend>(&self, backend: Arc<B>, learning_rate: f64, ratio: f64) -> Trained<B> {
+        let model = Transformer::load_with_adapter(backend, &self.base, &self.start()).unwrap();
+        train_on(model, &batch_of(self.base.folder()), learning_rate, ratio)
     }
 }
 

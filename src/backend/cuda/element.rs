@@ -1,8 +1,9 @@
 //! Norms, the gated activation, and moves of rows (rms_norm.cu, gated_activation.cu, rows.cu,
 //! embedding_noise.cu).
 
+use super::column_sums::{COLUMN_THREADS, ColumnSums, column_bytes, stretches_of};
 use super::launch::{NULL, Shape, int};
-use super::memory::CudaBuffer;
+use super::memory::{CudaBuffer, CudaFloats};
 use super::weights::{WIDTH_MULTIPLE, check_width};
 use super::{CudaBackend, CudaBatch};
 use crate::backend::{Activation, Embedding, RmsNorm, Weight};
@@ -38,7 +39,7 @@ impl<D: Device> CudaBackend<D> {
     pub(super) fn norm_weight(&self, norm: RmsNorm<'_, Self>) -> Result<Argument> {
         match norm.weight {
             Weight::Frozen(weight) => weight.first(norm.width),
-            Weight::Trained { parameters, offset } => self.half_copy(parameters)?.at(offset, norm.width),
+            Weight::Trained { parameters, offset } => self.trained_weight(parameters, offset, norm.width),
         }
     }
 
@@ -101,6 +102,31 @@ impl<D: Device> CudaBackend<D> {
                 row_shape(rows),
                 &arguments,
             )
+        }
+    }
+
+    /// Adds the gradient of a trained norm's weight to `gradients`.
+    pub(super) fn norm_weight_gradient(
+        &self,
+        norm: RmsNorm<'_, Self>,
+        rows: usize,
+        x: &CudaBuffer<D>,
+        dy: &CudaBuffer<D>,
+        gradients: &CudaFloats<D>,
+    ) -> Result<()> {
+        let width = norm.width;
+        check_width("a norm", width)?;
+        let target = gradients.at(norm.weight.trained_offset()?, width)?;
+        let mut scratch = super::lock(&self.scratch);
+        let bytes = column_bytes(rows, width);
+        let partials = scratch.partials.reserve(self.device(), bytes)?.first(bytes)?;
+        let mut arguments = vec![x.first(rows * width)?, dy.first(rows * width)?, partials];
+        arguments.extend([int(rows)?, int(width)?, Argument::F32(norm.epsilon)]);
+        let shape = Shape::blocks(stretches_of(rows), COLUMN_THREADS);
+        // SAFETY: x and dy hold [rows, width], the partial sums a row for each stretch, the target [width].
+        unsafe {
+            self.kernels.launch_half("rms_norm_weight_gradient", shape, &arguments)?;
+            self.add_column_sums(ColumnSums::of_rows(partials, rows, width), target)
         }
     }
 

@@ -2,6 +2,7 @@
 
 use super::adapter_gradients::partial_bytes;
 use super::batch::most_bytes;
+use super::column_sums::column_bytes;
 use super::head::logits_bytes;
 use super::linear::rank_leading;
 use super::memory::{FLOAT_BYTES, HALF_BYTES, Region};
@@ -47,8 +48,16 @@ impl ScratchSizes {
     fn new<D: Device>(shapes: &OperationShapes, backend: &CudaBackend<D>) -> Self {
         let uses_hopper = backend.kernels.uses_hopper;
         let head_rows = backend.head_rows(shapes.vocabulary, shapes.hidden);
+        let only = |wanted: bool, size: usize| if wanted { size } else { 0 };
         let OperationShapes {
-            tokens, labelled_rows, vocabulary, query_heads, key_value_heads, head_dim, ..
+            tokens,
+            labelled_rows,
+            vocabulary,
+            hidden,
+            query_heads,
+            key_value_heads,
+            head_dim,
+            ..
         } = *shapes;
         let largest = |size: &dyn Fn(&GroupShape) -> usize| shapes.groups.iter().map(size).max().unwrap_or(0);
         let dropped = largest(&|group| {
@@ -58,7 +67,8 @@ impl ScratchSizes {
             middle_pass(gate_up, down, tokens).map_or(0, |pass| pass.bytes())
         };
         let gradients = largest(&|group| partial_bytes(&group.adapters, group.in_features, tokens))
-            .max(shapes.mlps.iter().map(of_middle).max().unwrap_or(0));
+            .max(shapes.mlps.iter().map(of_middle).max().unwrap_or(0))
+            .max(only(shapes.trains_norms, column_bytes(tokens.max(labelled_rows), hidden)));
         let of_down = |[_, down]: &[GroupShape; 2]| match uses_hopper {
             true => gated_shares(&down.adapters, down.in_features, tokens),
             false => GatePass::new(&down.adapters, down.in_features, tokens).map(|pass| pass.shares()),
@@ -68,7 +78,6 @@ impl ScratchSizes {
         let of_outputs = shapes.attention_outputs.iter().filter_map(of_output);
         let shares = shapes.mlps.iter().filter_map(of_down).chain(of_outputs);
         let shares = shares.map(SharesOfS::bytes).max().unwrap_or(0);
-        let only = |wanted: bool, size: usize| if wanted { size } else { 0 };
         Self {
             dropped: only(shapes.has_dropout && shapes.is_training, dropped),
             ds: only(shapes.is_training, largest(&|group| tokens * rank_leading(group.rank()) * HALF_BYTES)),

@@ -59,6 +59,15 @@ impl ChunkRule {
     }
 }
 
+/// Where the gradients of a head go, as far as they are wanted.
+#[derive(Clone, Copy)]
+pub(super) struct HeadGradients<'a, D: Device> {
+    /// Of its input; without it there is none of the weight.
+    pub dx: Option<&'a CudaBuffer<D>>,
+    /// Of a trained weight, added to what stands in its place among the parameters.
+    pub of_weight: Option<&'a CudaFloats<D>>,
+}
+
 impl<D: Device> CudaBackend<D> {
     /// Rows of `width` whose logits exist at once, at most.
     pub fn head_rows(&self, vocabulary: usize, width: usize) -> usize {
@@ -79,9 +88,10 @@ impl<D: Device> CudaBackend<D> {
         batch: &CudaBatch<D>,
         x: &CudaBuffer<D>,
         losses: &CudaFloats<D>,
-        dx: Option<&CudaBuffer<D>>,
+        gradients: HeadGradients<'_, D>,
     ) -> Result<()> {
-        self.cross_entropy_by(self.head_rows(head.vocabulary, head.width), head, batch, x, losses, dx)
+        let chunk = self.head_rows(head.vocabulary, head.width);
+        self.cross_entropy_by(chunk, head, batch, x, losses, gradients)
     }
 
     /// The same by chunks of so many rows.
@@ -92,16 +102,19 @@ impl<D: Device> CudaBackend<D> {
         batch: &CudaBatch<D>,
         x: &CudaBuffer<D>,
         losses: &CudaFloats<D>,
-        dx: Option<&CudaBuffer<D>>,
+        HeadGradients { dx, of_weight }: HeadGradients<'_, D>,
     ) -> Result<()> {
         let Head { vocabulary, width, soft_cap, .. } = head;
+        let place = |floats: &CudaFloats<D>| floats.at(head.weight.trained_offset()?, vocabulary * width);
+        let dweight = of_weight.map(place).transpose()?;
         let (count, leading) = (batch.labelled, vocabulary_leading(vocabulary));
         for first in (0..count).step_by(chunk) {
             let rows = chunk.min(count - first);
             let row_losses = losses.at(first, rows)?;
             let correct = losses.at(count + first, rows)?;
             let targets = batch.targets(first, rows, vocabulary)?;
-            let z = self.logits(head, rows, x.at(first * width, rows * width)?)?;
+            let x = x.at(first * width, rows * width)?;
+            let z = self.logits(head, rows, x)?;
             let arguments = [
                 z,
                 targets,
@@ -119,15 +132,14 @@ impl<D: Device> CudaBackend<D> {
             let Some(dx) = dx else { continue };
             let dx = dx.at(first * width, rows * width)?;
             let weight = self.head_weight(head)?;
-            // SAFETY: dz [rows, V̄], W [V, H], dx [rows, H].
+            let sizes = HeadSizes { rows, width, vocabulary, leading };
+            // SAFETY: dz [rows, V̄], W and its gradient [V, H], x and dx [rows, H].
             unsafe {
-                self.kernels.head_backward_input(
-                    z,
-                    weight,
-                    dx,
-                    HeadSizes { rows, width, vocabulary, leading },
-                )?
-            };
+                self.kernels.head_backward_input(z, weight, dx, sizes)?;
+                if let Some(dweight) = dweight {
+                    self.kernels.head_weight_gradient(z, x, dweight, sizes)?;
+                }
+            }
         }
         Ok(())
     }
@@ -138,7 +150,7 @@ impl<D: Device> CudaBackend<D> {
         match weight {
             Weight::Frozen(weight) => weight.shaped(vocabulary, width),
             Weight::Trained { parameters, offset } => {
-                self.half_copy(parameters)?.at(offset, vocabulary * width)
+                self.trained_weight(parameters, offset, vocabulary * width)
             }
         }
     }
@@ -211,15 +223,14 @@ mod tests {
         }
     }
 
-    /// A row's loss, hit and gradient depend on that row alone.
+    /// A row's loss, hit and gradient depend on that row alone, and the weight's gradient on no seam between tiles of rows.
     #[cfg(feature = "emulator")]
     #[test]
     fn chunks_change_no_bit() {
         use super::super::ComputeType;
         use crate::backend::{Backend, PassSettings, Weight};
         use crate::device::emulator::Emulator;
-        use crate::dtype::DType;
-        use crate::selftest::inputs::{batch_of, values, weight};
+        use crate::selftest::inputs::{batch_of, values};
 
         let (vocabulary, width) = (264, 72);
         for is_hopper in [false, true] {
@@ -229,26 +240,36 @@ mod tests {
             let mut resident = backend.new_batch().unwrap();
             let settings = PassSettings { gradient_scale: 0.5, ..PassSettings::default() };
             backend.load_batch(&mut resident, &batch, settings).unwrap();
-            let table =
-                weight("head", DType::Bf16, vec![vocabulary, width], &values(vocabulary * width, 1), 0);
-            let matrix = backend.matrix(&[table]).unwrap();
+            let parameters = backend.floats(&values(vocabulary * width, 1)).unwrap();
             let mut x = backend.buffer(rows * width).unwrap();
             backend.write_buffer(&mut x, &values(rows * width, 2)).unwrap();
             let run = |chunk: usize| {
-                let mut outputs = vec![f32::NAN; 2 * rows + rows * width];
-                let losses = backend.floats(&outputs[..2 * rows]).unwrap();
+                let losses = backend.floats(&vec![f32::NAN; 2 * rows]).unwrap();
                 let dx = backend.buffer(rows * width).unwrap();
-                let head = Head { weight: Weight::Frozen(&matrix), vocabulary, width, soft_cap: None };
-                backend.cross_entropy_by(chunk, head, &resident, &x, &losses, Some(&dx)).unwrap();
-                let (of_rows, gradient) = outputs.split_at_mut(2 * rows);
-                backend.read_floats(&losses, of_rows).unwrap();
-                backend.read_buffer(&dx, gradient).unwrap();
-                outputs.iter().map(|value| value.to_bits()).collect::<Vec<_>>()
+                let dweight = backend.floats(&vec![0.25; vocabulary * width]).unwrap();
+                let weight = Weight::Trained { parameters: &parameters, offset: 0 };
+                let head = Head { weight, vocabulary, width, soft_cap: None };
+                let gradients = HeadGradients { dx: Some(&dx), of_weight: Some(&dweight) };
+                backend.cross_entropy_by(chunk, head, &resident, &x, &losses, gradients).unwrap();
+                let [mut of_rows, mut of_x, mut of_weight] =
+                    [2 * rows, rows * width, vocabulary * width].map(|count| vec![f32::NAN; count]);
+                backend.read_floats(&losses, &mut of_rows).unwrap();
+                backend.read_buffer(&dx, &mut of_x).unwrap();
+                backend.read_floats(&dweight, &mut of_weight).unwrap();
+                [of_rows, of_x, of_weight]
+                    .map(|values| values.into_iter().map(f32::to_bits).collect::<Vec<_>>())
             };
             let whole = run(rows);
-            assert!(whole.iter().all(|&bits| f32::from_bits(bits).is_finite()));
+            assert!(whole.iter().flatten().all(|&bits| f32::from_bits(bits).is_finite()));
             for chunk in [TILE, 2 * TILE, 100, 1] {
-                assert!(run(chunk) == whole, "chunks of {chunk} rows differ");
+                let [of_rows, of_x, of_weight] = run(chunk);
+                assert!([&of_rows, &of_x] == [&whole[0], &whole[1]], "chunks of {chunk} rows differ");
+                // Its sum goes over rows, from tile to tile.
+                let is_cut_at_tiles = chunk.is_multiple_of(TILE);
+                assert!(
+                    of_weight == whole[2] || !is_cut_at_tiles,
+                    "chunks of {chunk} rows differ in the weight"
+                );
             }
         }
     }

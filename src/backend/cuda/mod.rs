@@ -7,6 +7,7 @@
 mod adapter_gradients;
 mod attention;
 mod batch;
+mod column_sums;
 mod element;
 mod footprint;
 mod head;
@@ -49,6 +50,7 @@ use crate::range;
 use crate::tensor::WeightTensor;
 use attention::Projected;
 use footprint::Arena;
+use head::HeadGradients;
 use launch::Kernels;
 use memory::{FLOAT_BYTES, HALF_BYTES};
 use scratch::{Scratch, lock};
@@ -167,7 +169,7 @@ impl<D: Device> Backend for CudaBackend<D> {
     }
 
     fn check_features(&self, features: Features) -> Result<()> {
-        features.refuse_all(&self.description())
+        Features { magnitudes: features.magnitudes, ..Features::default() }.refuse_all(&self.description())
     }
 
     fn low_rank_stride(&self, rank: usize) -> usize {
@@ -284,13 +286,15 @@ impl<D: Device> Backend for CudaBackend<D> {
 
     fn rms_norm_weight_backward(
         &self,
-        _: RmsNorm<'_, Self>,
-        _: usize,
-        _: &Self::Buffer,
-        _: &Self::Buffer,
-        _: &mut Self::Floats,
+        norm: RmsNorm<'_, Self>,
+        rows: usize,
+        x: &Self::Buffer,
+        dy: &Self::Buffer,
+        gradients: &mut Self::Floats,
     ) -> Result<()> {
-        Err(Error::internal("a trained norm, which check_features refuses"))
+        // The weight's gradient is far smaller than what it is the sum of.
+        let _range = range!("rms_norm weight backward"; Work::of_moving(2 * rows * norm.width, HALF_BYTES));
+        self.norm_weight_gradient(norm, rows, x, dy, gradients)
     }
 
     fn linear(
@@ -476,10 +480,13 @@ impl<D: Device> Backend for CudaBackend<D> {
         x: &Self::Buffer,
         losses: &mut Self::Floats,
         dx: Option<&mut Self::Buffer>,
-        _: Option<&mut Self::Floats>,
+        gradients: Option<&mut Self::Floats>,
     ) -> Result<()> {
-        let _range = range!("head loss"; head.work(batch.labelled, HALF_BYTES, CudaMatrix::bytes, [dx.is_some(), false]));
-        self.cross_entropy(head, batch, x, losses, dx.map(|dx| &*dx))
+        let wanted = [dx.is_some(), gradients.is_some()];
+        let _range = range!("head loss"; head.work(batch.labelled, HALF_BYTES, CudaMatrix::bytes, wanted));
+        let gradients =
+            HeadGradients { dx: dx.map(|dx| &*dx), of_weight: gradients.map(|gradients| &*gradients) };
+        self.cross_entropy(head, batch, x, losses, gradients)
     }
 
     fn head_logits(

@@ -332,6 +332,24 @@ impl<D: Device> Kernels<D> {
         unsafe { self.hopper_forward(&product, leading, choice) }
     }
 
+    /// `dW += dzᵀ · x`, in f32; the same kernel on every GPU.
+    ///
+    /// # Safety
+    /// The parts are as large as `sizes` says.
+    pub unsafe fn head_weight_gradient(
+        &self,
+        dz: Argument,
+        x: Argument,
+        dweight: Argument,
+        sizes: HeadSizes,
+    ) -> Result<()> {
+        let HeadSizes { rows, width, vocabulary, leading } = sizes;
+        let counts = [int(rows)?, int(width)?, int(vocabulary)?, int(leading)?];
+        let arguments: Vec<_> = [dz, x, dweight].into_iter().chain(counts).collect();
+        // SAFETY: the caller's.
+        unsafe { self.launch_half("head_weight_gradient", tile_shape(vocabulary, width), &arguments) }
+    }
+
     /// `dx = dz · W`.
     ///
     /// # Safety

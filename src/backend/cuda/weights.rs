@@ -86,6 +86,19 @@ impl<D: Device> CudaBackend<D> {
         Ok(CudaBuffer { region: half.clone().expect("just made") })
     }
 
+    /// A weight that is trained, in the compute type: that stretch of the parameters' copy.
+    pub(super) fn trained_weight(
+        &self,
+        parameters: &super::CudaFloats<D>,
+        offset: usize,
+        elements: usize,
+    ) -> Result<Argument> {
+        if !offset.is_multiple_of(WIDTH_MULTIPLE) {
+            return Err(Error::internal(format!("a trained weight at {offset}, where no vector begins")));
+        }
+        self.half_copy(parameters)?.at(offset, elements)
+    }
+
     /// After the host wrote values: at once, since recorded work takes the copy as it is.
     pub(super) fn renew_half(&self, floats: &super::CudaFloats<D>) -> Result<()> {
         super::lock(&floats.half).as_ref().map_or(Ok(()), |half| self.convert(floats, half))
