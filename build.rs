@@ -33,6 +33,7 @@ const KERNELS: &[&str] = &[
     "linear_sm90a",
     "lora",
     "lora_back",
+    "magnitude",
     "mlp_back",
     "rms_norm",
     "rms_norm_down",

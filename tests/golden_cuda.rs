@@ -176,9 +176,11 @@ fn long_samples_train_on_hoppers_kernels_as_in_float64() {
     check(&device, "tiny_llama_long", "brand", ComputeType::Bf16);
 }
 
-/// What goes beyond plain LoRA, and how often more a value is rounded for it in each block and outside: the weights of trained
-/// norms, the head's.
-const BEYOND_LORA: [(&str, [f64; 2]); 3] = [
+/// What goes beyond plain LoRA, and how often more a value is rounded for it in each block and outside: the outputs of four
+/// groups before their magnitudes multiply them, and as often their gains' errors; the weights of trained norms, the head's.
+const BEYOND_LORA: [(&str, [f64; 2]); 5] = [
+    ("dora", [8.0, 0.0]),
+    ("dora_whole", [10.0, 1.0]),
     ("whole", [2.0, 2.0]),
     ("whole_below", [2.0, 0.0]),
     ("whole_gemma2", [4.0, 1.0]),
@@ -192,7 +194,7 @@ fn check_beyond_lora<D: Device>(device: &D, (name, more): (&'static str, [f64; 2
 }
 
 #[test]
-fn norms_and_heads_train_on_the_emulator_as_in_float64() {
+fn magnitudes_norms_and_heads_train_on_the_emulator_as_in_float64() {
     let device = Emulator::new(Flavour::Fast, 0).unwrap();
     for case in BEYOND_LORA {
         for compute in [ComputeType::F16, ComputeType::Bf16] {
@@ -208,7 +210,8 @@ fn a_whole_run_is_clean_in_the_checker() {
     check(&device, "tiny_qwen3", "brand", ComputeType::Bf16);
     check(&device, "tiny_gemma2", "brand", ComputeType::Bf16);
     check(&device.as_hopper(), "tiny_qwen3", "brand", ComputeType::F16);
-    check_beyond_lora(&device.as_hopper(), BEYOND_LORA[0], ComputeType::F16);
+    check_beyond_lora(&device, BEYOND_LORA[1], ComputeType::Bf16);
+    check_beyond_lora(&device.as_hopper(), BEYOND_LORA[2], ComputeType::F16);
 }
 
 #[test]

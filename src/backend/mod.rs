@@ -11,7 +11,6 @@ mod branch;
 pub mod cpu;
 pub mod cuda;
 pub mod dropout;
-mod features;
 mod footprint;
 mod group;
 mod mlp;
@@ -22,7 +21,6 @@ mod weight;
 mod work;
 
 pub use branch::{NormedInput, Reach};
-pub use features::Features;
 pub use footprint::{AdapterShape, Footprint, GroupShape, OperationShapes};
 pub use group::{LinearGroup, LinearInput, LoraSlot, PlacedAdapter, Projection, placed_adapters};
 pub use mlp::{Mlp, MlpGradient, MlpSaved};
@@ -180,14 +178,6 @@ pub trait Backend: Footprint + Send + Sync {
     /// Refuses heads of a width, or with so many columns that are rotated, that attention has no kernel for.
     fn check_heads(&self, head_dim: usize, rotated: usize) -> Result<()> {
         let _ = (head_dim, rotated);
-        Ok(())
-    }
-    /// Refuses what this backend cannot train.
-    ///
-    /// # Errors
-    /// A device error that names the first of `features` that it lacks.
-    fn check_features(&self, features: Features) -> Result<()> {
-        let _ = features;
         Ok(())
     }
     /// Elements from one row of a group's `s [T, R]` to the next; `R` or more.

@@ -2,8 +2,7 @@
 
 use super::config::{GROUP_COUNT, LinearModule, ModelConfig};
 use super::layout::AdapterLayout;
-use super::whole::{WholeModule, WholePlace, whole_modules};
-use crate::backend::Features;
+use super::whole::{WholeModule, whole_modules};
 use crate::config::{CompiledPatterns, PatternMap, TargetModules};
 use crate::error::{Error, Result};
 
@@ -189,20 +188,6 @@ impl LoraConfig {
     /// As [`whole_modules`].
     pub fn whole_modules(&self, model: &ModelConfig) -> Result<Vec<WholeModule>> {
         whole_modules(&self.modules_to_save, model)
-    }
-
-    /// What a backend must be able to train.
-    ///
-    /// # Errors
-    /// As [`whole_modules`](Self::whole_modules).
-    pub fn features(&self, model: &ModelConfig) -> Result<Features> {
-        let whole = self.whole_modules(model)?;
-        let is_head = |module: &WholeModule| module.place == WholePlace::Head;
-        Ok(Features {
-            magnitudes: self.use_dora,
-            trained_head: whole.iter().any(is_head),
-            trained_norms: whole.iter().any(|module| !is_head(module)),
-        })
     }
 
     /// Names and shapes of the trained tensors of a model, which needs no weights.

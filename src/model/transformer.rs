@@ -116,7 +116,6 @@ impl<B: Backend> Transformer<B> {
     ) -> Result<Self> {
         let config = base.config().clone();
         backend.check_heads(config.head_dim, config.rotary_width)?;
-        backend.check_features(lora.map_or(Ok(Default::default()), |lora| lora.features(&config))?)?;
         let linears = adapted_linears(&config, lora)?;
         let mut layout = AdapterLayout::default();
         let mut blocks: Vec<Block<B>> = layer_groups(&config, &linears)

@@ -31,8 +31,16 @@ const CASES: &[Case] = &[
     (case(&[6], [2, 1, 16], None, false), &[(32, 2), (16, 2), (16, 2)], 0.0),
 ];
 
+/// Adapters with magnitudes on heads that a product may rotate.
+const WITH_MAGNITUDES: &[Case] = &[
+    (case(&[5, 1, 9], [2, 1, 64], None, false), &[(128, 3), (64, 2), (64, 0)], 0.0),
+    (case(&[7], [2, 1, 64], None, false), &[(128, 2), (64, 2), (64, 2)], 0.3),
+];
+
 pub fn run<B: Backend>(backend: &B, record: &mut Record) {
-    for &(shape, projections, dropout) in CASES {
+    let with = |magnitudes: bool| move |&case: &Case| (case, magnitudes);
+    let cases = CASES.iter().map(with(false)).chain(WITH_MAGNITUDES.iter().map(with(true)));
+    for ((shape, projections, dropout), magnitudes) in cases {
         let linear = |in_features, projections, is_output: bool| linear::Case {
             lengths: shape.lengths,
             in_features,
@@ -41,7 +49,7 @@ pub fn run<B: Backend>(backend: &B, record: &mut Record) {
             residual: is_output,
             dropout,
             dtype: DType::F32,
-            magnitudes: false,
+            magnitudes,
         };
         let queries = shape.query_heads * shape.head_dim;
         let linears = [linear(HIDDEN, projections, false), linear(queries, OUTPUT, true)];
@@ -76,10 +84,13 @@ fn compare<B: Backend>(
     }
 
     let buffer_of = |width: usize| backend.buffer(rows * width).unwrap();
-    let stride = |setup: &Setup<B>| backend.low_rank_stride(setup.group.total_rank());
-    let (mut output_s, mut y) = (buffer_of(stride(&output)), buffer_of(width));
+    let kept = |setup: &Setup<B>| {
+        let v = if setup.case.magnitudes { setup.group.out_features() } else { 0 };
+        backend.low_rank_stride(setup.group.total_rank()) + v
+    };
+    let (mut output_s, mut y) = (buffer_of(kept(&output)), buffer_of(width));
     let mut results = |is_one: bool| {
-        let mut projection_s = buffer_of(stride(&projection));
+        let mut projection_s = buffer_of(kept(&projection));
         let [mut qkv, mut dqkv] = [(); 2].map(|()| buffer_of(outputs));
         let [mut out, mut dout] = [(); 2].map(|()| buffer_of(queries));
         let [mut normed, mut dx] = [(); 2].map(|()| buffer_of(width));
@@ -156,7 +167,8 @@ fn compare<B: Backend>(
     let out = widen(&one[1].1);
     let [s, _, expected_y] =
         output.forward(&output.mask(&batch), &out, &widen(&output.adapters), &widen(&stream[1]));
-    let (rank, stride) = (output.group.total_rank(), stride(&output));
+    let rank = output.group.total_rank();
+    let stride = backend.low_rank_stride(rank);
     let found = read(backend, &output_s, rows * stride);
     let found: Vec<f32> = found.chunks(stride).flat_map(|row| &row[..rank]).copied().collect();
     record.check(&format!("{shape:?}, s of the output"), &found, &s, queries);

@@ -22,6 +22,7 @@ mod linear_fused;
 mod lora;
 mod lora_back;
 mod lora_group;
+mod magnitude;
 mod mlp_back;
 mod norms;
 mod random_angles;

@@ -32,16 +32,20 @@ fn train(workspace: &Workspace, output: &str, device: &[&str]) {
     workspace.train_into(output, &[&usual, device].concat()).succeeded();
 }
 
+/// The largest difference of two runs' losses, of themselves.
+fn distance(workspace: &Workspace, output: &str, other: &str) -> f64 {
+    let [found, losses] = [output, other].map(|output| workspace.of_steps(output, "loss"));
+    assert_eq!(found.len(), losses.len());
+    found.iter().zip(&losses).map(|(found, loss)| (found / loss - 1.0).abs()).fold(0.0, f64::max)
+}
+
 /// The same batches, rates and dropout masks: losses then differ by the rounding of the compute type alone. With other
 /// masks they differ by more, which the test shows.
 #[test]
 fn a_run_on_the_emulator_follows_the_cpu() {
     let workspace = Workspace::with_data();
     train(&workspace, "cpu", &["--device", "cpu"]);
-    let distance = |output: &str, other: &str| -> f64 {
-        let [found, losses] = [output, other].map(|output| workspace.of_steps(output, "loss"));
-        found.iter().zip(&losses).map(|(found, loss)| (found / loss - 1.0).abs()).fold(0.0, f64::max)
-    };
+    let distance = |output: &str, other: &str| distance(&workspace, output, other);
     for (dtype, unit) in [("bf16", 2f64.powi(-8)), ("f16", 2f64.powi(-11))] {
         train(&workspace, dtype, &["--device", "emulator", "--dtype", dtype]);
         for key in KEYS {
@@ -61,6 +65,37 @@ fn a_run_on_the_emulator_follows_the_cpu() {
     }
     let found = distance("1", "2");
     assert!(found > 2f64.powi(-8), "other masks differ by {found:e}");
+}
+
+/// Magnitudes, norms and a head that are trained, with dropout, on both kinds of kernels.
+#[test]
+fn a_run_beyond_plain_lora_follows_the_cpu() {
+    let workspace = Workspace::with_data();
+    let model = fixture("tiny_llama3rope");
+    let whole = ["--use-dora", "true", "--modules-to-save", "lm_head,norm"];
+    let train = |output: &str, variant: &[&str], device: &str, dtype: &str| {
+        let usual = ["-m", model.to_str().unwrap(), "--train-data", "train.jsonl", "--val-data", "none"];
+        let run = ["--max-steps", "6", "--set", "lora_target_modules=all-linear", "--learning-rate", "5e-3"];
+        let place = ["--lora-dropout", "0.2", "-o", output, "--device", device, "--dtype", dtype];
+        workspace.train(&[&usual[..], variant, &run, &place].concat()).succeeded();
+    };
+    train("cpu", &whole, "cpu", "auto");
+    for (output, device, dtype, unit) in [
+        ("f16", "emulator", "f16", 2f64.powi(-11)),
+        ("bf16", "emulator", "bf16", 2f64.powi(-8)),
+        ("hopper", "emulator:hopper", "bf16", 2f64.powi(-8)),
+    ] {
+        train(output, &whole, device, dtype);
+        let found = distance(&workspace, output, "cpu");
+        println!("{output}: losses differ by at most {found:e} of themselves");
+        assert!(found <= unit, "{output}: losses differ by {found:e} of themselves, allowed {unit:e}");
+    }
+    // What makes the comparison sharp: without either part the same run is outside what f16 is allowed.
+    for (output, variant) in [("without magnitudes", &whole[2..]), ("without norms and head", &whole[..2])] {
+        train(output, variant, "cpu", "auto");
+        let found = distance(&workspace, output, "cpu");
+        assert!(found > 2f64.powi(-11), "{output}: losses differ by {found:e}");
+    }
 }
 
 #[test]

@@ -6,8 +6,9 @@ use super::memory::FLOAT_BYTES;
 use crate::device::{Argument, Device};
 use crate::error::Result;
 
-/// Rows of a stretch, and threads of a block that sums one: as in column_sums.h.
+/// Rows of a stretch, columns that a block sums at a time, and its threads: as in column_sums.h.
 const STRETCH_ROWS: usize = 64;
+pub(super) const STRETCH_COLUMNS: usize = 256;
 pub(super) const COLUMN_THREADS: u32 = 256;
 /// Columns of a block that adds stretches up.
 const ADDED_COLUMNS: usize = 32;

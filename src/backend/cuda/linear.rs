@@ -1,6 +1,7 @@
 //! Linear groups with adapters (linear.cu, lora.cu).
 
 use super::launch::{NULL, Shape, int};
+use super::magnitudes::{Magnitudes, magnitudes_of};
 use super::memory::{CudaBuffer, CudaFloats, FLOAT_BYTES, HALF_BYTES, Region};
 use super::products::{BackwardProduct, ForwardProduct, NO_MASK};
 use super::tiles::{ProductKind, ProductShape};
@@ -40,6 +41,7 @@ pub(super) struct Adapters<D: Device> {
     pub b_hat: CudaBuffer<D>,
     /// First element of `A [R, I]` in the flat buffer.
     pub a_offset: usize,
+    pub magnitudes: Option<Magnitudes<D>>,
 }
 
 impl<D: Device> Adapters<D> {
@@ -173,6 +175,7 @@ impl<D: Device> CudaBackend<D> {
             shapes,
             b_hat: CudaBuffer { region: b_hat },
             a_offset,
+            magnitudes: self.make_magnitudes(&placed, outputs)?,
         };
         Ok(CudaGroup { adapters: Some(adapters) })
     }
@@ -186,6 +189,9 @@ impl<D: Device> CudaBackend<D> {
         s: &CudaBuffer<D>,
         y: &CudaBuffer<D>,
     ) -> Result<()> {
+        if let Some(magnitudes) = magnitudes_of(group) {
+            return self.magnitude_forward(group, magnitudes, parameters, input, residual, s, y);
+        }
         self.adapter_down(group, parameters, &input, s)?;
         let product = self.forward_product(group, input.rows, input.x, residual, s, y)?;
         // SAFETY: every stretch was asked for by its shape.
@@ -207,16 +213,16 @@ impl<D: Device> CudaBackend<D> {
         unsafe { self.kernels.linear_forward(&product) }
     }
 
-    /// `s = x̃ · Aᵀ`; nothing without adapters.
+    /// `s = x̃ · Aᵀ`, and `x̃`, until scratch memory is used again; nothing without adapters.
     pub(super) fn adapter_down(
         &self,
         group: &LinearGroup<Self>,
         parameters: &CudaFloats<D>,
         input: &LinearInput<'_, Self>,
         s: &CudaBuffer<D>,
-    ) -> Result<()> {
+    ) -> Result<Argument> {
         if group.prepared.adapters.is_none() {
-            return Ok(());
+            return Ok(NULL);
         }
         let Sizes { tokens, inputs, rank, leading, .. } = Sizes::of(group, input.rows);
         let mut scratch = super::lock(&self.scratch);
@@ -231,7 +237,8 @@ impl<D: Device> CudaBackend<D> {
             int(leading)?,
         ];
         // SAFETY: x [T, I], A [R, I], s [T, R̄].
-        unsafe { self.kernels.launch_half("lora_down", lora_shape(tokens, rank, 1), &arguments) }
+        unsafe { self.kernels.launch_half("lora_down", lora_shape(tokens, rank, 1), &arguments)? };
+        Ok(x)
     }
 
     /// `A [R, I]` of all adapters; NULL without.
@@ -247,7 +254,7 @@ impl<D: Device> CudaBackend<D> {
         }
     }
 
-    /// The forward's product, given `s`.
+    /// The forward's product, given `s`; without the magnitudes of its adapters.
     pub(super) fn forward_product(
         &self,
         group: &LinearGroup<Self>,
@@ -301,7 +308,7 @@ impl<D: Device> CudaBackend<D> {
         Ok(dropped)
     }
 
-    /// Packs `B̂` from the parameters as they are now.
+    /// Packs `B̂` from the parameters as they are now, and renews what depends on it.
     pub(super) fn pack(&self, group: &LinearGroup<Self>, parameters: &CudaFloats<D>) -> Result<()> {
         let Some(adapters) = &group.prepared.adapters else { return Ok(()) };
         let Sizes { outputs, leading, .. } = Sizes::of(group, 0);
@@ -319,7 +326,8 @@ impl<D: Device> CudaBackend<D> {
         ];
         let shape = Shape::blocks(elements.div_ceil(ELEMENT_THREADS), ELEMENT_THREADS as u32);
         // SAFETY: the layout places every B inside the flat buffer.
-        unsafe { self.kernels.launch_half("lora_pack", shape, &arguments) }
+        unsafe { self.kernels.launch_half("lora_pack", shape, &arguments)? };
+        self.renew_magnitudes(group, parameters, adapters)
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -333,6 +341,9 @@ impl<D: Device> CudaBackend<D> {
         gradients: &CudaFloats<D>,
         dx: Option<&CudaBuffer<D>>,
     ) -> Result<()> {
+        if let Some(magnitudes) = magnitudes_of(group) {
+            return self.magnitude_gradient(group, magnitudes, parameters, input, s, dy, gradients, dx);
+        }
         let mut scratch = super::lock(&self.scratch);
         let ds = self.output_gradient(group, input.rows, s, dy, gradients, &mut scratch)?;
         self.adapter_input_gradient(group, &input, ds, gradients, &mut scratch)?;

@@ -3,6 +3,7 @@
 use super::adapter_gradients::{BackSums, GRADIENT_BLOCKS};
 use super::launch::{NULL, Shape, int};
 use super::linear::{Sizes, mask_arguments, rank_leading, shapes_of};
+use super::magnitudes::magnitudes_of;
 use super::memory::{CudaBuffer, CudaFloats, FLOAT_BYTES, HALF_BYTES};
 use super::products::{Gated, NO_MASK};
 use super::shares_of_s::SharesOfS;
@@ -162,6 +163,11 @@ impl MiddlePass {
     }
 }
 
+/// Whether an adapter has magnitudes: they come between its product and what reads it, so that nothing is fused.
+fn has_magnitudes<D: Device>(mlp: Mlp<'_, CudaBackend<D>>) -> bool {
+    magnitudes_of(mlp.gate_up).is_some() || magnitudes_of(mlp.down).is_some()
+}
+
 /// Columns of `act` in a tile of the product that takes it, where it takes the shares of down's `s` as well: one width alone, so
 /// that no choice of tiles changes a sum.
 const GATED_TILE_COLUMNS: usize = 128;
@@ -191,6 +197,9 @@ impl<D: Device> CudaBackend<D> {
         y: &mut CudaBuffer<D>,
     ) -> Result<()> {
         let (rows, batch) = (input.rows, input.batch);
+        if has_magnitudes(mlp) {
+            return mlp::forward(self, mlp, parameters, input, residual, saved, y);
+        }
         if rows == 0 || !self.kernels.uses_hopper {
             return match GatePass::new(shapes_of(mlp.down), mlp.width(), rows) {
                 Some(pass) if rows > 0 => {
@@ -274,7 +283,9 @@ impl<D: Device> CudaBackend<D> {
     ) -> Result<()> {
         let LinearInput { rows, batch, .. } = input;
         let pass = match mlp.gate_up.projections[..] {
-            [_, _] => MiddlePass::new(shapes_of(mlp.gate_up), shapes_of(mlp.down), mlp.width(), rows),
+            [_, _] if !has_magnitudes(mlp) => {
+                MiddlePass::new(shapes_of(mlp.gate_up), shapes_of(mlp.down), mlp.width(), rows)
+            }
             _ => None,
         };
         let (Some(pass), Reach::First | Reach::Input(_)) = (pass, &gradient.reach) else {

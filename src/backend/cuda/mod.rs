@@ -13,6 +13,7 @@ mod footprint;
 mod head;
 mod launch;
 mod linear;
+mod magnitudes;
 mod memory;
 mod mlp;
 mod normed_down;
@@ -39,9 +40,9 @@ pub use recordings::CudaRecordings;
 pub use trial::Trial;
 
 use crate::backend::{
-    Activation, AdamWStep, Attention, AttentionGradient, AttentionSaved, Backend, Embedding, Features, Head,
-    KvCache, LinearGradients, LinearGroup, LinearInput, Mlp, MlpGradient, MlpSaved, NormedInput,
-    OptimizerState, PassSettings, Projection, RmsNorm, SelfAttention, Work,
+    Activation, AdamWStep, Attention, AttentionGradient, AttentionSaved, Backend, Embedding, Head, KvCache,
+    LinearGradients, LinearGroup, LinearInput, Mlp, MlpGradient, MlpSaved, NormedInput, OptimizerState,
+    PassSettings, Projection, RmsNorm, SelfAttention, Work,
 };
 use crate::batch::Batch;
 use crate::device::Device;
@@ -166,10 +167,6 @@ impl<D: Device> Backend for CudaBackend<D> {
             true => return Ok(()),
         };
         Err(Error::device(missing).hint("use `--device cpu`"))
-    }
-
-    fn check_features(&self, features: Features) -> Result<()> {
-        Features { magnitudes: features.magnitudes, ..Features::default() }.refuse_all(&self.description())
     }
 
     fn low_rank_stride(&self, rank: usize) -> usize {
@@ -318,6 +315,10 @@ impl<D: Device> Backend for CudaBackend<D> {
         s: &mut Self::Buffer,
         y: &mut Self::Buffer,
     ) -> Result<()> {
+        if magnitudes::magnitudes_of(group).is_some() {
+            let input = input.normalise(self)?;
+            return self.linear(group, adapters, input, None, s, y);
+        }
         let input = self.normed_down(group, adapters, input, s)?;
         self.linear_given_s(group, input, None, s, y)
     }

@@ -10,6 +10,8 @@ use crate::error::Result;
 pub(super) struct Scratch<D: Device> {
     /// `dropout(x) [T, I]`.
     pub dropped: Growing<D>,
+    /// `g∘dy [T, O]` of groups with magnitudes.
+    pub gained: Growing<D>,
     /// `ds [T, R̄]`.
     pub ds: Growing<D>,
     /// Partial sums, f32: of s and ds, of the gradients of A and B.
@@ -47,6 +49,7 @@ impl<D: Device> Default for Scratch<D> {
     fn default() -> Self {
         Self {
             dropped: Growing::default(),
+            gained: Growing::default(),
             ds: Growing::default(),
             partials: Growing::default(),
             rotated: Growing::default(),

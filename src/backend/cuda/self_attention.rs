@@ -4,6 +4,7 @@
 
 use super::attention::{self, Projected};
 use super::linear::{shapes_of, work_given_s};
+use super::magnitudes::magnitudes_of;
 use super::memory::{CudaBuffer, CudaFloats, HALF_BYTES};
 use super::products::Rotation;
 use super::shares_of_s::SharesOfS;
@@ -29,9 +30,12 @@ fn shares_of_heads(
 
 impl<D: Device> CudaBackend<D> {
     /// Whether the product rotates the heads: `qkv` then holds them rotated from the forward to the backward.
-    pub(super) fn rotates_in_product(&self, attention: &Attention<'_, Self>) -> bool {
+    pub(super) fn rotates_in_product(&self, layer: SelfAttention<'_, Self>) -> bool {
+        let SelfAttention { projection, attention, .. } = layer;
         let has_norms = attention.query_norm.is_some() || attention.key_norm.is_some();
-        !has_norms && self.kernels.rotates_in_products(attention.head_dim, attention.rotations.width)
+        // Magnitudes come between the product and the rotation.
+        let is_plain = !has_norms && magnitudes_of(projection).is_none();
+        is_plain && self.kernels.rotates_in_products(attention.head_dim, attention.rotations.width)
     }
 
     /// The shares of the output's `s` that attention over `tokens` takes; none where it is computed from the heads.
@@ -62,7 +66,7 @@ impl<D: Device> CudaBackend<D> {
             return self_attention::forward(self, layer, parameters, input, residual, saved, y);
         }
         let AttentionSaved { projection_s, qkv, log_sum, out, output_s } = saved;
-        let is_rotated = self.rotates_in_product(attention);
+        let is_rotated = self.rotates_in_product(layer);
         if is_rotated {
             let input = self.normed_down(projection, parameters, input, projection_s)?;
             self.rotated_projection(projection, attention, input, projection_s, qkv)?;
@@ -71,8 +75,8 @@ impl<D: Device> CudaBackend<D> {
         }
         let heads = [attention.query_heads, attention.head_dim];
         let shares = match batch.dropout {
-            None => self.shares_of_output(shapes_of(output), heads, rows),
-            Some(_) => None,
+            None if magnitudes_of(output).is_none() => self.shares_of_output(shapes_of(output), heads, rows),
+            _ => None,
         };
         {
             let rank = shares.map_or(0, |shares| shares.rank);
@@ -127,7 +131,7 @@ impl<D: Device> CudaBackend<D> {
     ) -> Result<()> {
         let SelfAttention { projection, attention, output } = layer;
         let reaches_attention = !matches!(gradient.reach, Reach::Second);
-        if !reaches_attention || !self.rotates_in_product(attention) {
+        if !reaches_attention || !self.rotates_in_product(layer) {
             return self_attention::backward(self, layer, parameters, input, saved, gradient, gradients);
         }
         let LinearInput { rows, batch, .. } = input;

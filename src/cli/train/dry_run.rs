@@ -42,7 +42,6 @@ impl DryRun<'_> {
         };
         let tokenizer = self.tokenizer.or(own.as_ref());
 
-        on_backend!(chosen, |backend| backend.check_features(lora.features(base.config())?))?;
         let tensors = lora.expected_tensors(base.config())?;
         let trainable: u64 = tensors.iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
         let frozen = base.parameter_count();
