@@ -80,6 +80,8 @@ impl<B: Backend + ?Sized> LinearGroup<B> {
             rank: self.total_rank(),
             b_elements: self.adapters().map(|adapter| adapter.slot.rank * adapter.out_features).sum(),
             weight_bytes,
+            has_magnitudes: self.adapters().any(|adapter| adapter.slot.magnitude_offset.is_some()),
+            frozen_products: 1,
         }
     }
 

@@ -32,6 +32,22 @@ pub struct LinearShape {
     pub b_elements: usize,
     /// Bytes of the frozen weight as it is stored.
     pub weight_bytes: usize,
+    /// Whether adapters have magnitudes.
+    pub has_magnitudes: bool,
+    /// Products with the frozen weight: 1, or 2 where adapters with magnitudes see another input than it does.
+    pub frozen_products: usize,
+}
+
+impl LinearShape {
+    /// The same where the adapters' input passes through dropout, or not.
+    pub fn with_dropout(self, has_dropout: bool) -> Self {
+        Self { frozen_products: if self.has_magnitudes && has_dropout { 2 } else { 1 }, ..self }
+    }
+
+    /// Elements of `v`, which adapters with magnitudes leave for the backward.
+    fn v_elements(&self) -> usize {
+        if self.has_magnitudes { self.rows * self.outputs } else { 0 }
+    }
 }
 
 /// Which gradients of a linear are computed.
@@ -53,13 +69,15 @@ impl LinearGradients {
 }
 
 impl Work {
-    /// `y = x · Wᵀ + s · Bᵀ`, `s = x · Aᵀ`, with activations of `element` bytes.
+    /// `y = x · Wᵀ + s · Bᵀ`, `s = x · Aᵀ`, with activations of `element` bytes. With magnitudes `y = y + g∘v`.
     pub fn of_linear(shape: LinearShape, element: usize) -> Self {
-        let LinearShape { rows, inputs, outputs, rank, b_elements, weight_bytes } = shape;
+        let LinearShape { rows, inputs, outputs, rank, b_elements, weight_bytes, frozen_products, .. } =
+            shape;
         let adapters = rank * inputs + b_elements;
+        let products = 2.0 * rows as f64 * (frozen_products * inputs * outputs + adapters) as f64;
         Self {
-            flops: 2.0 * rows as f64 * (inputs * outputs + adapters) as f64,
-            bytes: (weight_bytes + element * rows * (inputs + outputs + rank)) as f64,
+            flops: products + 2.0 * shape.v_elements() as f64,
+            bytes: (weight_bytes + element * (rows * (inputs + outputs + rank) + shape.v_elements())) as f64,
         }
     }
 
@@ -79,19 +97,22 @@ impl Work {
         Self { flops: linear.flops + gated.flops, bytes }
     }
 
-    /// The gradients of `A` and `B`, f32, and `dx`, or some of them.
+    /// The gradients of `A` and `B`, f32, and `dx`, or some of them. With magnitudes `g∘dy` and theirs.
     pub fn of_linear_backward(shape: LinearShape, element: usize, wanted: LinearGradients) -> Self {
-        let LinearShape { rows, inputs, outputs, rank, b_elements, weight_bytes } = shape;
+        let LinearShape { rows, inputs, outputs, rank, b_elements, weight_bytes, frozen_products, .. } =
+            shape;
         let only = |wanted: bool, size: usize| if wanted { size } else { 0 };
         let (a_elements, b_elements) = (only(wanted.a, rank * inputs), only(wanted.b, b_elements));
-        let dx = only(wanted.dx, inputs * (outputs + rank));
+        let dx = only(wanted.dx, inputs * (frozen_products * outputs + rank));
         // x, dy and s or ds are read; dx is written; gradients are added to.
         let activations = only(wanted.a, inputs) + only(wanted.b || wanted.dx, outputs) + rank;
         let (dx_width, weight_bytes) = (only(wanted.dx, inputs), only(wanted.dx, weight_bytes));
-        let gradients = 8 * (a_elements + b_elements);
+        let gradients = 8 * (a_elements + b_elements + only(shape.has_magnitudes, outputs));
+        let products = 2.0 * rows as f64 * (dx + a_elements + 2 * b_elements) as f64;
+        let activation_elements = rows * (activations + dx_width) + shape.v_elements();
         Self {
-            flops: 2.0 * rows as f64 * (dx + a_elements + 2 * b_elements) as f64,
-            bytes: (weight_bytes + element * rows * (activations + dx_width) + gradients) as f64,
+            flops: products + 3.0 * shape.v_elements() as f64,
+            bytes: (weight_bytes + element * activation_elements + gradients) as f64,
         }
     }
 
@@ -189,4 +210,36 @@ impl Work {
 pub fn attention_pairs(lengths: impl IntoIterator<Item = usize>, window: Option<usize>) -> usize {
     let seen = |position: usize| window.map_or(position + 1, |window| window.min(position + 1));
     lengths.into_iter().flat_map(|length| (0..length).map(seen)).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn magnitudes_take_a_pass_over_the_output_and_with_dropout_a_product() {
+        let plain = LinearShape {
+            rows: 5,
+            inputs: 24,
+            outputs: 16,
+            rank: 4,
+            b_elements: 64,
+            weight_bytes: 2 * 24 * 16,
+            has_magnitudes: false,
+            frozen_products: 1,
+        };
+        let (product, elements) = ((2 * 5 * 24 * 16) as f64, (5 * 16) as f64);
+        assert_eq!(plain.with_dropout(true).frozen_products, 1);
+        let linear = |shape| Work::of_linear(shape, 2);
+        let backward = |shape| Work::of_linear_backward(shape, 2, LinearGradients::with_dx(true));
+        let with = LinearShape { has_magnitudes: true, ..plain };
+        for has_dropout in [false, true] {
+            let with = with.with_dropout(has_dropout);
+            let more = if has_dropout { product } else { 0.0 };
+            let added = Work { flops: more + 2.0 * elements, bytes: 2.0 * elements };
+            assert_eq!(linear(with), linear(plain) + added);
+            let added = Work { flops: more + 3.0 * elements, bytes: 2.0 * elements + 8.0 * 16.0 };
+            assert_eq!(backward(with), backward(plain) + added);
+        }
+    }
 }

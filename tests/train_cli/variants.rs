@@ -229,11 +229,5 @@ fn fault_45_modules_to_save_that_mean_nothing_or_cannot_be_trained_are_refused()
     }
     let tied = workspace.train_into("out", &["--modules-to-save", "lm_head"]);
     tied.refused(2, &["modules_to_save", "the head is the embedding", "untie"]);
-    if cfg!(feature = "emulator") {
-        let on_device = ["--modules-to-save", "model.norm", "--device", "emulator"];
-        workspace
-            .train_into("out", &on_device)
-            .refused(5, &["modules_to_save", "trained norms", "--device cpu"]);
-    }
     assert!(!workspace.path("out").exists(), "nothing was written");
 }

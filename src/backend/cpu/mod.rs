@@ -280,8 +280,9 @@ impl Backend for CpuBackend {
         s: &mut Self::Buffer,
         y: &mut Self::Buffer,
     ) -> Result<()> {
-        let _range =
-            range!("linear"; Work::of_linear(group.shape(input.rows, group.weight.bytes()), FLOAT_BYTES));
+        let has_dropout = input.batch.settings.dropout.is_some();
+        let shape = || group.shape(input.rows, group.weight.bytes()).with_dropout(has_dropout);
+        let _range = range!("linear"; Work::of_linear(shape(), FLOAT_BYTES));
         self.linear_forward(group, adapters, input, residual.map(|residual| &residual[..]), s, y)
     }
 
@@ -295,7 +296,8 @@ impl Backend for CpuBackend {
         gradients: &mut Self::Floats,
         dx: Option<&mut Self::Buffer>,
     ) -> Result<()> {
-        let shape = || group.shape(input.rows, group.weight.bytes());
+        let has_dropout = input.batch.settings.dropout.is_some();
+        let shape = || group.shape(input.rows, group.weight.bytes()).with_dropout(has_dropout);
         let wanted = LinearGradients::with_dx(dx.is_some());
         let _range = range!("linear backward"; Work::of_linear_backward(shape(), FLOAT_BYTES, wanted));
         self.linear_gradient(group, adapters, input, s, dy, gradients, dx.map(|dx| &mut dx[..]))

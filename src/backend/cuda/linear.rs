@@ -100,12 +100,7 @@ impl Sizes {
     }
 }
 
-/// What the forward of a group takes at least.
-pub(super) fn work<D: Device>(group: &LinearGroup<CudaBackend<D>>, rows: usize) -> Work {
-    Work::of_linear(group.shape(rows, group.weight.bytes()), HALF_BYTES)
-}
-
-/// The same where `s` is there already.
+/// What the forward of a group takes at least where `s` is there already.
 pub(super) fn work_given_s<D: Device>(group: &LinearGroup<CudaBackend<D>>, rows: usize) -> Work {
     Work::of_linear_given_s(group.shape(rows, group.weight.bytes()), HALF_BYTES)
 }

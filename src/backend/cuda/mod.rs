@@ -303,7 +303,9 @@ impl<D: Device> Backend for CudaBackend<D> {
         s: &mut Self::Buffer,
         y: &mut Self::Buffer,
     ) -> Result<()> {
-        let _range = range!("linear"; linear::work(group, input.rows));
+        let shape =
+            || group.shape(input.rows, group.weight.bytes()).with_dropout(input.batch.dropout.is_some());
+        let _range = range!("linear"; Work::of_linear(shape(), HALF_BYTES));
         self.linear_forward(group, adapters, input, residual, s, y)
     }
 
@@ -333,7 +335,8 @@ impl<D: Device> Backend for CudaBackend<D> {
         gradients: &mut Self::Floats,
         dx: Option<&mut Self::Buffer>,
     ) -> Result<()> {
-        let shape = || group.shape(input.rows, group.weight.bytes());
+        let shape =
+            || group.shape(input.rows, group.weight.bytes()).with_dropout(input.batch.dropout.is_some());
         let wanted = LinearGradients::with_dx(dx.is_some());
         let _range = range!("linear backward"; Work::of_linear_backward(shape(), HALF_BYTES, wanted));
         self.linear_gradient(group, adapters, input, s, dy, gradients, dx.map(|dx| &*dx))

@@ -8,13 +8,13 @@ use crate::error::Result;
 
 /// Memory that one operation uses and the next may overwrite: the stream runs them in turn.
 pub(super) struct Scratch<D: Device> {
-    /// `dropout(x) [T, I]`.
+    /// `dropout(x) [T, I]`; with magnitudes also what that leaves of `x`, and its gradient.
     pub dropped: Growing<D>,
     /// `g∘dy [T, O]` of groups with magnitudes.
     pub gained: Growing<D>,
     /// `ds [T, R̄]`.
     pub ds: Growing<D>,
-    /// Partial sums, f32: of s and ds, of the gradients of A and B.
+    /// Partial sums, f32: of s and ds, of the gradients of A, B and of vectors, of norms.
     pub partials: Growing<D>,
     /// Rotated queries and keys, `[T, (Q + K)·D]`.
     pub rotated: Growing<D>,

@@ -275,6 +275,8 @@ impl<B: Backend + 'static> Operation<B> for Linear {
             rank: self.ranks(),
             b_elements: self.adapters.iter().map(|adapter| adapter.slot.rank * adapter.out_features).sum(),
             weight_bytes: inputs * outputs * stored_half(self.precision).bytes(),
+            has_magnitudes: false,
+            frozen_products: 1,
         };
         let element = self.precision.compute.bytes();
         match self.is_backward {

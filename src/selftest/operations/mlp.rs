@@ -100,6 +100,8 @@ impl Group {
             rank: self.rank(),
             b_elements: self.adapters.iter().map(|adapter| adapter.slot.rank * adapter.out_features).sum(),
             weight_bytes: self.weight.len() * stored_half(precision).bytes(),
+            has_magnitudes: false,
+            frozen_products: 1,
         }
     }
 
