@@ -19,6 +19,7 @@ pub mod device;
 
 pub mod backend;
 pub mod checkpoint;
+pub mod distributed;
 pub mod model;
 pub mod optim;
 pub mod pissa;
