@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::batch::Batch;
 use crate::error::{Error, Result};
 
 /// Sums over labelled tokens.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
 pub struct Figures {
     /// Samples.
     pub samples: u64,
@@ -34,6 +35,15 @@ impl Figures {
     /// Share of the labelled tokens that were the most likely.
     pub fn token_accuracy(&self) -> Option<f64> {
         (self.labelled_tokens > 0).then(|| self.correct_tokens as f64 / self.labelled_tokens as f64)
+    }
+
+    fn plus(&self, other: &Figures) -> Figures {
+        Figures {
+            samples: self.samples + other.samples,
+            labelled_tokens: self.labelled_tokens + other.labelled_tokens,
+            correct_tokens: self.correct_tokens + other.correct_tokens,
+            loss_sum: self.loss_sum + other.loss_sum,
+        }
     }
 
     /// The figures as an object.
@@ -107,6 +117,12 @@ impl Evaluation {
         Ok(())
     }
 
+    /// Adds figures of `hash` that were gathered elsewhere.
+    pub fn add_figures(&mut self, hash: String, figures: Figures) {
+        let own = self.by_hash.entry(hash).or_default();
+        *own = own.plus(&figures);
+    }
+
     /// Figures of each hash.
     pub fn by_hash(&self) -> &BTreeMap<String, Figures> {
         &self.by_hash
@@ -114,12 +130,7 @@ impl Evaluation {
 
     /// Figures of all samples.
     pub fn overall(&self) -> Figures {
-        self.by_hash.values().fold(Figures::default(), |sum, figures| Figures {
-            samples: sum.samples + figures.samples,
-            labelled_tokens: sum.labelled_tokens + figures.labelled_tokens,
-            correct_tokens: sum.correct_tokens + figures.correct_tokens,
-            loss_sum: sum.loss_sum + figures.loss_sum,
-        })
+        self.by_hash.values().fold(Figures::default(), |sum, figures| sum.plus(figures))
     }
 }
 

@@ -1,7 +1,8 @@
 //! Fast, trustworthy LoRA fine-tuning of language models.
 //!
 //! The modules stand in the order in which data flows: [`config`] → [`data`] → [`tokens`] → [`batch`] → [`model`] →
-//! [`optim`] → [`checkpoint`]; [`training`] joins them, and [`inference`] uses what came out. Each is usable alone.
+//! [`optim`] → [`checkpoint`]; [`training`] joins them, in one process or, with [`distributed`], in several, and
+//! [`inference`] uses what came out. Each is usable alone.
 #![warn(missing_docs)]
 
 pub mod dtype;

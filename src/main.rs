@@ -1,7 +1,7 @@
 //! The `fastlora` binary: parse, dispatch, print the error and leave with its exit code.
 
 use std::fs::{File, OpenOptions};
-use std::io::{IsTerminal, Write};
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 use std::sync::Mutex;
 
@@ -33,7 +33,7 @@ fn main() -> ExitCode {
         let _ = writeln!(std::io::stdout(), "{}", error.to_json());
     }
     let what = if error.kind() == error::ErrorKind::Stopped { "stopped" } else { "error" };
-    let line = format!("{what}: {error}");
+    let line = format!("{}{what}: {error}", prefix(&cli));
     if cli.json {
         // As all lines of the log.
         let time = chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Micros, true);
@@ -59,6 +59,8 @@ fn open_log(cli: &Cli) -> Result<Option<File>> {
 fn start_log(cli: &Cli, file: Option<&File>) -> Result<()> {
     let level = match (cli.quiet, cli.verbose) {
         (true, _) => LevelFilter::ERROR,
+        // The first process says it for all.
+        (false, 0) if cli.follower_rank().is_some() => LevelFilter::ERROR,
         (false, 0) => LevelFilter::INFO,
         (false, 1) => LevelFilter::DEBUG,
         (false, _) => LevelFilter::TRACE,
@@ -69,7 +71,7 @@ fn start_log(cli: &Cli, file: Option<&File>) -> Result<()> {
         |level| Targets::new().with_default(level).with_target(ranges::TARGET, LevelFilter::OFF);
     let has_colour =
         std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-    let terminal = layer().with_writer(std::io::stderr);
+    let terminal = layer().with_writer(Mutex::new(Prefixed::new(cli, io::stderr())));
     let mut layers = vec![match cli.json {
         true => terminal.json().with_filter(without_ranges(level)).boxed(),
         false => terminal.with_ansi(has_colour).without_time().with_filter(without_ranges(level)).boxed(),
@@ -77,7 +79,9 @@ fn start_log(cli: &Cli, file: Option<&File>) -> Result<()> {
     if let Some(file) = file {
         let file =
             file.try_clone().map_err(|source| Error::io("cannot open the log twice").caused_by(source))?;
-        let file = layer().with_writer(Mutex::new(file)).with_ansi(false);
+        let file = layer()
+            .with_writer(Mutex::new(Prefixed { json: false, ..Prefixed::new(cli, file) }))
+            .with_ansi(false);
         layers.push(file.with_filter(without_ranges(level.max(LevelFilter::DEBUG))).boxed());
     }
     // Under a profiler: without one nobody listens, and ranges cost nothing.
@@ -89,6 +93,40 @@ fn start_log(cli: &Cli, file: Option<&File>) -> Result<()> {
     }
     tracing_subscriber::registry().with(layers).init();
     Ok(())
+}
+
+/// What begins the lines of a process that is not the first of its run.
+fn prefix(cli: &Cli) -> String {
+    cli.follower_rank().map_or_else(String::new, |rank| format!("rank {rank} "))
+}
+
+/// A log whose lines say which process they are of, where there are several.
+struct Prefixed<W> {
+    inner: W,
+    rank: Option<usize>,
+    json: bool,
+}
+
+impl<W: Write> Prefixed<W> {
+    fn new(cli: &Cli, inner: W) -> Self {
+        Self { inner, rank: cli.follower_rank(), json: cli.json }
+    }
+}
+
+impl<W: Write> Write for Prefixed<W> {
+    /// A line of the log comes whole.
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let Some(rank) = self.rank else { return self.inner.write(line) };
+        let text = match line.strip_prefix(b"{") {
+            Some(rest) if self.json => [format!("{{\"rank\":{rank},").as_bytes(), rest].concat(),
+            _ => [format!("rank {rank} ").as_bytes(), line].concat(),
+        };
+        self.inner.write_all(&text).map(|()| line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
 }
 
 /// Help and version, or what is wrong with the command line.

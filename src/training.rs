@@ -1,16 +1,18 @@
 //! The training loop: steps of gradient accumulation, one AdamW update each, validation in between.
 //!
 //! A step's loss is the mean over the labelled tokens of all its micro-batches, so that it does not depend on how
-//! they are cut. The loss and the gradients' norm are checked before anything is updated. Between two steps a run can
-//! be put down ([`TrainingState`]) and taken up again.
+//! they are cut, nor on how many processes they are dealt to. The loss and the gradients' norm are checked before anything
+//! is updated. Between two steps a run can be put down ([`TrainingState`]) and taken up again.
 
 mod json_lines;
 mod metrics;
 mod not_finite;
+mod peers;
 mod report;
 mod spikes;
 mod split;
 mod state;
+mod validation;
 
 use std::time::Instant;
 
@@ -22,15 +24,18 @@ pub use report::{StepReport, TrainingSummary, ValidationReport};
 pub use spikes::LossWatch;
 pub use split::Split;
 pub use state::{Pause, TrainingState};
+pub use validation::evaluate;
 
 use self::not_finite::BadStep;
+use self::peers::Peers;
+use self::validation::evaluate_unless;
 use crate::backend::{Backend, Dropout, EmbeddingNoise, PassSettings};
 use crate::batch::Batch;
 use crate::checkpoint::mapped;
 use crate::config::{ActivationMemory, OnNan};
+use crate::distributed::Group;
 use crate::error::Result;
-use crate::evaluation::Evaluation;
-use crate::model::{Purpose, Transformer};
+use crate::model::Transformer;
 use crate::optim::{AdamW, AdamWSettings, Schedule};
 use crate::range;
 use crate::tokens::Step;
@@ -109,6 +114,8 @@ pub trait Observer<B: Backend> {
     fn wants_to_stop(&self) -> bool {
         false
     }
+    /// In a run of several processes: one of them wants to stop, so that this one is to want it too.
+    fn stop(&mut self) {}
 }
 
 /// Nobody listens: the summary is all there is.
@@ -201,6 +208,41 @@ pub fn train<B: Backend>(
     start: Option<&TrainingState>,
     observer: &mut impl Observer<B>,
 ) -> Result<TrainingSummary> {
+    train_among(Peers::default(), model, training, validation, settings, start, observer)
+}
+
+/// The same run in several processes, each with a model, data, settings and start of its own that are the same: they deal the
+/// micro-batches of each step, and of each validation, to each other in turn. Losses, figures and adapters are those of
+/// [`train`] up to the order in which f32 numbers are added; they are the same in all processes, and always the same for
+/// the same number of them. All begin with the parameters of rank 0, and stop after the same step.
+///
+/// A step exchanges its gradients ([`Group::sum`]) and three small messages.
+///
+/// # Errors
+/// As [`train`], or a process that is lost; the others are told, and fail with the same message.
+pub fn train_in_group<B: Backend>(
+    group: &mut Group,
+    model: &mut Transformer<B>,
+    training: &Split<'_>,
+    validation: Option<&Split<'_>>,
+    settings: &TrainingSettings,
+    start: Option<&TrainingState>,
+    observer: &mut impl Observer<B>,
+) -> Result<TrainingSummary> {
+    let peers = Peers::of(group);
+    let trained = train_among(peers, model, training, validation, settings, start, observer);
+    trained.inspect_err(|error| group.abort(error))
+}
+
+fn train_among<B: Backend>(
+    mut peers: Peers<'_>,
+    model: &mut Transformer<B>,
+    training: &Split<'_>,
+    validation: Option<&Split<'_>>,
+    settings: &TrainingSettings,
+    start: Option<&TrainingState>,
+    observer: &mut impl Observer<B>,
+) -> Result<TrainingSummary> {
     let limits =
         validation.map_or(training.limits(), |validation| training.limits().union(validation.limits()));
     let (mut optimizer, summary) = match start {
@@ -212,6 +254,7 @@ pub fn train<B: Backend>(
         }
     };
     optimizer.set_b_rate(&**model.backend(), model.layout(), settings.b_rate_ratio)?;
+    peers.begin_alike(model)?;
     observer.prepare(model)?;
     // Last, because it takes what memory is left.
     model.reserve_training(limits, settings.activation_memory, settings.dropout_probability > 0.0)?;
@@ -219,7 +262,8 @@ pub fn train<B: Backend>(
         info!("{plan}");
     }
     let (batch, losses) = (Batch::default(), LossWatch::default());
-    let mut run = Run { model, training, validation, settings, optimizer, summary, observer, batch, losses };
+    let mut run =
+        Run { peers, model, training, validation, settings, optimizer, summary, observer, batch, losses };
     // A run that was stopped in a validation begins with it.
     if start.is_some() && run.between_steps()? == Flow::Stop {
         return Ok(run.summary);
@@ -255,6 +299,7 @@ struct Place {
 
 /// A run under way.
 struct Run<'a, 'data, B: Backend, O> {
+    peers: Peers<'a>,
     model: &'a mut Transformer<B>,
     training: &'a Split<'data>,
     validation: Option<&'a Split<'data>>,
@@ -289,7 +334,7 @@ impl<B: Backend, O: Observer<B>> Run<'_, '_, B, O> {
         let number = self.summary.steps + 1;
         if !loss.is_finite() || !grad_norm.is_finite() {
             let bad = BadStep { number, step, loss, grad_norm, settings: pass };
-            let error = bad.explain(self.model, self.training)?;
+            let error = bad.explain(self.model, self.training, &mut self.peers)?;
             if self.settings.on_nan == OnNan::Stop || self.summary.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW {
                 return Err(error);
             }
@@ -315,18 +360,23 @@ impl<B: Backend, O: Observer<B>> Run<'_, '_, B, O> {
         self.observer.step(&report)
     }
 
-    /// Leaves the gradients of all micro-batches in the model, times the loss scale, and returns the mean loss.
+    /// Leaves the gradients of all micro-batches in the model, times the loss scale, and returns the mean loss. Where that is
+    /// not finite, nobody asks for the gradients.
     fn gradients(&mut self, step: &Step<'_>, pass: PassSettings) -> Result<f64> {
         self.model.zero_gradients()?;
         let gradient_scale = (step.token_weight() * self.optimizer.loss_scale().factor()) as f32;
         let pass = PassSettings { gradient_scale, ..pass };
         let mut loss_sum = 0.0;
-        for micro_batch in step.micro_batches() {
+        for micro_batch in self.peers.share(step.micro_batches()) {
             self.training.plan().fill(micro_batch, &mut self.batch);
             let scores = self.model.accumulate_gradients(&self.batch, pass)?;
             loss_sum += scores.loss_sum();
         }
         mapped::check_intact()?;
+        let loss_sum = self.peers.sum(loss_sum)?;
+        if loss_sum.is_finite() {
+            self.peers.sum_gradients(self.model)?;
+        }
         Ok(loss_sum * step.token_weight())
     }
 
@@ -336,8 +386,17 @@ impl<B: Backend, O: Observer<B>> Run<'_, '_, B, O> {
             self.validate(validation)?;
         }
         self.observer.ask(self.summary.steps, self.model)?;
+        // One process saves: it must know who else wants to stop, and the others whether it does.
+        agree_to_stop(&mut self.peers, self.observer)?;
         let pause = Pause { model: self.model, optimizer: &self.optimizer, summary: &self.summary };
         let flow = self.observer.between_steps(&pause)?;
+        let flow = match self.peers.any(flow == Flow::Stop)? {
+            true => {
+                self.observer.stop();
+                Flow::Stop
+            }
+            false => Flow::Continue,
+        };
         let fruitless = self.summary.validations_since_best;
         if flow == Flow::Continue
             && self.settings.early_stopping_patience.is_some_and(|most| fruitless >= most)
@@ -362,16 +421,17 @@ impl<B: Backend, O: Observer<B>> Run<'_, '_, B, O> {
     fn validate(&mut self, validation: &Split<'_>) -> Result<()> {
         let started = Instant::now();
         let step = self.summary.steps;
-        let evaluation =
-            evaluate_unless(self.model, validation, || self.observer.wants_to_stop()).map_err(|error| {
-                match error.location() {
-                    Some(records) => {
-                        let place = format!("validation at step {step} ({records})");
-                        error.at(place)
-                    }
-                    None => error,
+        let observer = &mut *self.observer;
+        let is_unwanted = |peers: &mut Peers<'_>| agree_to_stop(peers, observer);
+        let evaluation = evaluate_unless(self.model, validation, &mut self.peers, is_unwanted).map_err(
+            |error| match error.location() {
+                Some(records) => {
+                    let place = format!("validation at step {step} ({records})");
+                    error.at(place)
                 }
-            })?;
+                None => error,
+            },
+        )?;
         let Some(evaluation) = evaluation else { return Ok(()) };
         let is_best = match (evaluation.overall().loss(), self.summary.best_validation) {
             (Some(loss), Some((_, best))) => loss < best,
@@ -385,35 +445,11 @@ impl<B: Backend, O: Observer<B>> Run<'_, '_, B, O> {
     }
 }
 
-/// Loss, perplexity and accuracy of `model` on every sample, overall and by hash.
-///
-/// # Errors
-/// A loss that is not finite, or a device error.
-pub fn evaluate<B: Backend>(model: &mut Transformer<B>, split: &Split<'_>) -> Result<Evaluation> {
-    Ok(evaluate_unless(model, split, || false)?.unwrap_or_default())
-}
-
-/// The same, or none where `is_unwanted` says so before a batch.
-fn evaluate_unless<B: Backend>(
-    model: &mut Transformer<B>,
-    split: &Split<'_>,
-    is_unwanted: impl Fn() -> bool,
-) -> Result<Option<Evaluation>> {
-    model.reserve(Purpose::Inference, split.limits())?;
-    let mut evaluation = Evaluation::default();
-    let mut batch = Batch::default();
-    for step in split.plan().epoch(0).steps() {
-        for micro_batch in step.micro_batches() {
-            if is_unwanted() {
-                return Ok(None);
-            }
-            split.plan().fill(micro_batch, &mut batch);
-            let scores = model.evaluate(&batch)?;
-            evaluation
-                .add(&batch, &scores.losses, &scores.correct, |sample| split.hash_of(sample))
-                .map_err(|error| error.at(split.origins(micro_batch)))?;
-        }
+/// Whether an observer of any process wants to stop; then all do.
+fn agree_to_stop<B: Backend>(peers: &mut Peers<'_>, observer: &mut impl Observer<B>) -> Result<bool> {
+    let is_wanted = peers.any(observer.wants_to_stop())?;
+    if is_wanted {
+        observer.stop();
     }
-    mapped::check_intact()?;
-    Ok(Some(evaluation))
+    Ok(is_wanted)
 }

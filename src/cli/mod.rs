@@ -101,6 +101,14 @@ impl Cli {
         matches!(&self.command, Command::Train(args) if args.profile)
     }
 
+    /// This process's rank, where several train together and it is not the first, which speaks for all.
+    pub fn follower_rank(&self) -> Option<usize> {
+        match &self.command {
+            Command::Train(args) => args.follower_rank(),
+            _ => None,
+        }
+    }
+
     /// Runs the verb.
     pub fn run(&self) -> Result<()> {
         match &self.command {

@@ -60,6 +60,11 @@ impl Interrupts {
         self.ends_resumable.store(false, Ordering::Relaxed);
     }
 
+    /// Asks for the same as a signal: one that another process of the run got.
+    pub(super) fn request(&self) {
+        self.is_requested.store(true, Ordering::Relaxed);
+    }
+
     /// Whether the work should save and stop.
     pub(super) fn is_requested(&self) -> bool {
         self.is_requested.load(Ordering::Relaxed)

@@ -1,10 +1,14 @@
 //! `fastlora train`: configuration → data → model → tokens → device, then the run and its adapter.
 
+mod agreement;
 mod checkpointer;
 mod data;
 mod dry_run;
 mod ending;
+mod follower;
+mod launch;
 mod output;
+mod processes;
 mod profile;
 mod progress;
 mod recorder;
@@ -24,11 +28,13 @@ use clap::Args;
 use serde_json::json;
 use tracing::{info, warn};
 
+use self::agreement::agree;
 use self::checkpointer::Checkpointer;
 use self::data::{TextData, conditioning, describe_data};
 use self::dry_run::DryRun;
 use self::ending::{note_failure, report, stopped, warn_about_missing_best, write_report};
 use self::output::{AdapterWriter, Earlier, OutputFolder};
+use self::processes::{ProcessArgs, Processes};
 use self::profile::{Profile, ProfileSteps, Profiled};
 use self::progress::Progress;
 use self::recorder::Recorder;
@@ -38,7 +44,7 @@ use self::sampler::{Questions, Sampler, Times};
 use self::settings::training_settings;
 use super::Cli;
 use super::cases::read_cases;
-use super::device::{DeviceArgs, on_backend};
+use super::device::on_backend;
 use super::model::resolve_model;
 use super::signals::Interrupts;
 use super::tokenizer::tokenizer_for;
@@ -48,6 +54,7 @@ use crate::checkpoint::hub::ResolvedModel;
 use crate::checkpoint::volume::check_space;
 use crate::config::{Options, ReportFormat, TrainingConfig};
 use crate::data::{ChatTemplate, TemplateChoice};
+use crate::distributed::Group;
 use crate::error::{Error, Result};
 use crate::model::{Factors, LoraConfig, Transformer};
 use crate::pissa::{self, saved_config};
@@ -55,7 +62,7 @@ use crate::report::tensorboard::EventFile;
 use crate::report::{METRICS, PAGE};
 use crate::selftest::Measurable;
 use crate::tokens::{BatchOptions, SampleOptions, SampleSet, Tokenizer, warn_about_ends, warn_about_overlap};
-use crate::training::{MetricsFile, Split, TrainingSettings, train};
+use crate::training::{MetricsFile, Split, TrainingSettings};
 
 /// Arguments of `fastlora train`.
 #[derive(Debug, Args)]
@@ -85,7 +92,16 @@ pub struct TrainArgs {
     #[arg(long, value_name = "FIRST:LAST")]
     profile_steps: Option<ProfileSteps>,
     #[command(flatten)]
+    processes: ProcessArgs,
+    #[command(flatten)]
     options: Options,
+}
+
+impl TrainArgs {
+    /// The rank of a process that is not the first of its run.
+    pub(super) fn follower_rank(&self) -> Option<usize> {
+        self.processes.resolve().ok().map(|processes| processes.rank()).filter(|rank| *rank > 0)
+    }
 }
 
 pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
@@ -93,18 +109,26 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     let interrupts = Interrupts::install()?;
     let Resolved { mut config, init_adapter, resume } = resolve_config(args)?;
     info!("configuration:\n{:#}", json!(config));
-    DeviceArgs::from(&config).validate()?;
+    let processes = args.processes.resolve()?;
+    processes.check(&config, args.dry_run)?;
+    let device = processes.device(&config)?;
+    device.validate()?;
     let earlier = match &resume {
         _ if args.dry_run => Earlier::Ignore,
         Some(_) => Earlier::Resume,
         None if args.overwrite => Earlier::Overwrite,
         None => Earlier::Keep,
     };
-    let output = OutputFolder::check(&config.output_dir, earlier)?;
+    // One process alone writes.
+    let output = match processes.rank() {
+        0 => Some(OutputFolder::check(&config.output_dir, earlier)?),
+        _ => None,
+    };
     let start = resume.map_or(Ok(Start::Fresh), |resume| resume.find(&config, &interrupts))?;
     match &start {
         Start::Fresh => {}
         Start::Resumed(resumed) => config.chat_date = config.chat_date.or(resumed.chat_date()),
+        Start::Complete(_) if output.is_none() => return Ok(()),
         Start::Complete(summary) => {
             info!("{}: the run is complete", config.output_dir.display());
             if !config.output_dir.join(PAGE).exists() {
@@ -241,7 +265,7 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
                 .as_ref()
                 .map(|questions| questions.capacity(base.config().max_positions)),
         };
-        let chosen = DeviceArgs::from(&config).backend(&base)?;
+        let chosen = device.backend(&base)?;
         return plan.describe(&chosen, args.show, cli);
     }
 
@@ -262,6 +286,7 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         chat_template: chat_template.map(ChatTemplate::source),
         data_description: describe_data(&training_samples),
         hashes: json!(conditioning.hashes),
+        process_count: processes.count(),
     };
     if let Start::Resumed(resumed) = &start {
         resumed.check_files(&writer.provenance()?)?;
@@ -270,7 +295,9 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         expected_tensors.iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
     // Saved at twice the rank.
     let saved_count = if is_pissa { 2 * parameter_count } else { parameter_count };
-    check_space(&config.output_dir, writer.largest_output_bytes(saved_count))?;
+    if output.is_some() {
+        check_space(&config.output_dir, writer.largest_output_bytes(saved_count))?;
+    }
 
     let run = Run {
         cli,
@@ -278,6 +305,7 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         started,
         interrupts,
         start,
+        processes,
         output,
         writer,
         init_adapter: init_adapter.as_ref(),
@@ -287,7 +315,7 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         validation,
         questions: questions.as_ref(),
     };
-    let chosen = DeviceArgs::from(&config).backend(&base)?;
+    let chosen = device.backend(&base)?;
     on_backend!(chosen, |backend| run.on(backend))
 }
 
@@ -298,7 +326,9 @@ struct Run<'a> {
     started: Instant,
     interrupts: Interrupts,
     start: Start,
-    output: OutputFolder,
+    processes: Processes,
+    /// Where this process writes.
+    output: Option<OutputFolder>,
     writer: AdapterWriter<'a>,
     init_adapter: Option<&'a Adapter>,
     lora: &'a LoraConfig,
@@ -309,12 +339,22 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Loads the model, trains it and writes the adapter.
+    /// Meets the other processes, if there are any, and computes.
     fn on<B: Measurable>(self, backend: Arc<B>) -> Result<()> {
-        let Run { start, writer, lora, training_samples, training, .. } = &self;
+        let Some(mut joined) = self.processes.join()? else { return self.compute(backend, None) };
+        let provenance = self.writer.provenance();
+        let result = provenance
+            .and_then(|provenance| agree(&mut joined.group, &provenance, &self.start, &backend.description()))
+            .and_then(|()| self.compute(backend, Some(&mut joined.group)));
+        joined.end(result)
+    }
+
+    /// Loads the model, trains it and writes the adapter.
+    fn compute<B: Measurable>(&self, backend: Arc<B>, group: Option<&mut Group>) -> Result<()> {
+        let Run { start, writer, lora, training_samples, training, .. } = self;
         let AdapterWriter { config, base, .. } = writer;
         if let Start::Resumed(resumed) = start {
-            resumed.compare_device(&backend.description());
+            resumed.compare_device(&writer.computed_by(&*backend));
         }
         let mut model = match self.init_adapter {
             Some(adapter) => Transformer::load_with_adapter(Arc::clone(&backend), base, adapter)?,
@@ -344,13 +384,14 @@ impl Run<'_> {
             training_samples.labelled_count(),
         );
         self.interrupts.arm();
-        self.output.prepare(config, start)?;
+        let Some(output) = &self.output else { return self.follow(&mut model, &settings, group) };
+        output.prepare(config, start)?;
         if let Some(state) = start.state() {
             warn_about_missing_best(config, &state.summary);
         }
-        let description = backend.description();
+        let description = writer.computed_by(&*backend);
         // From here on the folder holds a run.
-        let result = self.train(&mut model, &settings);
+        let result = self.train(&mut model, &settings, group);
         if let Err(error) = &result {
             note_failure(config, error, description);
         }
@@ -358,7 +399,12 @@ impl Run<'_> {
     }
 
     /// Trains the model that is loaded, and writes the adapter.
-    fn train<B: Measurable>(&self, model: &mut Transformer<B>, settings: &TrainingSettings) -> Result<()> {
+    fn train<B: Measurable>(
+        &self,
+        model: &mut Transformer<B>,
+        settings: &TrainingSettings,
+        group: Option<&mut Group>,
+    ) -> Result<()> {
         let Run { cli, start, writer, training, .. } = self;
         let config = writer.config;
         let backend = Arc::clone(model.backend());
@@ -387,9 +433,7 @@ impl Run<'_> {
         };
         let mut observer = Profiled::new(Arc::clone(&backend), self.profile, start.steps(), recorder)?;
         info!("first step after {:.2} s", self.started.elapsed().as_secs_f64());
-        let validation = self.validation.as_ref();
-        let summary =
-            backend.run(|| train(model, training, validation, settings, start.state(), &mut observer))?;
+        let summary = self.steps(model, settings, group, &mut observer)?;
         let (recorder, times) = observer.into_parts();
         recorder.progress.finish();
         let times = times.map(|times| times.beside_limits(&*backend)).transpose()?;
@@ -401,11 +445,12 @@ impl Run<'_> {
             _ => {}
         }
         if recorder.checkpointer.is_stopped() {
-            write_report(config, Some(backend.description()));
+            write_report(config, Some(writer.computed_by(&*backend)));
             return Err(stopped(config, summary.steps, total_steps));
         }
-        writer.write_final(&summary, &model.adapters()?, &backend.description())?;
-        write_report(config, Some(backend.description()));
+        let computed_by = writer.computed_by(&*backend);
+        writer.write_final(&summary, &model.adapters()?, &computed_by)?;
+        write_report(config, Some(computed_by));
         report(cli, config, &summary, times.as_ref())
     }
 }

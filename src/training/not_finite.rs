@@ -1,6 +1,7 @@
 //! Where a number stopped being finite, found after the fact.
 
 use super::Split;
+use super::peers::Peers;
 use crate::backend::{Backend, PassSettings};
 use crate::batch::Batch;
 use crate::error::{Error, Result};
@@ -20,7 +21,7 @@ pub(super) struct BadStep<'a> {
 impl BadStep<'_> {
     /// The error that names step and records, and the layer: the first block whose output is not finite, or else the
     /// adapter tensor whose gradient is not, nearest to the loss. Reads the gradients, then runs the step's forward
-    /// again.
+    /// again. Each process of a run looks at its own micro-batches; all give the same error.
     ///
     /// # Errors
     /// A device error.
@@ -28,13 +29,15 @@ impl BadStep<'_> {
         &self,
         model: &mut Transformer<B>,
         training: &Split<'_>,
+        peers: &mut Peers<'_>,
     ) -> Result<Error> {
         let (what, value) = match self.loss.is_finite() {
             true => ("gradient norm", self.grad_norm),
             false => ("loss", self.loss),
         };
         let gradient = bad_gradient(model)?;
-        let place = match (self.bad_output(model, training)?, gradient) {
+        let output = self.bad_output(model, training, peers)?;
+        let place = match (peers.first_found(output)?, gradient) {
             (Some(output), _) => format!(": {output}"),
             (None, Some(tensor)) if self.loss.is_finite() => {
                 format!(": the gradient of {tensor} is not finite")
@@ -53,9 +56,10 @@ impl BadStep<'_> {
         &self,
         model: &mut Transformer<B>,
         training: &Split<'_>,
+        peers: &Peers<'_>,
     ) -> Result<Option<String>> {
         let mut batch = Batch::default();
-        for micro_batch in self.step.micro_batches() {
+        for micro_batch in peers.share(self.step.micro_batches()) {
             training.plan().fill(micro_batch, &mut batch);
             let Some((layer, row)) = model.first_not_finite(&batch, self.settings)? else { continue };
             let sample = batch.sample_starts.partition_point(|&start| start <= row).saturating_sub(1);

@@ -40,13 +40,13 @@ fn long_runs() -> Workspace {
     workspace
 }
 
-fn long(output: &str) -> Vec<&str> {
+pub fn long(output: &str) -> Vec<&str> {
     // Without the training data that `usual` names.
     let usual = Workspace::usual(output, &LONG);
     [&usual[..2], &usual[4..]].concat()
 }
 
-fn start(workspace: &Workspace, arguments: &[&str]) -> Child {
+pub fn start(workspace: &Workspace, arguments: &[&str]) -> Child {
     let mut command: Command = workspace.command(&[&["train"], arguments].concat());
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
@@ -60,7 +60,7 @@ pub fn wait_until(is_so: impl Fn() -> bool) {
     }
 }
 
-fn lines(path: &Path) -> usize {
+pub fn lines(path: &Path) -> usize {
     std::fs::read_to_string(path).map_or(0, |text| text.matches('\n').count())
 }
 

@@ -21,6 +21,7 @@ mod invariance;
 mod numerical;
 mod order_of_checks;
 mod outputs;
+mod processes;
 #[cfg(target_os = "linux")]
 mod profile;
 mod resume;

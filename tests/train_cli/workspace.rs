@@ -123,6 +123,7 @@ impl Workspace {
             .env("XDG_CACHE_HOME", self.path("cache"))
             .env_remove("FASTLORA_TOKEN_CACHE")
             .env_remove("FASTLORA_TILES")
+            .env_remove("WORLD_SIZE")
             .env_remove("NO_COLOR");
         command
     }

@@ -68,6 +68,11 @@ impl<'a> Checkpointer<'a> {
         }
     }
 
+    /// Asks for an end, as a signal does.
+    pub(super) fn stop(&self) {
+        self.interrupts.request();
+    }
+
     /// Whether a signal asked for an end.
     pub(super) fn wants_to_stop(&self) -> bool {
         self.interrupts.is_requested()
@@ -112,7 +117,7 @@ impl<'a> Checkpointer<'a> {
         let TrainingState { adapter, moments, optimizer_steps, loss_scale, summary } = pause.state()?;
         let step = summary.steps;
         let (mut provenance, card) = self.writer.describe(&summary)?;
-        provenance["computed_by"] = json!(pause.model.backend().description());
+        provenance["computed_by"] = json!(self.writer.computed_by(&**pause.model.backend()));
         let state = json!(SavedState { format: FORMAT, optimizer_steps, loss_scale, summary });
         let contents = Contents {
             config: &self.writer.adapter,

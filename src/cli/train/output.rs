@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 use serde_json::{Value, json};
 
 use super::resume::Start;
+use crate::backend::Backend;
 use crate::checkpoint::adapter::{
     ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterConfig, CHAT_TEMPLATE, Companions, replace_adapter_folder,
     write_adapter,
@@ -162,9 +163,19 @@ pub(super) struct AdapterWriter<'a> {
     pub data_description: String,
     /// The hashes in the texts that are learned.
     pub hashes: Value,
+    /// Processes of the run.
+    pub process_count: usize,
 }
 
 impl AdapterWriter<'_> {
+    /// What computes the run: that, and in how many processes, decides its bits.
+    pub(super) fn computed_by(&self, backend: &impl Backend) -> String {
+        match self.process_count {
+            1 => backend.description(),
+            count => format!("{}, {count} processes", backend.description()),
+        }
+    }
+
     /// Replaces the best adapter.
     pub(super) fn write_best(&self, report: &ValidationReport, tensors: &[NamedTensor]) -> Result<()> {
         let losses = json!({ "validation": report.evaluation.overall().loss() });

@@ -112,6 +112,10 @@ impl<B: Measurable, O: Observer<B>> Observer<B> for Profiled<B, O> {
     fn wants_to_stop(&self) -> bool {
         self.observer.wants_to_stop()
     }
+
+    fn stop(&mut self) {
+        self.observer.stop();
+    }
 }
 
 #[cfg(test)]

@@ -63,4 +63,8 @@ impl<B: Backend> Observer<B> for Recorder<'_, B> {
     fn wants_to_stop(&self) -> bool {
         self.checkpointer.wants_to_stop()
     }
+
+    fn stop(&mut self) {
+        self.checkpointer.stop();
+    }
 }

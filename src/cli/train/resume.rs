@@ -137,7 +137,7 @@ fn finished(config: &TrainingConfig) -> Result<Option<TrainingSummary>> {
 
 /// Keys that a resumed run may change: they say where things are (their contents are compared instead), what computes,
 /// how often the run is saved, and what shows it.
-const FREE_KEYS: [&str; 15] = [
+pub(super) const FREE_KEYS: [&str; 15] = [
     "model_name",
     "train_data",
     "val_data",
@@ -154,6 +154,11 @@ const FREE_KEYS: [&str; 15] = [
     "tiles",
     "activation_memory",
 ];
+
+/// What of a device's description says which bits it computes: not the number of threads.
+pub(super) fn device_kind(description: &str) -> String {
+    description.split(", ").filter(|part| !part.contains("thread")).collect::<Vec<_>>().join(", ")
+}
 
 /// Refuses a configuration that is not the run's.
 fn check_config(provenance: &Value, config: &TrainingConfig, folder: &Path) -> Result<()> {
@@ -252,11 +257,8 @@ impl Resumed {
 
     /// Warns where another kind of device goes on. The number of threads changes no bit.
     pub(super) fn compare_device(&self, description: &str) {
-        let kind = |description: &str| {
-            description.split(", ").filter(|part| !part.contains("thread")).collect::<Vec<_>>().join(", ")
-        };
         let before = self.provenance["computed_by"].as_str().unwrap_or_default();
-        if kind(before) != kind(description) {
+        if device_kind(before) != device_kind(description) {
             warn!("the run was begun on {before}: its bits may differ from here on");
         }
     }

@@ -42,6 +42,16 @@ impl<B: Backend> Transformer<B> {
         self.read_all(&self.gradients)
     }
 
+    /// The summed gradients, into as many values as there are parameters.
+    pub fn read_gradients(&self, into: &mut [f32]) -> Result<()> {
+        self.backend.read_floats(&self.gradients, into)
+    }
+
+    /// Replaces the gradients, for an optimizer to go on with.
+    pub fn set_gradients(&mut self, gradients: &[f32]) -> Result<()> {
+        self.backend.write_floats(&mut self.gradients, gradients)
+    }
+
     /// The adapters as PEFT names and saves them, for the base as it is: with [`Factors`] of twice the rank.
     pub fn adapters(&self) -> Result<Vec<NamedTensor>> {
         let own = self.layout.to_named(&self.parameters()?);
