@@ -31,8 +31,9 @@ impl Host {
     /// Listens at `address` alone; port 0 is any that is free.
     ///
     /// # Errors
-    /// An address that is not this machine's, or in use.
+    /// No process (config), an address that is not this machine's, or in use.
     pub fn bind(address: impl ToSocketAddrs, world_size: usize) -> Result<Self> {
+        check_place(0, world_size)?;
         let listen = || {
             let listener = TcpListener::bind(address)?;
             let address = listener.local_addr()?;
@@ -101,7 +102,8 @@ impl Host {
 /// `check` is asked, and ends the trying with its error.
 ///
 /// # Errors
-/// An address that means nothing, nobody there within `patience`, or a refusal by rank 0 (config).
+/// A rank that is none of theirs (config), an address that means nothing, nobody there within `patience`, or a refusal by rank
+/// 0 (config).
 pub fn join(
     address: &str,
     rank: usize,
@@ -109,6 +111,10 @@ pub fn join(
     patience: Duration,
     mut check: impl FnMut() -> Result<()>,
 ) -> Result<Group> {
+    check_place(rank, world_size)?;
+    if rank == 0 {
+        return Err(Error::config("rank 0 is the one that the others join"));
+    }
     let deadline = Instant::now() + patience;
     let host = loop {
         match connect(address, deadline) {
@@ -203,6 +209,13 @@ fn next_member(
                 .hint("start all processes; the log of the one that is missing may say why"));
         }
     }
+}
+
+fn check_place(rank: usize, world_size: usize) -> Result<()> {
+    if rank < world_size && u32::try_from(world_size).is_ok() {
+        return Ok(());
+    }
+    Err(Error::config(format!("there is no rank {rank} among {world_size} processes")))
 }
 
 fn refuse(stream: &TcpStream, reason: &str) {

@@ -55,13 +55,13 @@ fn sums_are_those_of_float64_with_the_same_bits_everywhere_and_always() {
                 })
             };
             let sums = sum();
-            for place in 0..count {
+            for (place, &found) in sums[0].iter().enumerate() {
                 let terms = (0..world_size).map(|rank| f64::from(values(rank, count)[place]));
                 let (expected, sizes) =
                     terms.fold((0.0, 0.0), |(sum, sizes), term| (sum + term, sizes + term.abs()));
                 // Each of the additions rounds a number that is no larger than the sum of the sizes, by half a unit.
                 let bound = 0.5 * f64::from(f32::EPSILON) * (world_size as f64) * sizes;
-                let found = f64::from(sums[0][place]);
+                let found = f64::from(found);
                 assert!((found - expected).abs() <= bound, "{world_size} [{place}]: {found}, {expected}");
             }
             let bits = |sums: &[Vec<f32>]| -> Vec<Vec<u32>> {
@@ -142,9 +142,9 @@ fn fault_64_strangers_are_dropped_and_the_members_still_meet() {
         let mut stream = connect();
         stream.write_all(&other_version).unwrap();
         assert!(hear_answer(&stream).unwrap().unwrap_err().contains("another version"));
-        let error = join(&address.to_string(), 5, 2, LONG, || Ok(())).unwrap_err();
+        let error = join(&address.to_string(), 2, 3, LONG, || Ok(())).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Config);
-        assert!(error.to_string().contains("does not take this process: it is rank 5"), "{error}");
+        assert!(error.to_string().contains("does not take this process: it is rank 2 of 3"), "{error}");
         let other = scope
             .spawn(move || join(&address.to_string(), 1, 2, LONG, || Ok(())).unwrap().gather(b"b").unwrap());
         let gathered = group.join().unwrap().gather(b"a").unwrap();
@@ -152,6 +152,15 @@ fn fault_64_strangers_are_dropped_and_the_members_still_meet() {
         gathered
     });
     assert_eq!(group, [b"a", b"b"]);
+}
+
+#[test]
+fn places_that_do_not_exist_are_refused() {
+    for (rank, world_size) in [(0, 2), (2, 2), (0, 0), (1, usize::MAX)] {
+        let error = join("127.0.0.1:1", rank, world_size, SHORT, || Ok(())).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+    }
+    assert_eq!(Host::bind((Ipv4Addr::LOCALHOST, 0), 0).unwrap_err().kind(), ErrorKind::Config);
 }
 
 #[test]
@@ -187,12 +196,12 @@ fn fault_65_who_does_not_come_is_named() {
     assert!(error.to_string().contains("rank 1, 2 did not come"), "{error}");
     let error = host(2).accept(LONG, || Err(Error::io("rank 1 has ended"))).unwrap_err();
     assert!(error.to_string().contains("rank 1 has ended"), "{error}");
-    // A port that was free a moment ago.
-    let address = host(2).address().to_string();
-    let error = join(&address, 1, 2, SHORT, || Ok(())).unwrap_err();
+    // No other test listens there.
+    let address = "127.0.0.1:1";
+    let error = join(address, 1, 2, SHORT, || Ok(())).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Io);
     assert!(error.to_string().contains("rank 0 cannot be reached"), "{error}");
-    let error = join(&address, 1, 2, LONG, || Err(Error::io("rank 0 has ended"))).unwrap_err();
+    let error = join(address, 1, 2, LONG, || Err(Error::io("rank 0 has ended"))).unwrap_err();
     assert!(error.to_string().contains("rank 0 has ended"), "{error}");
     assert!(join("nowhere.invalid:1", 1, 2, SHORT, || Ok(())).is_err());
 }

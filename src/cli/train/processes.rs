@@ -126,6 +126,7 @@ fn master(variable: impl Fn(&str) -> Option<String>, port: Option<usize>) -> Res
         ));
     };
     let is_taken = variable(TORCH_SERVER).is_some_and(|value| value == "True");
+    let host = if host.contains(':') { format!("[{host}]") } else { host };
     Ok(format!("{host}:{}", port + usize::from(is_taken)))
 }
 
@@ -229,7 +230,10 @@ impl Processes {
                 })?;
                 let group = match rank {
                     0 => Host::bind(&address.collect::<Vec<_>>()[..], count)
-                        .and_then(|host| host.accept(PATIENCE, || Ok(())))
+                        .and_then(|host| {
+                            info!("waiting for {} processes at {}", count - 1, host.address());
+                            host.accept(PATIENCE, || Ok(()))
+                        })
                         .map_err(at)?,
                     _ => join(rendezvous, rank, count, PATIENCE, || Ok(()))?,
                 };
