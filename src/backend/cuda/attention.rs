@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 pub const HEAD_DIMS: &[usize] = &[16, 32, 64, 80, 96, 128, 256];
 
 /// What the number of rotated columns must be a multiple of: rope.cu reads two halves at once.
-pub(super) const ROTATED_MULTIPLE: usize = 4;
+const ROTATED_MULTIPLE: usize = 4;
 
 const THREADS: u32 = 128;
 /// Rows of a block's own tile (`outer_rows` in attention_tile.h).
@@ -34,6 +34,20 @@ const HOPPER_QUERIES_ROWS: usize = (2 + 2 * 2) * 128;
 const HOPPER_KEYS_ROWS: usize = 2 * 128 + 2 * 3 * 64;
 /// Their barriers, and the log sums and deltas of queries.
 const HOPPER_REST_BYTES: usize = 2048;
+
+/// Refuses heads of a width, or with so many rotated columns, that there is no kernel for.
+pub(super) fn check_heads(head_dim: usize, rotated: usize) -> Result<()> {
+    let missing = match HEAD_DIMS.contains(&head_dim) {
+        false => format!("heads of width {head_dim}: the CUDA kernels have {HEAD_DIMS:?}"),
+        true if !rotated.is_multiple_of(ROTATED_MULTIPLE) => {
+            format!(
+                "{rotated} rotated columns of a head: the CUDA kernels need a multiple of {ROTATED_MULTIPLE}"
+            )
+        }
+        true => return Ok(()),
+    };
+    Err(Error::device(missing).hint("use `--device cpu`"))
+}
 
 /// Rows of the tiles that pass by (`inner_rows` in attention_tile.h).
 fn inner_rows(head_dim: usize) -> usize {

@@ -46,7 +46,7 @@ use crate::backend::{
 };
 use crate::batch::Batch;
 use crate::device::Device;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::range;
 use crate::tensor::WeightTensor;
 use attention::Projected;
@@ -159,14 +159,7 @@ impl<D: Device> Backend for CudaBackend<D> {
     }
 
     fn check_heads(&self, head_dim: usize, rotated: usize) -> Result<()> {
-        let missing = match HEAD_DIMS.contains(&head_dim) {
-            false => format!("heads of width {head_dim}: the CUDA kernels have {HEAD_DIMS:?}"),
-            true if !rotated.is_multiple_of(attention::ROTATED_MULTIPLE) => {
-                format!("{rotated} rotated columns of a head: the CUDA kernels need a multiple of 4")
-            }
-            true => return Ok(()),
-        };
-        Err(Error::device(missing).hint("use `--device cpu`"))
+        attention::check_heads(head_dim, rotated)
     }
 
     fn low_rank_stride(&self, rank: usize) -> usize {
@@ -317,12 +310,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         s: &mut Self::Buffer,
         y: &mut Self::Buffer,
     ) -> Result<()> {
-        if magnitudes::magnitudes_of(group).is_some() {
-            let input = input.normalise(self)?;
-            return self.linear(group, adapters, input, None, s, y);
-        }
-        let input = self.normed_down(group, adapters, input, s)?;
-        self.linear_given_s(group, input, None, s, y)
+        self.normed_linear_forward(group, adapters, input, s, y)
     }
 
     fn linear_backward(

@@ -3,9 +3,10 @@
 use super::CudaBackend;
 use super::launch::{Shape, int};
 use super::linear::{LORA_TILE, Sizes, mask_arguments};
+use super::magnitudes::magnitudes_of;
 use super::memory::{CudaBuffer, CudaFloats, HALF_BYTES};
 use super::weights::check_width;
-use crate::backend::{LinearGroup, LinearInput, NormedInput, Work};
+use crate::backend::{Backend, LinearGroup, LinearInput, NormedInput, Work};
 use crate::device::{Argument, Device, Limits};
 use crate::error::{Error, Result};
 use crate::range;
@@ -74,6 +75,22 @@ impl NormPass {
 }
 
 impl<D: Device> CudaBackend<D> {
+    pub(super) fn normed_linear_forward(
+        &self,
+        group: &LinearGroup<Self>,
+        parameters: &CudaFloats<D>,
+        input: NormedInput<'_, Self>,
+        s: &mut CudaBuffer<D>,
+        y: &mut CudaBuffer<D>,
+    ) -> Result<()> {
+        if magnitudes_of(group).is_some() {
+            let input = input.normalise(self)?;
+            return self.linear(group, parameters, input, None, s, y);
+        }
+        let input = self.normed_down(group, parameters, input, s)?;
+        self.linear_given_s(group, input, None, s, y)
+    }
+
     /// `norm(x)` and the `s` of the group that reads it; without adapters the norm alone. The bits do not depend on the pass.
     pub(super) fn normed_down<'a>(
         &self,
