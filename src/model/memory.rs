@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 /// What the backward computes again instead of keeping it from the forward.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Recompute {
-    /// Nothing: every linear's input is kept.
+    /// Nothing that costs a kernel: every input that a linear's backward reads is kept.
     Nothing,
     /// The outputs of norms and of the gated activation.
     #[default]
@@ -63,7 +63,7 @@ impl MemoryPlan {
 impl fmt::Display for MemoryPlan {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let recomputed = match self.recompute {
-            Recompute::Nothing => "nothing is computed again",
+            Recompute::Nothing => "all that the backward reads is kept",
             Recompute::Inputs => "norms and activations are computed again",
             Recompute::Blocks => "blocks are computed again",
         };
